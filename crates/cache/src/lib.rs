@@ -1,0 +1,23 @@
+//! What a dibit key-value cache consists of: schemes, page layout, block pool, sequences, windows,
+//! flush schedule and accounting.
+//!
+//! This crate decides where every byte lies and how many there are. It holds none of them and knows
+//! no kernels: a device allocates the storage and fills it.
+#![forbid(unsafe_code)]
+
+mod error;
+mod layout;
+mod manager;
+mod scheme;
+mod usage;
+mod window;
+
+pub use error::{CacheError, SchemeError};
+pub use layout::{CacheLayout, CacheShape, GroupSpan, PackedSide, PageLayout, SideLayout};
+pub use manager::{CacheManager, Sequence};
+pub use scheme::{Axis, Correction, Packed, Scheme, Side, ValueTransform};
+pub use usage::Usage;
+pub use window::{Schedule, Window};
+
+/// Token slots of a page, and the spacing of the absolute grid on which pages begin.
+pub const PAGE_TOKENS: usize = 128;

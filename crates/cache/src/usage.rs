@@ -1,0 +1,125 @@
+//! Honest bits: what cached tokens take, counted from real bytes (METHODS 13).
+
+use crate::{CacheLayout, PAGE_TOKENS, Sequence};
+
+/// Bytes taken by the tokens of one or more sequences.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Cached tokens.
+    pub tokens: usize,
+    /// Cached key and value scalars.
+    pub scalars: usize,
+    /// Bytes that hold them: codes, scales, minimums and 16-bit rows of the window.
+    pub used_bytes: usize,
+    /// Bytes allocated for them: whole blocks, whole rings and block tables.
+    pub allocated_bytes: usize,
+    /// Bytes that the same tokens take in 16 bit.
+    pub half_bytes: usize,
+}
+
+impl Usage {
+    /// Average bits in use for a cached scalar; 0 before the first token.
+    pub fn bits(&self) -> f64 {
+        per_scalar(self.used_bytes, self.scalars)
+    }
+
+    /// Average bits allocated for a cached scalar; 0 before the first token.
+    pub fn allocated_bits(&self) -> f64 {
+        per_scalar(self.allocated_bytes, self.scalars)
+    }
+}
+
+fn per_scalar(bytes: usize, scalars: usize) -> f64 {
+    if scalars == 0 { 0.0 } else { bytes as f64 * 8.0 / scalars as f64 }
+}
+
+impl std::ops::Add for Usage {
+    type Output = Usage;
+
+    fn add(self, other: Usage) -> Usage {
+        Usage {
+            tokens: self.tokens + other.tokens,
+            scalars: self.scalars + other.scalars,
+            used_bytes: self.used_bytes + other.used_bytes,
+            allocated_bytes: self.allocated_bytes + other.allocated_bytes,
+            half_bytes: self.half_bytes + other.half_bytes,
+        }
+    }
+}
+
+impl CacheLayout {
+    /// What `len` tokens of one sequence take while it holds `blocks` blocks.
+    pub fn usage(&self, len: usize, blocks: usize) -> Usage {
+        let heads = self.shape.num_layers * self.shape.num_key_value_heads;
+        let row = 2 * self.shape.head_dim;
+        let keys = self.window.packed_keys(len);
+        let values = self.window.packed_values(len);
+        // Both divisions are exact: a page's bytes are a multiple of its 128 tokens, or the count is one of 128.
+        let packed = keys * self.page.key_bytes / PAGE_TOKENS + values * self.page.value_bytes / PAGE_TOKENS;
+        let window = (len - keys) * row + (len - values) * row;
+        let scalars = len * self.shape.scalars_per_token();
+        Usage {
+            tokens: len,
+            scalars,
+            used_bytes: heads * (packed + window),
+            allocated_bytes: blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes(),
+            half_bytes: scalars * 2,
+        }
+    }
+
+    /// What a sequence takes.
+    pub fn sequence_usage(&self, sequence: &Sequence) -> Usage {
+        self.usage(sequence.len(), sequence.blocks().len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CacheManager, CacheShape, Scheme};
+
+    fn layout(scheme: &str, head_dim: usize) -> CacheLayout {
+        let shape = CacheShape { num_layers: 16, num_key_value_heads: 2, head_dim };
+        CacheLayout::new(&Scheme::load(scheme).unwrap(), shape).unwrap()
+    }
+
+    fn used(scheme: &str, len: usize) -> Usage {
+        let mut manager = CacheManager::new(layout(scheme, 128), 256, 1);
+        let mut sequence = manager.open().unwrap();
+        manager.reserve(&mut sequence, len).unwrap();
+        manager.advance(&mut sequence, len);
+        manager.layout().sequence_usage(&sequence)
+    }
+
+    #[test]
+    fn kivi_takes_2_46_bits_at_8192_tokens() {
+        for scheme in ["kivi", "kvlinc"] {
+            let usage = used(scheme, 8192);
+            // 2.25 * 63/64 + 16 / 64 (METHODS 13.1).
+            assert!((usage.bits() - 2.46484375).abs() < 1e-9, "{}", usage.bits());
+            // The ring has 256 slots for 128 tokens.
+            assert!((usage.allocated_bits() - (2.46484375 + 0.25)).abs() < 1e-3, "{}", usage.allocated_bits());
+        }
+        // Values alone keep a window under KIVI's schedule at a multiple of 128.
+        assert!((used("kivi-paper", 8192).bits() - (2.25 + (16.0 - 2.25) / 128.0)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn sixteen_bit_takes_sixteen_bits() {
+        let usage = used("fp16", 8192);
+        assert_eq!(usage.bits(), 16.0);
+        assert_eq!(usage.used_bytes, usage.half_bytes);
+    }
+
+    #[test]
+    fn a_long_context_takes_less_than_a_sixth() {
+        let packed = layout("kvlinc", 128).planned_bytes(32768);
+        let half = layout("fp16", 128).planned_bytes(32768);
+        assert!(packed * 6 < half, "{packed} of {half}");
+    }
+
+    #[test]
+    fn before_the_first_token_there_are_no_bits() {
+        assert_eq!(layout("kivi", 64).usage(0, 0).bits(), 0.0);
+    }
+}

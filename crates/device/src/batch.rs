@@ -1,0 +1,66 @@
+use dibit_cache::{Sequence, Window};
+use std::ops::Range;
+
+/// How the rows of a forward pass see the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The new tokens see each other exactly and are stored once all of them have been attended to.
+    Chunk,
+    /// Every token is stored, and the window flushed, before the next one attends: what decoding token by
+    /// token computes, in one pass.
+    Streaming,
+}
+
+/// The new tokens of one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// The sequence's window rings.
+    pub slot: u32,
+    /// Its block table, long enough for the new tokens.
+    pub blocks: Vec<u32>,
+    /// Tokens cached before this pass.
+    pub cached: usize,
+    /// Its rows in the batch.
+    pub rows: Range<usize>,
+}
+
+/// The tokens of one forward pass: the new tokens of one or more sequences, one after the other.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// One span for each sequence, in the order of their rows.
+    pub spans: Vec<Span>,
+    /// How rows see the cache.
+    pub mode: Mode,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new(mode: Mode) -> Self {
+        Batch { spans: Vec::new(), mode }
+    }
+
+    /// Appends `tokens` new tokens of a sequence whose blocks have been reserved.
+    ///
+    /// # Panics
+    /// If the sequence lacks blocks for the new tokens.
+    pub fn push(&mut self, sequence: &Sequence, tokens: usize, window: Window) {
+        let start = self.rows();
+        assert!(sequence.blocks().len() >= window.blocks(sequence.len() + tokens), "blocks must be reserved first");
+        self.spans.push(Span {
+            slot: sequence.slot(),
+            blocks: sequence.blocks().to_vec(),
+            cached: sequence.len(),
+            rows: start..start + tokens,
+        });
+    }
+
+    /// Rows of all spans.
+    pub fn rows(&self) -> usize {
+        self.spans.last().map_or(0, |span| span.rows.end)
+    }
+
+    /// Position in its sequence of every row.
+    pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
+        self.spans.iter().flat_map(|span| (0..span.rows.len()).map(|i| (span.cached + i) as u32))
+    }
+}

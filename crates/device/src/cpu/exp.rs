@@ -1,0 +1,73 @@
+//! The exponential of softmax, in a form that compilers vectorise.
+
+use super::isa::{BASELINE_FMA, dispatch, mul_add};
+
+/// Below this the result is zero; `exp` is already smaller than 1e-38 there.
+const UNDERFLOW: f32 = -87.0;
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
+/// ln 2 in two parts, the first with few enough bits for `n * LN_2_HIGH` to be exact.
+const LN_2_HIGH: f32 = 0.693_359_4;
+const LN_2_LOW: f32 = -2.121_944_4e-4;
+/// Adding and subtracting it rounds to the nearest integer.
+const ROUND: f32 = 12_582_912.0;
+/// Minimax coefficients of (exp(r) - 1 - r) / r^2 on [-ln 2 / 2, ln 2 / 2], from degree 4 down (Cephes).
+const POLYNOMIAL: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+
+/// `exp(x)` for `x <= 0`, within 2 units in the last place, exactly 1 at 0 and exactly 0 below -87.
+#[inline(always)]
+fn exp<const FMA: bool>(x: f32) -> f32 {
+    let clamped = if x > UNDERFLOW { x } else { UNDERFLOW };
+    let n = mul_add::<FMA>(clamped, LOG2_E, ROUND) - ROUND;
+    let r = mul_add::<FMA>(n, -LN_2_LOW, mul_add::<FMA>(n, -LN_2_HIGH, clamped));
+    let mut poly = POLYNOMIAL[0];
+    for coefficient in &POLYNOMIAL[1..] {
+        poly = mul_add::<FMA>(poly, r, *coefficient);
+    }
+    let value = mul_add::<FMA>(poly, r * r, r) + 1.0;
+    let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    if x >= UNDERFLOW { value * power } else { 0.0 }
+}
+
+#[inline(always)]
+fn body<const FMA: bool>(values: &mut [f32], offset: f32) {
+    for value in values {
+        *value = exp::<FMA>(*value - offset);
+    }
+}
+
+dispatch! {
+    /// `values[i] <- exp(values[i] - offset)`, for values that are at most `offset`.
+    fn exp_shifted<>(values: &mut [f32], offset: f32);
+    baseline: body::<BASELINE_FMA>(values, offset);
+    avx2: body::<true>(values, offset);
+    avx512: body::<true>(values, offset);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::isa::Isa;
+
+    #[test]
+    fn close_to_the_library_everywhere() {
+        for isa in Isa::available() {
+            let x: Vec<f32> = (0..200_000).map(|i| -(i as f32) * 4.3e-4).collect();
+            let mut y = x.clone();
+            exp_shifted(isa, &mut y, 0.0);
+            for (x, y) in x.iter().zip(y) {
+                let exact = f64::from(*x).exp();
+                assert!(((f64::from(y) - exact) / exact).abs() < 3e-7, "{isa:?}: exp({x}) = {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_ends_are_exact() {
+        for isa in Isa::available() {
+            let mut y = [3.0, 3.0 - 88.0, f32::NEG_INFINITY];
+            exp_shifted(isa, &mut y, 3.0);
+            assert_eq!(y, [1.0, 0.0, 0.0], "{isa:?}");
+        }
+    }
+}

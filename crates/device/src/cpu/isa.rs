@@ -1,0 +1,100 @@
+//! Run-time choice of the instruction set.
+//!
+//! A kernel is one generic body, inlined into a function for each instruction set and vectorised there by the
+//! compiler.
+
+use std::sync::OnceLock;
+
+/// Instruction sets that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isa {
+    /// What the target guarantees.
+    Baseline,
+    /// AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// The best one that this machine has.
+    pub(crate) fn detect() -> Isa {
+        static ISA: OnceLock<Isa> = OnceLock::new();
+        *ISA.get_or_init(|| *Isa::available().last().expect("the baseline is always there"))
+    }
+
+    /// All that this machine has, the best one last.
+    pub(crate) fn available() -> Vec<Isa> {
+        #[allow(unused_mut)]
+        let mut all = vec![Isa::Baseline];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                all.push(Isa::Avx2);
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl");
+                if avx512 {
+                    all.push(Isa::Avx512);
+                }
+            }
+        }
+        all
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Isa::Baseline => std::env::consts::ARCH,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => "AVX-512",
+        }
+    }
+}
+
+/// `a * b + c`: fused where the instruction set fuses, so that no library call is made where it does not.
+#[inline(always)]
+pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// True where the target itself guarantees a fused multiply-add.
+pub(crate) const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+
+/// Defines `fn $name(isa, args)` that runs `$base`, `$avx2` or `$avx512`: the same body with constants for each.
+macro_rules! dispatch {
+    ($(#[$meta:meta])* fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?);
+     baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr;) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        pub(crate) fn $name<$($generic: $bound),*>(isa: $crate::cpu::isa::Isa, $($arg: $type),*) {
+            use $crate::cpu::isa::Isa;
+            #[cfg(target_arch = "x86_64")]
+            #[allow(clippy::too_many_arguments)]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2<$($generic: $bound),*>($($arg: $type),*) {
+                $avx2
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[allow(clippy::too_many_arguments)]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn avx512<$($generic: $bound),*>($($arg: $type),*) {
+                $avx512
+            }
+            match isa {
+                Isa::Baseline => $base,
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: an `Isa` comes from `Isa::available`, which asked the processor.
+                Isa::Avx2 => unsafe { avx2::<$($generic),*>($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::Avx512 => unsafe { avx512::<$($generic),*>($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use dispatch;

@@ -1,0 +1,213 @@
+//! `y[i][lane] += sum_r a[i][r] * data[r][lane]`: a weighted sum of rows, read where they lie.
+//!
+//! This is decode attention on packed codes, twice for each page. Keys per channel: a row is a channel, its lanes
+//! are tokens, the weights are the query with the channel's scale folded in. Values per token: a row is a token,
+//! its lanes are channels, the weights are the probabilities with the token's scale folded in. The loop sees
+//! only small integers; nothing is dequantised. Rows of 16 bit go the same way.
+//!
+//! Every lane sums over rows in their order, so a result does not depend on the instruction set's vector length or
+//! on how many rows of `y` share a call.
+
+use super::element::Element;
+use super::isa::{BASELINE_FMA, dispatch, mul_add};
+use half::f16;
+
+/// A storage unit and the lanes in it.
+pub(crate) trait Rows: Copy + Send + Sync + 'static {
+    /// What a row consists of.
+    type Unit: Copy + Send + Sync;
+    /// Lanes in a unit; lane `field * units + j` lies in unit `j`.
+    const FIELDS: usize;
+    /// The number in one field.
+    fn lane(unit: Self::Unit, field: usize) -> f32;
+}
+
+/// Codes of `BITS` bits, packed as by [`dibit_quant::pack`].
+#[derive(Clone, Copy)]
+pub(crate) struct Codes<const BITS: usize>;
+
+impl<const BITS: usize> Rows for Codes<BITS> {
+    type Unit = u8;
+    const FIELDS: usize = 8 / BITS;
+    #[inline(always)]
+    fn lane(unit: u8, field: usize) -> f32 {
+        ((u32::from(unit) >> (field * BITS)) & ((1 << BITS) - 1)) as i32 as f32
+    }
+}
+
+/// fp16 numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct Halves;
+
+impl Rows for Halves {
+    type Unit = f16;
+    const FIELDS: usize = 1;
+    #[inline(always)]
+    fn lane(unit: f16, _: usize) -> f32 {
+        unit.widen()
+    }
+}
+
+/// Shape of a call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    /// Rows of `y` and of the weights.
+    pub m: usize,
+    /// Weights from one row to the next.
+    pub weight_stride: usize,
+    /// Rows of `data`.
+    pub rows: usize,
+    /// Units from one row of `data` to the next.
+    pub row_stride: usize,
+    /// Units of a row that are read; `y` has `units * FIELDS` lanes.
+    pub units: usize,
+    /// Numbers from one row of `y` to the next.
+    pub y_stride: usize,
+}
+
+/// The specification: the same sums in the same order, one number at a time.
+#[cfg(test)]
+pub(crate) fn reference<R: Rows>(weights: &[f32], data: &[R::Unit], shape: Shape, y: &mut [f32], fma: bool) {
+    for i in 0..shape.m {
+        for r in 0..shape.rows {
+            let weight = weights[i * shape.weight_stride + r];
+            for j in 0..shape.units {
+                for field in 0..R::FIELDS {
+                    let value = R::lane(data[r * shape.row_stride + j], field);
+                    let sum = &mut y[i * shape.y_stride + field * shape.units + j];
+                    *sum = if fma { weight.mul_add(value, *sum) } else { weight * value + *sum };
+                }
+            }
+        }
+    }
+}
+
+/// One run of `C` units for `M` rows of `y`, all sums in registers. Fields beyond `R::FIELDS` are unused.
+#[inline(always)]
+fn run<R: Rows, const FMA: bool, const M: usize, const C: usize>(
+    weights: &[f32],
+    data: &[R::Unit],
+    shape: Shape,
+    first: usize,
+    y: &mut [f32],
+) {
+    let mut sums = [[[0f32; C]; 4]; M];
+    for (i, sums) in sums.iter_mut().enumerate() {
+        for (field, sum) in sums.iter_mut().enumerate().take(R::FIELDS) {
+            let at = i * shape.y_stride + field * shape.units + first;
+            sum.copy_from_slice(&y[at..at + C]);
+        }
+    }
+    let weights: [&[f32]; M] = std::array::from_fn(|i| &weights[i * shape.weight_stride..][..shape.rows]);
+    for r in 0..shape.rows {
+        let at = r * shape.row_stride + first;
+        let units: &[R::Unit; C] = data[at..at + C].try_into().ok().expect("a run of C units");
+        for field in 0..R::FIELDS {
+            let mut values = [0f32; C];
+            for lane in 0..C {
+                values[lane] = R::lane(units[lane], field);
+            }
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                for lane in 0..C {
+                    sums[field][lane] = mul_add::<FMA>(weights[r], values[lane], sums[field][lane]);
+                }
+            }
+        }
+    }
+    for (i, sums) in sums.iter().enumerate() {
+        for (field, sum) in sums.iter().enumerate().take(R::FIELDS) {
+            let at = i * shape.y_stride + field * shape.units + first;
+            y[at..at + C].copy_from_slice(sum);
+        }
+    }
+}
+
+#[inline(always)]
+fn runs<R: Rows, const FMA: bool, const M: usize, const C: usize>(
+    weights: &[f32],
+    data: &[R::Unit],
+    shape: Shape,
+    y: &mut [f32],
+) {
+    let mut first = 0;
+    while first + C <= shape.units {
+        run::<R, FMA, M, C>(weights, data, shape, first, y);
+        first += C;
+    }
+    while first + 4 <= shape.units {
+        run::<R, FMA, M, 4>(weights, data, shape, first, y);
+        first += 4;
+    }
+    while first < shape.units {
+        run::<R, FMA, M, 1>(weights, data, shape, first, y);
+        first += 1;
+    }
+}
+
+#[inline(always)]
+fn body<R: Rows, const FMA: bool, const M: usize, const C: usize>(
+    weights: &[f32],
+    data: &[R::Unit],
+    shape: Shape,
+    y: &mut [f32],
+) {
+    let whole = shape.m - shape.m % M;
+    for i in (0..whole).step_by(M) {
+        runs::<R, FMA, M, C>(&weights[i * shape.weight_stride..], data, shape, &mut y[i * shape.y_stride..]);
+    }
+    for i in whole..shape.m {
+        runs::<R, FMA, 1, C>(&weights[i * shape.weight_stride..], data, shape, &mut y[i * shape.y_stride..]);
+    }
+}
+
+dispatch! {
+    /// Adds the weighted rows of `data` to `y`.
+    fn mix_rows<R: Rows>(weights: &[f32], data: &[R::Unit], shape: Shape, y: &mut [f32]);
+    baseline: body::<R, BASELINE_FMA, 1, 8>(weights, data, shape, y);
+    avx2: body::<R, true, 2, 8>(weights, data, shape, y);
+    avx512: body::<R, true, 3, 16>(weights, data, shape, y);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::isa::Isa;
+    use proptest::prelude::*;
+
+    fn check<R: Rows>(m: usize, rows: usize, units: usize, unit: impl Fn(usize) -> R::Unit) {
+        let lanes = units * R::FIELDS;
+        let shape = Shape { m, weight_stride: rows + 3, rows, row_stride: units + 2, units, y_stride: lanes + 5 };
+        let weights: Vec<f32> = (0..m * shape.weight_stride).map(|i| (i as f32 * 0.71).sin()).collect();
+        let data: Vec<R::Unit> = (0..rows * shape.row_stride).map(unit).collect();
+        let start: Vec<f32> = (0..m * shape.y_stride).map(|i| (i as f32 * 0.37).cos()).collect();
+        for isa in Isa::available() {
+            let (mut y, mut expected) = (start.clone(), start.clone());
+            mix_rows::<R>(isa, &weights, &data, shape, &mut y);
+            reference::<R>(&weights, &data, shape, &mut expected, isa != Isa::Baseline || BASELINE_FMA);
+            assert_eq!(y, expected, "{isa:?} {shape:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn every_instruction_set_equals_the_reference(m in 1usize..9, rows in 1usize..40, units in 1usize..70) {
+            let byte = |i: usize| (i * 37 % 251) as u8;
+            check::<Codes<2>>(m, rows, units, byte);
+            check::<Codes<4>>(m, rows, units, byte);
+            check::<Codes<8>>(m, rows, units, byte);
+            check::<Halves>(m, rows, units, |i| f16::from_f32((i as f32 * 0.91).sin()));
+        }
+    }
+
+    #[test]
+    fn lanes_are_those_of_the_packed_format() {
+        let codes: Vec<u8> = (0..20).map(|i| (i * 7 % 4) as u8).collect();
+        let mut packed = vec![0; 5];
+        dibit_quant::pack(dibit_quant::Bits::Two, &codes, &mut packed);
+        let shape = Shape { m: 1, weight_stride: 1, rows: 1, row_stride: 5, units: 5, y_stride: 20 };
+        let mut y = vec![0.0; 20];
+        mix_rows::<Codes<2>>(Isa::detect(), &[1.0], &packed, shape, &mut y);
+        assert_eq!(y, codes.iter().map(|&c| f32::from(c)).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,278 @@
+//! The CPU: the reference for every other device.
+
+mod attention;
+mod dot;
+mod element;
+mod exp;
+mod isa;
+mod linear;
+mod mix;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use crate::tensor::Values;
+use crate::{Batch, Device, DeviceError, Mode, Output, Span, Tensor};
+use attention::{Buffers, Call, Heads};
+use dibit_cache::CacheLayout;
+use element::Element;
+use isa::Isa;
+use rayon::prelude::*;
+use std::ops::Range;
+use store::CpuStore;
+
+/// Tokens of a split of a long history. A constant: a result must not depend on the number of threads.
+const SPLIT_TOKENS: usize = 4096;
+
+/// Rows from which element-wise operations are worth several threads.
+const PARALLEL_ROWS: usize = 8;
+
+/// The CPU, with a thread pool of its own.
+pub struct Cpu {
+    pool: rayon::ThreadPool,
+    isa: Isa,
+    split_tokens: usize,
+}
+
+/// A cache on the CPU with the buffers of its attention.
+pub struct CpuCache {
+    store: CpuStore,
+    buffers: Buffers,
+}
+
+impl Cpu {
+    /// A CPU device of `threads` threads; `None` takes one for each core.
+    ///
+    /// # Errors
+    /// [`DeviceError::Threads`].
+    pub fn new(threads: Option<usize>) -> Result<Self, DeviceError> {
+        let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .map_err(|error| DeviceError::Threads { threads, message: error.to_string() })?;
+        Ok(Cpu { pool, isa: Isa::detect(), split_tokens: SPLIT_TOKENS })
+    }
+
+    /// Number of threads.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    fn call<'a>(&self, store: &'a CpuStore, layer: usize, spans: &'a [Span], num_heads: usize) -> Call<'a> {
+        let shape = store.layout().shape;
+        let heads = Heads { num: num_heads, num_key_value: shape.num_key_value_heads, dim: shape.head_dim };
+        Call { isa: self.isa, store, layer, spans, heads, split_tokens: self.split_tokens }
+    }
+}
+
+fn norm_rows<'a>(rows: impl Iterator<Item = (&'a [f32], &'a mut [f32])>, weight: &[f32], eps: f32) {
+    for (x, out) in rows {
+        let scale = rms_scale(x, eps);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    }
+}
+
+fn rms_scale(x: &[f32], eps: f32) -> f32 {
+    let sum: f32 = x.iter().map(|x| x * x).sum();
+    1.0 / (sum / x.len() as f32 + eps).sqrt()
+}
+
+fn widen_row<E: Element>(table: &[E], row: usize, out: &mut [f32]) {
+    let width = out.len();
+    for (out, value) in out.iter_mut().zip(&table[row * width..(row + 1) * width]) {
+        *out = value.widen();
+    }
+}
+
+impl Device for Cpu {
+    type Buffer = Vec<f32>;
+    type Matrix = Tensor;
+    type Store = CpuCache;
+
+    fn describe(&self) -> String {
+        format!("CPU, {} threads, {}", self.threads(), self.isa.name())
+    }
+
+    fn scope<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(pass)
+    }
+
+    fn buffer(&self, len: usize) -> Result<Vec<f32>, DeviceError> {
+        let mut buffer = Vec::new();
+        let bytes = len.saturating_mul(size_of::<f32>());
+        buffer.try_reserve_exact(len).map_err(|_| DeviceError::OutOfMemory { what: "activations", bytes })?;
+        buffer.resize(len, 0.0);
+        Ok(buffer)
+    }
+
+    fn upload(&self, values: &[f32]) -> Result<Vec<f32>, DeviceError> {
+        Ok(values.to_vec())
+    }
+
+    fn download(&self, buffer: &Vec<f32>, range: Range<usize>, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend_from_slice(&buffer[range]);
+    }
+
+    fn matrix(&self, tensor: Tensor) -> Result<Tensor, DeviceError> {
+        Ok(tensor)
+    }
+
+    fn store(
+        &self,
+        layout: &CacheLayout,
+        num_blocks: usize,
+        num_sequences: usize,
+        max_rows: usize,
+    ) -> Result<CpuCache, DeviceError> {
+        let store = CpuStore::new(layout, num_blocks, num_sequences, max_rows)?;
+        Ok(CpuCache { store, buffers: Buffers::default() })
+    }
+
+    fn embed(&self, table: &Tensor, ids: &[u32], out: &mut Vec<f32>) {
+        let values = table.values();
+        for (id, out) in ids.iter().zip(out.chunks_exact_mut(table.cols())) {
+            match values {
+                Values::F32(values) => widen_row(values, *id as usize, out),
+                Values::F16(values) => widen_row(values, *id as usize, out),
+                Values::Bf16(values) => widen_row(values, *id as usize, out),
+            }
+        }
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Vec<f32>,
+        rows: Range<usize>,
+        width: usize,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
+        let x = &x[rows.start * width..rows.end * width];
+        let out = &mut out[..rows.len() * width];
+        if rows.len() < PARALLEL_ROWS {
+            norm_rows(x.chunks_exact(width).zip(out.chunks_exact_mut(width)), weight, eps);
+        } else {
+            let pairs = x.par_chunks(width * PARALLEL_ROWS).zip(out.par_chunks_mut(width * PARALLEL_ROWS));
+            pairs.for_each(|(x, out)| norm_rows(x.chunks_exact(width).zip(out.chunks_exact_mut(width)), weight, eps));
+        }
+    }
+
+    fn rms_norm_inplace(&self, x: &mut Vec<f32>, rows: usize, width: usize, weight: &Vec<f32>, eps: f32) {
+        x[..rows * width].par_chunks_mut(width * PARALLEL_ROWS).for_each(|rows| {
+            for row in rows.chunks_exact_mut(width) {
+                let scale = rms_scale(row, eps);
+                for (x, weight) in row.iter_mut().zip(weight) {
+                    *x = *x * scale * weight;
+                }
+            }
+        });
+    }
+
+    fn linear(
+        &self,
+        x: &Vec<f32>,
+        rows: usize,
+        w: &Tensor,
+        bias: Option<&Vec<f32>>,
+        out: &mut Vec<f32>,
+        output: Output,
+    ) {
+        let shape = dot::Shape { m: rows, n: w.rows(), k: w.cols() };
+        let bias = bias.map(Vec::as_slice);
+        match w.values() {
+            Values::F32(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
+            Values::F16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
+            Values::Bf16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
+        }
+    }
+
+    fn rope_table(&self, inv_freq: &[f32], positions: &[u32], out: &mut Vec<f32>) {
+        let half = inv_freq.len();
+        for (position, row) in positions.iter().zip(out.chunks_exact_mut(2 * half)) {
+            let (cosines, sines) = row.split_at_mut(half);
+            for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(inv_freq) {
+                (*sine, *cosine) = (*position as f32 * frequency).sin_cos();
+            }
+        }
+    }
+
+    fn rope(&self, x: &mut Vec<f32>, heads: usize, head_dim: usize, table: &Vec<f32>, rows: Range<usize>) {
+        let half = head_dim / 2;
+        let table = table[rows.start * head_dim..rows.end * head_dim].par_chunks(head_dim);
+        x.par_chunks_mut(heads * head_dim).zip(table).for_each(|(row, angles)| {
+            let (cosines, sines) = angles.split_at(half);
+            for head in row.chunks_exact_mut(head_dim) {
+                let (low, high) = head.split_at_mut(half);
+                for (((a, b), cosine), sine) in low.iter_mut().zip(high).zip(cosines).zip(sines) {
+                    (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+                }
+            }
+        });
+    }
+
+    fn silu_mul(&self, gate: &mut Vec<f32>, up: &Vec<f32>, len: usize) {
+        let chunk = 4096;
+        gate[..len].par_chunks_mut(chunk).zip(up[..len].par_chunks(chunk)).for_each(|(gate, up)| {
+            for (gate, up) in gate.iter_mut().zip(up) {
+                *gate = *gate / (1.0 + (-*gate).exp()) * up;
+            }
+        });
+    }
+
+    fn write_kv(
+        &self,
+        store: &mut CpuCache,
+        layer: usize,
+        batch: &Batch,
+        rows: Range<usize>,
+        k: &Vec<f32>,
+        v: &Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        store.store.write(layer, batch, rows, k, v)
+    }
+
+    fn attention(
+        &self,
+        cache: &mut CpuCache,
+        layer: usize,
+        batch: &Batch,
+        rows: Range<usize>,
+        num_heads: usize,
+        q: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        if batch.mode == Mode::Chunk {
+            let call = self.call(&cache.store, layer, &batch.spans, num_heads);
+            attention::attend(call, &mut cache.buffers, rows, q, out);
+            return Ok(());
+        }
+        let width = num_heads * cache.store.layout().shape.head_dim;
+        for span in &batch.spans {
+            let mut one = span.clone();
+            for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
+                one.rows = row..row + 1;
+                one.cached = span.cached + row - span.rows.start;
+                let at = (row - rows.start) * width;
+                let call = self.call(&cache.store, layer, std::slice::from_ref(&one), num_heads);
+                attention::attend(call, &mut cache.buffers, row..row + 1, &q[at..], &mut out[at..]);
+                cache.store.append(layer, &one, row..row + 1, one.cached)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&self, cache: &mut CpuCache, layer: usize, batch: &Batch) -> Result<(), DeviceError> {
+        if batch.mode == Mode::Streaming {
+            return Ok(());
+        }
+        for span in &batch.spans {
+            cache.store.append(layer, span, span.rows.clone(), span.cached)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,44 @@
+use thiserror::Error;
+
+/// Why a device cannot do what was asked.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// Memory could not be had.
+    #[error("cannot allocate {bytes} bytes for {what}; plan a shorter context or fewer sequences")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+    },
+    /// A thread pool could not be started.
+    #[error("cannot start {threads} threads: {message}")]
+    Threads {
+        /// Number of threads asked for.
+        threads: usize,
+        /// The reason.
+        message: String,
+    },
+    /// A key or value cannot be stored in 16 bit.
+    #[error(
+        "{side} of layer {layer}, token {token} holds {value}, which fp16 cannot store: the model's weights or its dtype are not usable"
+    )]
+    NotFinite {
+        /// "key" or "value".
+        side: &'static str,
+        /// Decoder layer.
+        layer: usize,
+        /// Position of the token in its sequence.
+        token: usize,
+        /// The value.
+        value: f32,
+    },
+    /// A group of keys or values cannot be quantised.
+    #[error("layer {layer}: {source}")]
+    Quantize {
+        /// Decoder layer.
+        layer: usize,
+        /// The reason.
+        source: dibit_quant::QuantError,
+    },
+}

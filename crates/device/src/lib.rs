@@ -1,0 +1,16 @@
+//! The operations that a dibit model is made of.
+//!
+//! [`Device`] is the whole contract between a model and the machine it runs on. [`Cpu`] is its
+//! reference implementation; any other device is tested against it.
+
+mod batch;
+mod cpu;
+mod device;
+mod error;
+mod tensor;
+
+pub use batch::{Batch, Mode, Span};
+pub use cpu::Cpu;
+pub use device::{Device, Output};
+pub use error::DeviceError;
+pub use tensor::{Bytes, DType, Tensor, TensorError};

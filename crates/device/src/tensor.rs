@@ -1,0 +1,240 @@
+//! Weights as they come from a checkpoint: mapped where the layout allows, owned where they were changed.
+
+use half::{bf16, f16};
+use std::ops::Deref;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Storage type of a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl DType {
+    /// Bytes of one number.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::Bf16 => 2,
+        }
+    }
+
+    /// The name that checkpoints and options use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::Bf16 => "bf16",
+        }
+    }
+}
+
+/// Why bytes are not a tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{bytes} bytes cannot hold a {rows} x {cols} tensor of {dtype}")]
+pub struct TensorError {
+    rows: usize,
+    cols: usize,
+    bytes: usize,
+    dtype: &'static str,
+}
+
+/// Bytes that outlive every tensor cut from them: a mapped file, or part of the program.
+pub type Bytes = Arc<dyn Deref<Target = [u8]> + Send + Sync>;
+
+#[derive(Clone)]
+enum Storage<T> {
+    Owned(Arc<Vec<T>>),
+    Shared { bytes: Bytes, offset: usize, len: usize },
+}
+
+impl<T: bytemuck::Pod> Storage<T> {
+    fn new(bytes: &Bytes, offset: usize, len: usize) -> Self {
+        let raw = &bytes[offset..offset + len];
+        match bytemuck::try_cast_slice::<u8, T>(raw) {
+            Ok(_) => Storage::Shared { bytes: bytes.clone(), offset, len },
+            Err(_) => Storage::Owned(Arc::new(bytemuck::pod_collect_to_vec(raw))),
+        }
+    }
+
+    fn as_slice(&self) -> &[T] {
+        match self {
+            Storage::Owned(values) => values,
+            Storage::Shared { bytes, offset, len } => bytemuck::cast_slice(&bytes[*offset..*offset + *len]),
+        }
+    }
+}
+
+#[derive(Clone)]
+enum Data {
+    F32(Storage<f32>),
+    F16(Storage<f16>),
+    Bf16(Storage<bf16>),
+}
+
+/// The numbers of a tensor, by storage type.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+/// A row-major matrix `[rows, cols]`; a vector is one row.
+#[derive(Clone)]
+pub struct Tensor {
+    rows: usize,
+    cols: usize,
+    data: Data,
+}
+
+impl Tensor {
+    /// A matrix over `bytes[offset .. offset + rows * cols * size]`, little-endian, copied only where the
+    /// bytes are not aligned.
+    ///
+    /// # Errors
+    /// [`TensorError`] where there are fewer bytes than that.
+    pub fn from_bytes(
+        bytes: &Bytes,
+        offset: usize,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, TensorError> {
+        let available = bytes.len().saturating_sub(offset);
+        let len = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size())).filter(|n| *n <= available);
+        let Some(len) = len else {
+            return Err(TensorError { rows, cols, bytes: available, dtype: dtype.name() });
+        };
+        let data = match dtype {
+            DType::F32 => Data::F32(Storage::new(bytes, offset, len)),
+            DType::F16 => Data::F16(Storage::new(bytes, offset, len)),
+            DType::Bf16 => Data::Bf16(Storage::new(bytes, offset, len)),
+        };
+        Ok(Tensor { rows, cols, data })
+    }
+
+    /// A matrix of `values`, rounded to `dtype`.
+    ///
+    /// # Panics
+    /// If there are not `rows * cols` values.
+    pub fn from_f32(values: Vec<f32>, dtype: DType, rows: usize, cols: usize) -> Self {
+        assert_eq!(values.len(), rows * cols, "values of a {rows} x {cols} matrix");
+        let data = match dtype {
+            DType::F32 => Data::F32(Storage::Owned(Arc::new(values))),
+            DType::F16 => Data::F16(Storage::Owned(Arc::new(values.into_iter().map(f16::from_f32).collect()))),
+            DType::Bf16 => Data::Bf16(Storage::Owned(Arc::new(values.into_iter().map(bf16::from_f32).collect()))),
+        };
+        Tensor { rows, cols, data }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Storage type.
+    pub fn dtype(&self) -> DType {
+        match &self.data {
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::Bf16(_) => DType::Bf16,
+        }
+    }
+
+    /// Bytes of the numbers.
+    pub fn num_bytes(&self) -> usize {
+        self.rows * self.cols * self.dtype().size()
+    }
+
+    /// True where the tensor is a view of a mapped file or of the program, not a copy.
+    pub fn is_shared(&self) -> bool {
+        match &self.data {
+            Data::F32(storage) => matches!(storage, Storage::Shared { .. }),
+            Data::F16(storage) => matches!(storage, Storage::Shared { .. }),
+            Data::Bf16(storage) => matches!(storage, Storage::Shared { .. }),
+        }
+    }
+
+    pub(crate) fn values(&self) -> Values<'_> {
+        match &self.data {
+            Data::F32(storage) => Values::F32(storage.as_slice()),
+            Data::F16(storage) => Values::F16(storage.as_slice()),
+            Data::Bf16(storage) => Values::Bf16(storage.as_slice()),
+        }
+    }
+
+    /// The numbers of row `row`, widened.
+    pub fn row(&self, row: usize) -> Vec<f32> {
+        let range = row * self.cols..(row + 1) * self.cols;
+        match self.values() {
+            Values::F32(values) => values[range].to_vec(),
+            Values::F16(values) => values[range].iter().map(|v| v.to_f32()).collect(),
+            Values::Bf16(values) => values[range].iter().map(|v| v.to_f32()).collect(),
+        }
+    }
+
+    /// All numbers, widened, row by row.
+    pub fn to_f32(&self) -> Vec<f32> {
+        (0..self.rows).flat_map(|row| self.row(row)).collect()
+    }
+
+    /// The same matrix in another storage type; nothing is copied where it has that type.
+    pub fn cast(&self, dtype: DType) -> Tensor {
+        if dtype == self.dtype() { self.clone() } else { Tensor::from_f32(self.to_f32(), dtype, self.rows, self.cols) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(raw: Vec<u8>) -> Bytes {
+        Arc::new(raw)
+    }
+
+    #[test]
+    fn aligned_bytes_are_shared_and_others_copied() {
+        let mut raw = vec![0u8; 16];
+        let base = raw.as_ptr().align_offset(2);
+        for offset in [base, base + 5] {
+            raw[offset..offset + 2].copy_from_slice(&bf16::from_f32(1.0).to_le_bytes());
+            raw[offset + 2..offset + 4].copy_from_slice(&bf16::from_f32(-2.5).to_le_bytes());
+        }
+        let raw = bytes(raw);
+        for (offset, shared) in [(base, true), (base + 5, false)] {
+            let tensor = Tensor::from_bytes(&raw, offset, DType::Bf16, 1, 2).unwrap();
+            assert_eq!(tensor.to_f32(), [1.0, -2.5]);
+            assert_eq!(tensor.is_shared(), shared);
+        }
+    }
+
+    #[test]
+    fn too_few_bytes_are_refused() {
+        let raw = bytes(vec![0; 8]);
+        assert!(Tensor::from_bytes(&raw, 4, DType::F32, 1, 1).is_ok());
+        let error = Tensor::from_bytes(&raw, 4, DType::F32, 1, 2).err().unwrap();
+        assert!(error.to_string().contains("4 bytes cannot hold a 1 x 2 tensor of f32"));
+        assert!(Tensor::from_bytes(&raw, 0, DType::F32, usize::MAX, 2).is_err());
+        assert!(Tensor::from_bytes(&raw, 100, DType::F32, 1, 1).is_err());
+    }
+
+    #[test]
+    fn casting_rounds_once() {
+        let tensor = Tensor::from_f32(vec![1.0, 1.0 + 2f32.powi(-9)], DType::F32, 2, 1);
+        assert_eq!(tensor.cast(DType::Bf16).to_f32(), [1.0, 1.0]);
+        assert_eq!(tensor.cast(DType::F16).to_f32(), tensor.to_f32());
+        assert_eq!((tensor.cast(DType::F16).num_bytes(), tensor.row(1).len()), (4, 1));
+    }
+}

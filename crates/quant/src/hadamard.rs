@@ -1,0 +1,179 @@
+//! Normalised Hadamard rotations of a row vector, `x <- x H`.
+//!
+//! `H = had(K) (x) Sylvester(n / K) / sqrt(n)` with `K` = 1, 12 or 20. had(12) and had(20) are
+//! Paley's first construction over the primes 11 and 19. For `K` = 1 the matrix is symmetric and its
+//! own inverse; otherwise the inverse is the transpose.
+
+use crate::QuantError;
+
+/// A normalised Hadamard matrix, applied in place without being stored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hadamard {
+    order: usize,
+    /// Signs of the `outer x outer` factor, row-major; empty where the factor is 1.
+    outer_signs: Vec<f32>,
+    outer: usize,
+}
+
+impl Hadamard {
+    /// The matrix of this order.
+    ///
+    /// # Errors
+    /// [`QuantError::HadamardOrder`] unless the order is 2^k, 12*2^k or 20*2^k.
+    pub fn new(order: usize) -> Result<Self, QuantError> {
+        let outer = [1, 12, 20]
+            .into_iter()
+            .find(|k| order.is_multiple_of(*k) && (order / k).is_power_of_two())
+            .ok_or(QuantError::HadamardOrder(order))?;
+        let outer_signs = if outer == 1 { Vec::new() } else { paley(outer) };
+        Ok(Hadamard { order, outer_signs, outer })
+    }
+
+    /// Number of rows and columns.
+    pub fn order(&self) -> usize {
+        self.order
+    }
+
+    /// Rotates `row` in place: `row <- row H`.
+    ///
+    /// # Panics
+    /// If `row` is not [`Hadamard::order`] long.
+    pub fn apply(&self, row: &mut [f32]) {
+        self.rotate(row, |signs, i, j, k| signs[i * k + j]);
+    }
+
+    /// Rotates `row` back in place: `row <- row H^T`, the inverse of [`Hadamard::apply`].
+    ///
+    /// # Panics
+    /// If `row` is not [`Hadamard::order`] long.
+    pub fn apply_inverse(&self, row: &mut [f32]) {
+        self.rotate(row, |signs, i, j, k| signs[j * k + i]);
+    }
+
+    fn rotate(&self, row: &mut [f32], sign: impl Fn(&[f32], usize, usize, usize) -> f32) {
+        assert_eq!(row.len(), self.order, "row of a rotation of order {}", self.order);
+        let inner = self.order / self.outer;
+        for block in row.chunks_exact_mut(inner) {
+            sylvester(block);
+        }
+        if self.outer > 1 {
+            let mut column = [0f32; 20];
+            for lane in 0..inner {
+                for (i, value) in column[..self.outer].iter_mut().enumerate() {
+                    *value = row[i * inner + lane];
+                }
+                for j in 0..self.outer {
+                    row[j * inner + lane] =
+                        (0..self.outer).map(|i| column[i] * sign(&self.outer_signs, i, j, self.outer)).sum();
+                }
+            }
+        }
+        let norm = 1.0 / (self.order as f32).sqrt();
+        for value in row {
+            *value *= norm;
+        }
+    }
+}
+
+/// Unnormalised fast Walsh-Hadamard transform of a power-of-two length.
+fn sylvester(row: &mut [f32]) {
+    let mut half = 1;
+    while half < row.len() {
+        for pair in row.chunks_exact_mut(2 * half) {
+            let (low, high) = pair.split_at_mut(half);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        half *= 2;
+    }
+}
+
+/// Paley's first construction: `I + S` for a prime `order - 1` congruent 3 modulo 4.
+fn paley(order: usize) -> Vec<f32> {
+    let prime = order - 1;
+    let mut character = vec![-1.0; prime];
+    character[0] = 0.0;
+    for i in 1..prime {
+        character[i * i % prime] = 1.0;
+    }
+    let mut signs = vec![0.0; order * order];
+    for i in 0..order {
+        for j in 0..order {
+            signs[i * order + j] = match (i, j) {
+                (i, j) if i == j => 1.0,
+                (0, _) => 1.0,
+                (_, 0) => -1.0,
+                (i, j) => character[(j + prime - i) % prime],
+            };
+        }
+    }
+    signs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ORDERS: [usize; 12] = [1, 2, 12, 20, 24, 40, 64, 80, 96, 128, 256, 512];
+
+    #[test]
+    fn rows_are_orthonormal_with_equal_magnitudes() {
+        for order in ORDERS {
+            let hadamard = Hadamard::new(order).unwrap();
+            let rows: Vec<Vec<f32>> = (0..order)
+                .map(|i| {
+                    let mut row = vec![0.0; order];
+                    row[i] = 1.0;
+                    hadamard.apply(&mut row);
+                    row
+                })
+                .collect();
+            let magnitude = 1.0 / (order as f32).sqrt();
+            for (i, a) in rows.iter().enumerate() {
+                assert!(a.iter().all(|x| (x.abs() - magnitude).abs() < 1e-6), "order {order}");
+                for (j, b) in rows.iter().enumerate() {
+                    let dot: f32 = a.iter().zip(b).map(|(x, y)| x * y).sum();
+                    assert!((dot - f32::from(i == j)).abs() < 1e-5, "order {order}, rows {i} and {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn power_of_two_orders_are_their_own_inverse() {
+        for order in [2, 64, 128, 256] {
+            let hadamard = Hadamard::new(order).unwrap();
+            let start: Vec<f32> = (0..order).map(|i| (i as f32 * 0.37).sin()).collect();
+            let mut row = start.clone();
+            hadamard.apply(&mut row);
+            hadamard.apply(&mut row);
+            assert!(row.iter().zip(&start).all(|(a, b)| (a - b).abs() < 1e-5), "order {order}");
+        }
+    }
+
+    #[test]
+    fn other_orders_are_refused() {
+        for order in [0, 3, 7, 28, 72, 112] {
+            assert_eq!(Hadamard::new(order), Err(QuantError::HadamardOrder(order)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn inverse_undoes_the_rotation(seed in any::<u32>(), which in 0usize..ORDERS.len()) {
+            let order = ORDERS[which];
+            let hadamard = Hadamard::new(order).unwrap();
+            let start: Vec<f32> = (0..order).map(|i| ((seed as f32 * 1e-4) + i as f32 * 1.7).sin()).collect();
+            let mut row = start.clone();
+            hadamard.apply(&mut row);
+            let norm = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>();
+            prop_assert!((norm(&row) - norm(&start)).abs() < 1e-3 * norm(&start).max(1.0));
+            hadamard.apply_inverse(&mut row);
+            for (a, b) in row.iter().zip(&start) {
+                prop_assert!((a - b).abs() < 1e-5);
+            }
+        }
+    }
+}
