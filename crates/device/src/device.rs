@@ -67,6 +67,9 @@ pub trait Device: Send + Sync {
     /// `out[i] = table[ids[i]]`, rows of the table's width.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buffer);
 
+    /// `out[i] = x[rows[i]]`, rows of `width` numbers.
+    fn copy_rows(&self, x: &Self::Buffer, rows: &[usize], width: usize, out: &mut Self::Buffer);
+
     /// Root mean square normalisation of `rows` rows of `width` numbers from row `first` of `x`, into the
     /// first rows of `out`: `x / sqrt(mean(x^2) + eps) * weight`.
     fn rms_norm(
@@ -105,7 +108,8 @@ pub trait Device: Send + Sync {
     /// `gate <- silu(gate) * up` for the first `len` numbers.
     fn silu_mul(&self, gate: &mut Self::Buffer, up: &Self::Buffer, len: usize);
 
-    /// Rounds the keys and values of rows `rows` of the batch to fp16 and keeps them as the pass in flight.
+    /// Keeps the keys and values of rows `rows` of the batch as the pass in flight, which sees them exactly;
+    /// fp16 must be able to hold them, for that is what the window stores.
     /// `k` and `v` hold `rows.len()` rows of `num_key_value_heads * head_dim`; keys are post-RoPE.
     ///
     /// # Errors

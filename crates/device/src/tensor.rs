@@ -167,6 +167,34 @@ impl Tensor {
         }
     }
 
+    /// True where both tensors are views of the same numbers.
+    pub fn same_numbers(&self, other: &Tensor) -> bool {
+        let start = |tensor: &Tensor| match tensor.values() {
+            Values::F32(values) => values.as_ptr().cast::<u8>(),
+            Values::F16(values) => values.as_ptr().cast(),
+            Values::Bf16(values) => values.as_ptr().cast(),
+        };
+        start(self) == start(other)
+    }
+
+    /// A matrix of seeded normal numbers of mean zero.
+    pub fn random(seed: u64, std: f32, dtype: DType, rows: usize, cols: usize) -> Self {
+        // The sum of four uniform numbers is normal enough for made-up weights; its variance is 4 / 12.
+        let scale = std * 3f32.sqrt() / f32::from(u16::MAX);
+        let number = |i: usize| {
+            let bits = splitmix(seed.wrapping_add(i as u64));
+            let sum: i32 = (0..4).map(|part| i32::from((bits >> (16 * part)) as u16)).sum();
+            (sum - 2 * i32::from(u16::MAX)) as f32 * scale
+        };
+        let len = rows * cols;
+        let data = match dtype {
+            DType::F32 => Data::F32(Storage::Owned(Arc::new((0..len).map(number).collect()))),
+            DType::F16 => Data::F16(Storage::Owned(Arc::new((0..len).map(|i| f16::from_f32(number(i))).collect()))),
+            DType::Bf16 => Data::Bf16(Storage::Owned(Arc::new((0..len).map(|i| bf16::from_f32(number(i))).collect()))),
+        };
+        Tensor { rows, cols, data }
+    }
+
     pub(crate) fn values(&self) -> Values<'_> {
         match &self.data {
             Data::F32(storage) => Values::F32(storage.as_slice()),
@@ -194,6 +222,14 @@ impl Tensor {
     pub fn cast(&self, dtype: DType) -> Tensor {
         if dtype == self.dtype() { self.clone() } else { Tensor::from_f32(self.to_f32(), dtype, self.rows, self.cols) }
     }
+}
+
+/// The SplitMix64 generator, by counter.
+fn splitmix(counter: u64) -> u64 {
+    let mut x = counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }
 
 #[cfg(test)]
@@ -228,6 +264,16 @@ mod tests {
         assert!(error.to_string().contains("4 bytes cannot hold a 1 x 2 tensor of f32"));
         assert!(Tensor::from_bytes(&raw, 0, DType::F32, usize::MAX, 2).is_err());
         assert!(Tensor::from_bytes(&raw, 100, DType::F32, 1, 1).is_err());
+    }
+
+    #[test]
+    fn made_up_weights_have_the_spread_they_were_asked_for() {
+        let numbers = Tensor::random(7, 0.02, DType::F32, 100, 200).to_f32();
+        let mean = numbers.iter().sum::<f32>() / 20_000.0;
+        let variance = numbers.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / 20_000.0;
+        assert!(mean.abs() < 1e-3 && (variance.sqrt() - 0.02).abs() < 1e-3, "{mean}, {variance}");
+        assert_eq!(Tensor::random(7, 0.02, DType::F32, 100, 200).to_f32(), numbers);
+        assert_ne!(Tensor::random(8, 0.02, DType::F32, 100, 200).to_f32(), numbers);
     }
 
     #[test]

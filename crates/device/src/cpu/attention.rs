@@ -13,7 +13,7 @@ use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::exp::exp_shifted;
 use super::isa::Isa;
-use super::mix::{self, Codes, Halves, mix_rows};
+use super::mix::{self, Codes, Plain, mix_rows};
 use super::store::CpuStore;
 use crate::Span;
 use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
@@ -213,7 +213,7 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
         } else {
             debug_assert!(start >= packed_keys, "the border of packed keys lies on the grid of pages");
             let runs = call.store.ring_keys(span, call.layer, item.kv_head, tokens.clone());
-            block.half_logits(runs);
+            block.plain_logits(runs);
         }
         block.softmax(tokens.len());
         let border = packed_values.clamp(start, end);
@@ -222,17 +222,17 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
         }
         if end > border {
             let runs = call.store.ring_values(span, call.layer, item.kv_head, border..end);
-            block.half_values(runs, border - start);
+            block.plain_values(runs, border - start);
         }
         start = end;
     }
     if item.incoming {
         for first in (span.rows.start..item.rows.end).step_by(PAGE_TOKENS) {
             let rows = first..item.rows.end.min(first + PAGE_TOKENS);
-            block.half_logits([call.store.incoming_keys(item.kv_head, rows.clone()), &[]]);
+            block.plain_logits([call.store.incoming_keys(item.kv_head, rows.clone()), &[]]);
             block.mask(item.rows.clone(), rows.clone(), group);
             block.softmax(rows.len());
-            block.half_values([call.store.incoming_values(item.kv_head, rows), &[]], 0);
+            block.plain_values([call.store.incoming_values(item.kv_head, rows), &[]], 0);
         }
     }
 }
@@ -253,7 +253,7 @@ impl Block<'_> {
         match self.call.store.layout().page.keys {
             SideLayout::Half { rows } => {
                 let rows = half_rows(page, rows, tokens, self.call.heads.dim);
-                self.half_logits([rows, &[]]);
+                self.plain_logits([rows, &[]]);
             }
             SideLayout::Packed(side) => match side.bits {
                 Bits::Two => self.packed_logits::<2>(page, &side),
@@ -292,8 +292,8 @@ impl Block<'_> {
         }
     }
 
-    /// Logits of tokens in 16 bit, given as up to two runs of rows.
-    fn half_logits(&mut self, runs: [&[f16]; 2]) {
+    /// Logits of tokens outside of pages, given as up to two runs of rows.
+    fn plain_logits<E: Element>(&mut self, runs: [&[E]; 2]) {
         let d = self.call.heads.dim;
         let Scratch { queries, logits, .. } = &mut *self.scratch;
         let mut first = 0;
@@ -342,7 +342,7 @@ impl Block<'_> {
         match self.call.store.layout().page.values {
             SideLayout::Half { rows } => {
                 let rows = half_rows(page, rows, tokens, self.call.heads.dim);
-                self.half_values([rows, &[]], 0);
+                self.plain_values([rows, &[]], 0);
             }
             SideLayout::Packed(side) => {
                 let rows = tokens.start % PAGE_TOKENS..(tokens.end - 1) % PAGE_TOKENS + 1;
@@ -384,8 +384,8 @@ impl Block<'_> {
         }
     }
 
-    /// Adds the weighted values of tokens in 16 bit; their weights begin at `first`.
-    fn half_values(&mut self, runs: [&[f16]; 2], first: usize) {
+    /// Adds the weighted values of tokens outside of pages; their weights begin at `first`.
+    fn plain_values<E: Element>(&mut self, runs: [&[E]; 2], first: usize) {
         let d = self.call.heads.dim;
         let mut first = first;
         for run in runs {
@@ -398,7 +398,7 @@ impl Block<'_> {
                 units: d,
                 y_stride: d + 2,
             };
-            mix_rows::<Halves>(self.call.isa, &self.scratch.logits[first..], run, shape, &mut self.partials[2..]);
+            mix_rows::<Plain<E>>(self.call.isa, &self.scratch.logits[first..], run, shape, &mut self.partials[2..]);
             first += rows;
         }
     }

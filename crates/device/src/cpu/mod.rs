@@ -143,6 +143,12 @@ impl Device for Cpu {
         }
     }
 
+    fn copy_rows(&self, x: &Vec<f32>, rows: &[usize], width: usize, out: &mut Vec<f32>) {
+        for (row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+            out.copy_from_slice(&x[row * width..(row + 1) * width]);
+        }
+    }
+
     fn rms_norm(
         &self,
         x: &Vec<f32>,

@@ -24,8 +24,8 @@ struct Rows {
     slots: usize,
     /// fp16 `[layer][sequence][kv head][slot][head_dim]`; token `t` lies in slot `t % slots`.
     ring: MmapMut,
-    /// fp16 `[kv head][row of the batch][head_dim]`.
-    incoming: Vec<f16>,
+    /// f32 `[kv head][row of the batch][head_dim]`.
+    incoming: Vec<f32>,
 }
 
 /// Buffers of the encoder.
@@ -51,7 +51,7 @@ impl CpuStore {
         let row_count = shape.num_key_value_heads * max_rows * shape.head_dim;
         let rows = |side, slots: usize| -> Result<Rows, DeviceError> {
             let ring = map("window rings", heads * slots * shape.head_dim * size_of::<f16>())?;
-            Ok(Rows { side, slots, ring, incoming: vec![f16::ZERO; row_count] })
+            Ok(Rows { side, slots, ring, incoming: vec![0.0; row_count] })
         };
         let lanes = PAGE_TOKENS.max(shape.head_dim);
         Ok(CpuStore {
@@ -83,12 +83,12 @@ impl CpuStore {
     }
 
     /// Keys of these rows of the pass in flight.
-    pub(super) fn incoming_keys(&self, kv_head: usize, rows: Range<usize>) -> &[f16] {
+    pub(super) fn incoming_keys(&self, kv_head: usize, rows: Range<usize>) -> &[f32] {
         self.keys.incoming(&self.layout, kv_head, rows)
     }
 
     /// Values of these rows of the pass in flight.
-    pub(super) fn incoming_values(&self, kv_head: usize, rows: Range<usize>) -> &[f16] {
+    pub(super) fn incoming_values(&self, kv_head: usize, rows: Range<usize>) -> &[f32] {
         self.values.incoming(&self.layout, kv_head, rows)
     }
 
@@ -168,7 +168,7 @@ impl Rows {
         [&ring[first * d..(first + until_wrap) * d], &ring[..(tokens.len() - until_wrap) * d]]
     }
 
-    fn incoming(&self, layout: &CacheLayout, kv_head: usize, rows: Range<usize>) -> &[f16] {
+    fn incoming(&self, layout: &CacheLayout, kv_head: usize, rows: Range<usize>) -> &[f32] {
         let shape = layout.shape;
         let head = self.incoming.len() / shape.num_key_value_heads;
         let start = kv_head * head;
@@ -182,10 +182,11 @@ impl Rows {
         for (row, source) in rows.zip(source.chunks_exact(shape.num_key_value_heads * d)) {
             for (kv_head, source) in source.chunks_exact(d).enumerate() {
                 let target = &mut self.incoming[kv_head * head + row * d..][..d];
-                target.convert_from_f32_slice(source);
-                if let Some(at) = target.iter().position(|value| !value.is_finite()) {
-                    return Err((row, source[at]));
+                // Numbers that fp16 would round to infinity are refused before they are cached.
+                if let Some(value) = source.iter().find(|value| !(value.abs() <= f16::MAX.to_f32())) {
+                    return Err((row, *value));
                 }
+                target.copy_from_slice(source);
             }
         }
         Ok(())
@@ -197,7 +198,7 @@ impl Rows {
         let head = self.incoming.len() / layout.shape.num_key_value_heads;
         let source = kv_head * head + row * d;
         bytemuck::cast_slice_mut::<u8, f16>(&mut self.ring)[start..start + d]
-            .copy_from_slice(&self.incoming[source..source + d]);
+            .convert_from_f32_slice(&self.incoming[source..source + d]);
     }
 }
 

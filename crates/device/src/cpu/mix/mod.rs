@@ -10,7 +10,7 @@
 
 use super::element::Element;
 use super::isa::{BASELINE_FMA, dispatch, mul_add};
-use half::f16;
+use std::marker::PhantomData;
 
 /// A storage unit and the lanes in it.
 pub(crate) trait Rows: Copy + Send + Sync + 'static {
@@ -35,15 +35,15 @@ impl<const BITS: usize> Rows for Codes<BITS> {
     }
 }
 
-/// fp16 numbers.
+/// Plain numbers: a unit is a lane.
 #[derive(Clone, Copy)]
-pub(crate) struct Halves;
+pub(crate) struct Plain<E>(PhantomData<E>);
 
-impl Rows for Halves {
-    type Unit = f16;
+impl<E: Element> Rows for Plain<E> {
+    type Unit = E;
     const FIELDS: usize = 1;
     #[inline(always)]
-    fn lane(unit: f16, _: usize) -> f32 {
+    fn lane(unit: E, _: usize) -> f32 {
         unit.widen()
     }
 }
@@ -172,6 +172,7 @@ dispatch! {
 mod tests {
     use super::*;
     use crate::cpu::isa::Isa;
+    use half::f16;
     use proptest::prelude::*;
 
     fn check<R: Rows>(m: usize, rows: usize, units: usize, unit: impl Fn(usize) -> R::Unit) {
@@ -196,7 +197,8 @@ mod tests {
             check::<Codes<2>>(m, rows, units, byte);
             check::<Codes<4>>(m, rows, units, byte);
             check::<Codes<8>>(m, rows, units, byte);
-            check::<Halves>(m, rows, units, |i| f16::from_f32((i as f32 * 0.91).sin()));
+            check::<Plain<f16>>(m, rows, units, |i| f16::from_f32((i as f32 * 0.91).sin()));
+            check::<Plain<f32>>(m, rows, units, |i| (i as f32 * 0.91).sin());
         }
     }
 

@@ -1,0 +1,232 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dibit_device::DType;
+use std::path::PathBuf;
+
+/// LLM inference with a key-value cache of two bits
+#[derive(Parser)]
+#[command(name = "dibit", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "\
+Examples:
+  dibit generate \"Once upon a time\"
+  dibit chat --model Qwen/Qwen3-0.6B
+  dibit perplexity --text wiki.txt --kv kivi,kvlinc
+  dibit inspect --model meta-llama/Llama-3.1-8B --context 131072 --kv fp16,kvlinc
+
+Without --model, the bundled model runs: 16 M parameters, for trying things out.
+RUST_LOG=debug shows more of what happens.")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Continue a prompt
+    Generate(GenerateArgs),
+    /// Talk to a model
+    Chat(ChatArgs),
+    /// Measure what cache schemes cost: perplexity, KL divergence, bits
+    Perplexity(PerplexityArgs),
+    /// Plan memory: weights, cache by scheme, what fits
+    Inspect(InspectArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The checkpoint's safetensors
+    Auto,
+    /// Seeded random weights of the shape in config.json, to measure without a download
+    Dummy,
+}
+
+/// Storage type of the weights.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum DtypeArg {
+    /// As in the checkpoint
+    Auto,
+    F32,
+    Bf16,
+}
+
+impl DtypeArg {
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            DtypeArg::Auto => None,
+            DtypeArg::F32 => Some(DType::F32),
+            DtypeArg::Bf16 => Some(DType::Bf16),
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Directory of a Hugging Face checkpoint, or a hub id org/name[@revision] [default: the bundled model]
+    #[arg(short, long, value_name = "DIR|ID")]
+    pub model: Option<String>,
+    /// Where weights come from; with dummy, --model may also be a config.json
+    #[arg(long, value_enum, default_value = "auto")]
+    pub load_format: LoadFormat,
+    /// Storage type of the weights; sums are always f32
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: DtypeArg,
+}
+
+#[derive(Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Threads [default: one for each core]
+    #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// Divisor of the logits; 0 is greedy [default: the model's]
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Sample from the most likely tokens that hold this probability [default: the model's]
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Sample from this many most likely tokens, 0 for all [default: the model's]
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Seed of the random numbers [default: from the clock]
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+#[derive(Args)]
+pub struct CacheArgs {
+    /// Cache scheme: fp16, kivi, kivi-paper, kvlinc, or a file ending in .toml
+    #[arg(long, default_value = "kvlinc", value_name = "SCHEME")]
+    pub kv: String,
+    /// Context that the cache is planned for, in tokens
+    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: Option<u32>,
+    /// Prompt tokens that are prefilled together [default: as many as fit a fixed budget]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prefill_chunk: Option<u32>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  dibit generate \"Once upon a time\"
+  dibit generate --model ./Llama-3.2-1B --kv kivi --temperature 0 --max-tokens 64 \"The capital of France is\"
+  cat long.txt | dibit generate --json
+  dibit generate --prompts prompts.txt --temperature 0")]
+pub struct GenerateArgs {
+    /// The prompt; read from stdin where it is left out
+    #[arg(conflicts_with = "prompts")]
+    pub prompt: Option<String>,
+    /// A file of prompts, one a line, run together
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Prompts of --prompts that run at once
+    #[arg(long, default_value = "8", requires = "prompts", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub parallel: u16,
+    #[command(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    /// Tokens to generate at most
+    #[arg(short = 'n', long, default_value = "256")]
+    pub max_tokens: usize,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// End the text where this string appears; may be repeated
+    #[arg(long, value_name = "STRING")]
+    pub stop: Vec<String>,
+    /// Print one JSON object (an array with --prompts) and nothing else to stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Within the conversation: /reset forgets it, /stats shows the cache, /quit ends. Ctrl-C stops an answer.
+
+Examples:
+  dibit chat --model Qwen/Qwen3-0.6B
+  dibit chat --model ./Qwen2.5-1.5B-Instruct --system \"Answer in one sentence.\" --context 16384")]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    /// System message
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Tokens of an answer at most
+    #[arg(short = 'n', long, default_value = "1024")]
+    pub max_tokens: usize,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Every row sees the packed keys and values that decoding would show it. KL and agreement are against fp16.
+
+Examples:
+  dibit perplexity --text wiki.test.raw --windows 4
+  dibit perplexity --model ./Qwen3-0.6B --text book.txt --kv kivi,kvlinc,mine.toml --context 4096 --json out.json")]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// The text, UTF-8
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Cache schemes, separated by commas; fp16 is always there as the reference
+    #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
+    pub kv: Vec<String>,
+    /// Tokens of a window
+    #[arg(short, long, default_value = "2048")]
+    pub context: usize,
+    /// Number of windows [default: the whole text]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub windows: Option<u32>,
+    /// Write all figures there, those of every token too
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  dibit inspect
+  dibit inspect --model ./Llama-3.1-8B --context 131072 --batch 4 --kv fp16,kvlinc
+  dibit inspect --model config.json --load-format dummy --json")]
+pub struct InspectArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Context of a sequence, in tokens [default: the model's]
+    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: Option<u32>,
+    /// Sequences at once
+    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    /// Cache schemes, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
+    pub kv: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  dibit completions bash > ~/.local/share/bash-completion/completions/dibit
+  dibit completions zsh > ~/.zfunc/_dibit")]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}

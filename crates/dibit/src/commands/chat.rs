@@ -1,0 +1,113 @@
+use super::{cache_line, cpu, interrupt_flag, model_line, sampling, scheme};
+use crate::args::ChatArgs;
+use crate::{Outcome, source};
+use anyhow::Result;
+use dibit_device::{Cpu, Device};
+use dibit_engine::{Chat, Completion, Engine, FinishReason, Options, Sampling};
+use rustyline::error::ReadlineError;
+use rustyline::history::DefaultHistory;
+use rustyline::{Config, Editor};
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /quit ends";
+
+pub fn run(args: &ChatArgs) -> Result<Outcome> {
+    let scheme = scheme(&args.cache.kv)?;
+    let pretrained = source::load(&args.run.model)?;
+    let sampling = sampling(&args.sampling, &pretrained.generation_config);
+    sampling.validate()?;
+    let cpu = cpu(&args.run)?;
+    let limit = pretrained.config.max_position_embeddings;
+    let options = Options {
+        context: args.cache.context.map_or(limit, |context| context as usize),
+        sequences: 1,
+        prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
+    };
+    let mut engine = Engine::new(&cpu, &pretrained, &scheme, options)?;
+    let mut chat = Chat::new(&mut engine, args.system.as_deref())?;
+    let dim = anstyle::Style::new().dimmed();
+    anstream::eprintln!("{dim}{}\n{HELP}{dim:#}", model_line(&pretrained, &cpu.describe()));
+
+    let interrupted = interrupt_flag()?;
+    let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
+    loop {
+        let line = match editor.readline("> ") {
+            Ok(line) => line,
+            Err(ReadlineError::Interrupted) => continue,
+            Err(ReadlineError::Eof) => break,
+            Err(error) => return Err(error.into()),
+        };
+        match line.trim() {
+            "" => {}
+            "/quit" | "/exit" => break,
+            "/reset" => {
+                chat.reset(&mut engine);
+                anstream::eprintln!("{dim}forgotten{dim:#}");
+            }
+            "/stats" => {
+                let usage = chat.usage(&engine);
+                let (turns, context) = (chat.messages().len(), engine.context());
+                anstream::eprintln!(
+                    "{dim}{turns} messages, {} of {context} tokens\n{}{dim:#}",
+                    usage.tokens,
+                    cache_line(&scheme.name, &usage)
+                );
+            }
+            command if command.starts_with('/') => anstream::eprintln!("{dim}unknown command; {HELP}{dim:#}"),
+            _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, sampling, &interrupted) {
+                Ok(done) => anstream::eprintln!("{dim}{}{dim:#}", turn_line(&done)),
+                // The conversation is as it was: the user can go on, or /reset.
+                Err(error) if error.downcast_ref::<std::io::Error>().is_none() => {
+                    anstream::eprintln!("error: {error:#}");
+                }
+                Err(error) => return Err(error),
+            },
+        }
+    }
+    chat.close(&mut engine);
+    Ok(Outcome::Done)
+}
+
+fn answer(
+    chat: &mut Chat,
+    engine: &mut Engine<'_, Cpu>,
+    line: &str,
+    max_tokens: usize,
+    sampling: Sampling,
+    interrupted: &AtomicBool,
+) -> Result<Completion> {
+    interrupted.store(false, Ordering::Relaxed);
+    let mut stdout = std::io::stdout().lock();
+    let mut write_error = None;
+    let done = chat.answer(engine, line, max_tokens, sampling, |text| {
+        if let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+            write_error = Some(error);
+            return ControlFlow::Break(());
+        }
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    if let Some(error) = write_error {
+        return Err(error.into());
+    }
+    writeln!(stdout)?;
+    Ok(done)
+}
+
+fn turn_line(done: &Completion) -> String {
+    let end = match done.finish {
+        FinishReason::Stop => "",
+        FinishReason::Length => ", cut at --max-tokens",
+        FinishReason::Context => ", the context is full: /reset",
+        FinishReason::Cancelled => ", stopped",
+    };
+    format!(
+        "{} + {} tokens, {:.1} tokens/s, {} in the cache at {:.2} bits{end}",
+        done.prompt_tokens,
+        done.tokens.len(),
+        done.decode_rate(),
+        done.usage.tokens,
+        done.usage.bits()
+    )
+}

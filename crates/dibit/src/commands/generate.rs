@@ -1,0 +1,183 @@
+use super::{cache_line, cpu, interrupt_flag, model_line, sampling, scheme};
+use crate::args::GenerateArgs;
+use crate::{Outcome, source};
+use anyhow::{Context, Result, bail};
+use dibit_device::Device;
+use dibit_engine::{Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling};
+use dibit_model::Pretrained;
+use serde_json::{Value, json};
+use std::io::{IsTerminal, Read, Write};
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+
+pub fn run(args: &GenerateArgs) -> Result<Outcome> {
+    let prompts = prompts(args)?;
+    let scheme = scheme(&args.cache.kv)?;
+    let pretrained = source::load(&args.run.model)?;
+    let sampling = sampling(&args.sampling, &pretrained.generation_config);
+    sampling.validate()?;
+    let requests = requests(args, &pretrained, &prompts, sampling)?;
+    let cpu = cpu(&args.run)?;
+    let options = Options {
+        context: context(args, &pretrained, &requests),
+        sequences: requests.len().min(usize::from(args.parallel)),
+        prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
+    };
+    let mut engine = Engine::new(&cpu, &pretrained, &scheme, options)?;
+
+    let interrupted = interrupt_flag()?;
+    let streams = !args.json && args.prompts.is_none();
+    let mut stdout = std::io::stdout().lock();
+    let mut write_error = None;
+    if streams {
+        write!(stdout, "{}", prompts[0])?;
+        stdout.flush()?;
+    }
+    let completions = engine.generate(&requests, |_, text| {
+        if streams && let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+            write_error = Some(error);
+            return ControlFlow::Break(());
+        }
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    if let Some(error) = write_error {
+        return Err(error.into());
+    }
+
+    if args.json {
+        let all: Vec<Value> =
+            prompts.iter().zip(&completions).map(|(p, c)| to_json(p, c, &pretrained, &scheme.name, sampling)).collect();
+        let value = if args.prompts.is_some() { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?)?;
+    } else if args.prompts.is_some() {
+        for (index, (prompt, completion)) in prompts.iter().zip(&completions).enumerate() {
+            writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text)?;
+        }
+    } else {
+        writeln!(stdout)?;
+    }
+    summary(&pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions);
+    let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
+    Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
+}
+
+fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
+    let prompts = if let Some(path) = &args.prompts {
+        let text = std::fs::read(path).with_context(|| format!("cannot read the prompts {}", path.display()))?;
+        let text = String::from_utf8(text)
+            .with_context(|| format!("{} is not UTF-8 text; convert it first", path.display()))?;
+        let prompts: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
+        if prompts.is_empty() {
+            bail!("{} holds no prompts; write one a line", path.display());
+        }
+        prompts
+    } else if let Some(prompt) = &args.prompt {
+        vec![prompt.clone()]
+    } else {
+        if std::io::stdin().is_terminal() {
+            bail!("there is no prompt; give one as an argument or on stdin");
+        }
+        let mut bytes = Vec::new();
+        std::io::stdin().read_to_end(&mut bytes).context("cannot read the prompt from stdin")?;
+        vec![String::from_utf8(bytes).context("the prompt on stdin is not UTF-8 text; convert it first")?]
+    };
+    if prompts.iter().any(String::is_empty) {
+        return Err(EngineError::EmptyPrompt.into());
+    }
+    Ok(prompts)
+}
+
+fn requests(
+    args: &GenerateArgs,
+    pretrained: &Pretrained,
+    prompts: &[String],
+    sampling: Sampling,
+) -> Result<Vec<Request>> {
+    let request = |prompt: &String| -> Result<Request> {
+        let prompt = pretrained.tokenizer.encode(prompt, true)?;
+        Ok(Request { prompt, max_tokens: args.max_tokens, sampling, stop: args.stop.clone() })
+    };
+    prompts.iter().map(request).collect()
+}
+
+/// The context that was asked for, or what the longest request takes, as far as the model goes.
+fn context(args: &GenerateArgs, pretrained: &Pretrained, requests: &[Request]) -> usize {
+    let longest = requests.iter().map(|r| r.prompt.len().saturating_add(r.max_tokens)).max().unwrap_or(1);
+    let limit = pretrained.config.max_position_embeddings;
+    args.cache.context.map_or(longest.clamp(1, limit), |context| context as usize)
+}
+
+fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, scheme: &str, sampling: Sampling) -> Value {
+    let usage = &completion.usage;
+    json!({
+        "model": pretrained.name,
+        "prompt": prompt,
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish.name(),
+        "prompt_tokens": completion.prompt_tokens,
+        "generated_tokens": completion.tokens.len(),
+        "sampling": {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "seed": sampling.seed,
+        },
+        "timings": {
+            "prefill_seconds": completion.timings.prefill.as_secs_f64(),
+            "decode_seconds": completion.timings.decode.as_secs_f64(),
+            "prefill_tokens_per_second": completion.prefill_rate(),
+            "decode_tokens_per_second": completion.decode_rate(),
+        },
+        "cache": {
+            "scheme": scheme,
+            "tokens": usage.tokens,
+            "bits": usage.bits(),
+            "allocated_bits": usage.allocated_bits(),
+            "used_bytes": usage.used_bytes,
+            "allocated_bytes": usage.allocated_bytes,
+            "fp16_bytes": usage.half_bytes,
+        },
+    })
+}
+
+fn summary(
+    pretrained: &Pretrained,
+    device: &str,
+    scheme: &str,
+    plan: &MemoryPlan,
+    options: Options,
+    sampling: Sampling,
+    completions: &[Completion],
+) {
+    let dim = anstyle::Style::new().dimmed();
+    let total = |of: fn(&Completion) -> usize| completions.iter().map(of).sum::<usize>();
+    let rates = match completions {
+        [one] => format!("{:.1} tokens/s prompt, {:.1} tokens/s decode", one.prefill_rate(), one.decode_rate()),
+        all => {
+            let slowest = all.iter().map(|c| c.timings.prefill + c.timings.decode).max().unwrap_or_default();
+            format!("{:.1} tokens/s decoded together", total(|c| c.tokens.len()) as f64 / slowest.as_secs_f64().max(1e-9))
+        }
+    };
+    let chosen = if sampling.temperature == 0.0 {
+        "greedy".to_owned()
+    } else {
+        format!(
+            "temperature {}, top-p {}, top-k {}, seed {}",
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed
+        )
+    };
+    let usage = completions.iter().map(|c| c.usage).reduce(|a, b| a + b).unwrap_or_default();
+    let pass = if plan.pass_rows < options.context { format!(", prefill passes of {}", plan.pass_rows) } else { String::new() };
+    anstream::eprintln!(
+        "{dim}
+model    {}
+speed    {} prompt + {} generated tokens; {rates}
+sampling {chosen}
+context  {} of {} tokens{pass}
+cache    {}{dim:#}",
+        model_line(pretrained, device),
+        total(|c| c.prompt_tokens),
+        total(|c| c.tokens.len()),
+        usage.tokens,
+        options.context * options.sequences,
+        cache_line(scheme, &usage)
+    );
+}

@@ -1,0 +1,158 @@
+use super::schemes;
+use crate::args::{InspectArgs, LoadFormat};
+use crate::output::{bytes, table};
+use crate::{Outcome, memory, source};
+use anyhow::Result;
+use dibit_cache::{CacheLayout, Scheme};
+use dibit_device::DType;
+use dibit_engine::{MemoryPlan, Options};
+use dibit_model::{Checkpoint, ModelConfig, ModelFiles};
+use serde_json::{Value, json};
+use std::io::Write;
+
+/// What one scheme takes.
+struct Row {
+    scheme: String,
+    plan: MemoryPlan,
+    /// Bytes that each further token takes once the window is full.
+    token_bytes: f64,
+    /// Bits in use, and allocated, for a scalar at the whole context.
+    bits: (f64, f64),
+    /// Tokens of one sequence that fit beside the weights.
+    fitting_context: usize,
+    /// Sequences of the whole context that fit beside the weights.
+    fitting_batch: usize,
+}
+
+pub fn run(args: &InspectArgs) -> Result<Outcome> {
+    let schemes = schemes(&args.kv)?;
+    let files = source::files(&args.model)?;
+    let config = source::config(&files)?;
+    let weights = weight_bytes(args, &files, &config)?;
+    let available = memory::available() as usize;
+    let options = Options {
+        context: args.context.map_or(config.max_position_embeddings, |context| context as usize),
+        sequences: args.batch as usize,
+        prefill_chunk: None,
+    };
+    let free = available.saturating_sub(weights);
+    let rows = schemes.iter().map(|scheme| row(scheme, &config, options, free)).collect::<Result<Vec<_>>>()?;
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        let value = to_json(&files, &config, options, weights, available, &rows);
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?)?;
+    } else {
+        write!(stdout, "{}", render(&files, &config, options, weights, available, &rows))?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn weight_bytes(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Result<usize> {
+    let of_dtype = |dtype: DType| config.num_parameters() * dtype.size();
+    Ok(match (args.model.dtype.dtype(), args.model.load_format) {
+        (Some(dtype), _) => of_dtype(dtype),
+        (None, LoadFormat::Dummy) => of_dtype(config.dtype.unwrap_or(DType::Bf16)),
+        (None, LoadFormat::Auto) => {
+            // Opening checks the headers, so that a damaged checkpoint is known here already.
+            Checkpoint::open(&files.weights)?;
+            files.weights.iter().map(|file| file.bytes.len()).sum()
+        }
+    })
+}
+
+fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> Result<Row> {
+    let layout = CacheLayout::new(scheme, config.cache_shape())?;
+    let plan = MemoryPlan::new(config, &layout, options)?;
+    let blocks = layout.window.blocks(options.context);
+    let usage = layout.usage(options.context, blocks);
+    let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
+    let fixed = layout.window_bytes() + plan.pass_bytes;
+    Ok(Row {
+        scheme: scheme.name.clone(),
+        plan,
+        token_bytes,
+        bits: (usage.bits(), usage.allocated_bits()),
+        fitting_context: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
+        fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
+    })
+}
+
+fn render(
+    files: &ModelFiles,
+    config: &ModelConfig,
+    options: Options,
+    weights: usize,
+    available: usize,
+    rows: &[Row],
+) -> String {
+    let header = ["scheme", "per token", "cache", "of fp16", "bits", "allocated", "prefill pass", "longest context", "batch that fits"];
+    let cells: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| {
+            vec![
+                row.scheme.clone(),
+                bytes(row.token_bytes.round() as usize),
+                bytes(row.plan.cache_bytes),
+                format!("1/{:.2}", row.plan.half_bytes as f64 / row.plan.cache_bytes as f64),
+                format!("{:.2}", row.bits.0),
+                format!("{:.2}", row.bits.1),
+                format!("{} in {}", row.plan.pass_rows, bytes(row.plan.pass_bytes)),
+                format!("{}", row.fitting_context),
+                format!("{}", row.fitting_batch),
+            ]
+        })
+        .collect();
+    format!(
+        "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
+         weights {}; memory available {}; context {} tokens, batch {}\n\n{}",
+        files.origin,
+        config.architecture.name(),
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.vocab_size,
+        bytes(weights),
+        bytes(available),
+        options.context,
+        options.sequences,
+        table(&header, &cells)
+    )
+}
+
+fn to_json(
+    files: &ModelFiles,
+    config: &ModelConfig,
+    options: Options,
+    weights: usize,
+    available: usize,
+    rows: &[Row],
+) -> Value {
+    let schemes: Vec<Value> = rows
+        .iter()
+        .map(|row| {
+            json!({
+                "scheme": row.scheme,
+                "bytes_per_token": row.token_bytes,
+                "cache_bytes": row.plan.cache_bytes,
+                "fp16_bytes": row.plan.half_bytes,
+                "bits": row.bits.0,
+                "allocated_bits": row.bits.1,
+                "pass_rows": row.plan.pass_rows,
+                "pass_bytes": row.plan.pass_bytes,
+                "longest_context": row.fitting_context,
+                "batch_that_fits": row.fitting_batch,
+            })
+        })
+        .collect();
+    json!({
+        "model": files.origin,
+        "architecture": config.architecture.name(),
+        "parameters": config.num_parameters(),
+        "weights_bytes": weights,
+        "available_bytes": available,
+        "context": options.context,
+        "batch": options.sequences,
+        "schemes": schemes,
+    })
+}

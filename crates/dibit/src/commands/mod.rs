@@ -1,0 +1,82 @@
+//! The commands, one a file.
+
+pub mod chat;
+pub mod completions;
+pub mod generate;
+pub mod inspect;
+pub mod perplexity;
+
+use crate::args::{RunArgs, SamplingArgs};
+use crate::output;
+use anyhow::Result;
+use dibit_cache::{Scheme, Usage};
+use dibit_device::Cpu;
+use dibit_engine::Sampling;
+use dibit_model::{GenerationConfig, Pretrained};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Loads a scheme and says what it cannot do yet.
+fn scheme(name: &str) -> Result<Scheme> {
+    let scheme = Scheme::load(name)?;
+    if let Some(notice) = scheme.notice() {
+        tracing::info!("{notice}");
+    }
+    Ok(scheme)
+}
+
+fn schemes(names: &[String]) -> Result<Vec<Scheme>> {
+    names.iter().map(|name| scheme(name.trim())).collect()
+}
+
+fn cpu(args: &RunArgs) -> Result<Cpu> {
+    Ok(Cpu::new(args.threads.map(usize::from))?)
+}
+
+/// What the user says, else what the model's makers say, else plain sampling.
+fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
+    let greedy = model.do_sample == Some(false);
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::from(d.subsec_nanos()));
+    Sampling {
+        temperature: args.temperature.or(model.temperature.filter(|_| !greedy)).unwrap_or(if greedy { 0.0 } else { 1.0 }),
+        top_p: args.top_p.or(model.top_p).unwrap_or(1.0),
+        top_k: args.top_k.or(model.top_k).unwrap_or(0),
+        seed: args.seed.unwrap_or_else(clock),
+    }
+}
+
+/// A flag that Ctrl-C sets from now on, instead of ending the program.
+fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let seen = flag.clone();
+    ctrlc::set_handler(move || seen.store(true, Ordering::Relaxed))?;
+    Ok(flag)
+}
+
+/// The model in a line.
+fn model_line(pretrained: &Pretrained, device: &str) -> String {
+    let config = &pretrained.config;
+    let parameters = match config.num_parameters() as f64 {
+        count if count >= 1e9 => format!("{:.1} B", count / 1e9),
+        count => format!("{:.1} M", count / 1e6),
+    };
+    format!(
+        "{}: {}, {parameters} parameters, {} on {device}",
+        pretrained.name,
+        config.architecture.name(),
+        pretrained.weights.embed.dtype().name()
+    )
+}
+
+/// The cache in a line.
+fn cache_line(scheme: &str, usage: &Usage) -> String {
+    format!(
+        "{scheme}: {:.2} bits per scalar in use, {:.2} allocated; {} in use, {} allocated; 16 bit would take {}",
+        usage.bits(),
+        usage.allocated_bits(),
+        output::bytes(usage.used_bytes),
+        output::bytes(usage.allocated_bytes),
+        output::bytes(usage.half_bytes)
+    )
+}

@@ -1,0 +1,62 @@
+use super::{cpu, schemes};
+use crate::args::PerplexityArgs;
+use crate::output::{CompleteFile, bar, table};
+use crate::{Outcome, source};
+use anyhow::{Context, Result};
+use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
+use std::io::Write;
+
+pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
+    let schemes = schemes(&args.kv)?;
+    let text = std::fs::read(&args.text).with_context(|| format!("cannot read the text {}", args.text.display()))?;
+    let text = String::from_utf8(text)
+        .with_context(|| format!("{} is not UTF-8 text; convert it first", args.text.display()))?;
+    let json = args.json.as_deref().map(CompleteFile::create).transpose()?;
+    let pretrained = source::load(&args.run.model)?;
+    let ids = pretrained.tokenizer.encode(&text, false)?;
+    let cpu = cpu(&args.run)?;
+    let options = PerplexityOptions { context: args.context, windows: args.windows.map(|n| n as usize) };
+    let bar = bar(0);
+    let mut steps = 0;
+    let report = perplexity(&cpu, &pretrained, &schemes, &ids, options, |progress| {
+        let runs = 1 + schemes.iter().filter(|scheme| scheme.name != "fp16").count();
+        bar.set_length((progress.windows * runs) as u64);
+        bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
+        bar.set_position(steps);
+        steps += 1;
+    })?;
+    bar.finish_and_clear();
+    if let Some(file) = json {
+        let mut value = serde_json::to_value(&report)?;
+        value["model"] = pretrained.name.clone().into();
+        file.finish(serde_json::to_string(&value)?.as_bytes())?;
+    }
+    write!(std::io::stdout(), "{}", render(&report))?;
+    Ok(Outcome::Done)
+}
+
+fn render(report: &Perplexity) -> String {
+    let rows: Vec<Vec<String>> = report
+        .schemes
+        .iter()
+        .map(|s| {
+            vec![
+                s.scheme.clone(),
+                format!("{:.3}", s.perplexity),
+                format!("{:.5}", s.kl_mean),
+                format!("{:.4}", s.kl_p999),
+                format!("{:.4}", s.top1_agreement),
+                format!("{:.2}", s.bits),
+                format!("{:.2}", s.allocated_bits),
+            ]
+        })
+        .collect();
+    let header = ["scheme", "perplexity", "KL mean", "KL 99.9%", "top-1", "bits", "allocated"];
+    format!(
+        "{}{} tokens in {} windows of {}; KL in nats against fp16; bits per cached scalar at the end of a window\n",
+        table(&header, &rows),
+        report.tokens,
+        report.windows,
+        report.context
+    )
+}

@@ -1,0 +1,98 @@
+//! What a person reads: numbers with units, tables, bars.
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+/// Bytes in the unit that suits them, as 1024-multiples.
+pub fn bytes(count: usize) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+/// A table with a header; the first column is left-aligned, the others right-aligned.
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let widths: Vec<usize> = (0..header.len())
+        .map(|column| {
+            let cells = rows.iter().map(|row| row[column].chars().count());
+            cells.chain([header[column].chars().count()]).max().unwrap_or(0)
+        })
+        .collect();
+    let line = |cells: &[String]| {
+        let mut line = format!("{:<width$}", cells[0], width = widths[0]);
+        for (cell, width) in cells.iter().zip(&widths).skip(1) {
+            line += &format!("  {cell:>width$}");
+        }
+        line.trim_end().to_owned() + "\n"
+    };
+    let header: Vec<String> = header.iter().map(|cell| (*cell).to_owned()).collect();
+    std::iter::once(&header).chain(rows).map(|row| line(row)).collect()
+}
+
+/// A bar on stderr; nothing where stderr is no terminal.
+pub fn bar(length: usize) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(length as u64), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a constant template");
+    bar.with_style(style)
+}
+
+/// True where the reader of stdout went away, which is no error.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+    })
+}
+
+/// A file that appears only once it is complete. Created before long work, so that a place that cannot be written
+/// is known at once.
+pub struct CompleteFile {
+    file: tempfile::NamedTempFile,
+    path: std::path::PathBuf,
+}
+
+impl CompleteFile {
+    pub fn create(path: &Path) -> Result<Self> {
+        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let problem = || format!("cannot write {}; choose another place for the file", path.display());
+        if path.is_dir() {
+            anyhow::bail!("cannot write {}: it is a directory", path.display());
+        }
+        let file = tempfile::Builder::new().prefix(".dibit-").tempfile_in(directory).with_context(problem)?;
+        Ok(CompleteFile { file, path: path.to_owned() })
+    }
+
+    pub fn finish(mut self, contents: &[u8]) -> Result<()> {
+        let problem = || format!("cannot write {}; is the disk full?", self.path.display());
+        self.file.write_all(contents).with_context(problem)?;
+        self.file.as_file().sync_all().with_context(problem)?;
+        let path = self.path.clone();
+        self.file.persist(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_take_the_unit_that_suits_them() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(5 << 40), "5.0 TiB");
+    }
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [vec!["kvlinc".to_owned(), "2.46".to_owned()], vec!["fp16".to_owned(), "16.00".to_owned()]];
+        assert_eq!(table(&["scheme", "bits"], &rows), "scheme   bits\nkvlinc   2.46\nfp16    16.00\n");
+    }
+}

@@ -1,0 +1,96 @@
+//! From `--model` to a loaded model.
+
+use crate::args::{LoadFormat, ModelArgs};
+use crate::bundled;
+use anyhow::{Context, Result, bail};
+use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
+use std::path::{Path, PathBuf};
+
+/// Seed of dummy weights; a constant, so that everyone measures the same.
+const DUMMY_SEED: u64 = 0;
+
+/// The files that the arguments name.
+pub fn files(args: &ModelArgs) -> Result<ModelFiles> {
+    let Some(model) = &args.model else { return Ok(bundled::files()) };
+    let directory = locate(model, args.load_format)?;
+    let files = match args.load_format {
+        LoadFormat::Auto => ModelFiles::open(&directory)?,
+        LoadFormat::Dummy => ModelFiles::without_weights(&directory)?,
+    };
+    Ok(ModelFiles { origin: model.clone(), ..files })
+}
+
+/// Loads a model with its weights.
+pub fn load(args: &ModelArgs) -> Result<Pretrained> {
+    let files = files(args)?;
+    let source = match args.load_format {
+        LoadFormat::Auto => WeightSource::Checkpoint,
+        LoadFormat::Dummy => WeightSource::Dummy { seed: DUMMY_SEED },
+    };
+    let pretrained = Pretrained::load(&files, source, args.dtype.dtype())
+        .with_context(|| format!("cannot load the model {}", files.origin))?;
+    if args.load_format == LoadFormat::Dummy {
+        tracing::info!("dummy weights: the text means nothing");
+    }
+    if pretrained.tokenizer_is_stand_in {
+        tracing::info!("there is no tokenizer: bytes of the prompt are its tokens, and generated tokens are shown as numbers");
+    }
+    Ok(pretrained)
+}
+
+/// The configuration alone.
+pub fn config(files: &ModelFiles) -> Result<ModelConfig> {
+    Ok(ModelConfig::parse(&files.config, &format!("config.json of {}", files.origin))?)
+}
+
+fn locate(model: &str, format: LoadFormat) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.is_file() && format == LoadFormat::Auto {
+        bail!(
+            "{model} is a file; --model takes the directory of a Hugging Face checkpoint, or a config.json with \
+             --load-format dummy"
+        );
+    }
+    if path.exists() {
+        return Ok(path.to_owned());
+    }
+    if !is_hub_id(model) {
+        bail!("no model at {model}: the directory does not exist, and a hub id has the form org/name[@revision]");
+    }
+    download(model)
+}
+
+#[cfg(feature = "hub")]
+fn download(id: &str) -> Result<PathBuf> {
+    use std::io::IsTerminal;
+    Ok(dibit_model::download(id, std::io::stderr().is_terminal())?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn download(id: &str) -> Result<PathBuf> {
+    bail!("{id} is not a directory, and this build has no hub support (feature `hub`)");
+}
+
+/// `org/name[@revision]`, and no path.
+fn is_hub_id(model: &str) -> bool {
+    let name = model.split('@').next().unwrap_or_default();
+    let part = |part: &str| {
+        !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    name.split('/').count() == 2 && name.split('/').all(part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_ids_are_told_from_paths() {
+        for id in ["Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B@main", "a/b@refs/pr/1"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in ["./model", "../x", "/abs/path", "models/tiny/x", "model", "a/", "", "~/x"] {
+            assert!(!is_hub_id(path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! The engine: a model, its cache and the sequences that run on them.
+
+use crate::{Completion, EngineError, FinishReason, MemoryPlan, Options, Request, Sampler, StopFilter, Timings};
+use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence, Usage, ValueTransform};
+use dibit_device::{Batch, Device, Mode};
+use dibit_model::{Model, Pretrained, TextStream, Workspace};
+use std::borrow::BorrowMut;
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+/// Runs sequences of one model under one scheme.
+pub struct Engine<'a, D: Device> {
+    device: &'a D,
+    pretrained: &'a Pretrained,
+    model: Model<D>,
+    manager: CacheManager,
+    store: D::Store,
+    workspace: Workspace<D>,
+    options: Options,
+    plan: MemoryPlan,
+    logits: Vec<f32>,
+}
+
+/// A sequence that is being continued, owned or borrowed.
+struct Active<'a, S> {
+    index: usize,
+    sequence: S,
+    sampler: Sampler,
+    stream: TextStream<'a>,
+    stop: StopFilter,
+    max_tokens: usize,
+    /// Set once the text has ended.
+    finish: Option<FinishReason>,
+    done: Completion,
+}
+
+impl<S: BorrowMut<Sequence>> Active<'_, S> {
+    /// Passes text on; true where the caller has had enough.
+    fn show(&mut self, text: &str, on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>) -> bool {
+        self.done.text.push_str(text);
+        !text.is_empty() && on_text(self.index, text).is_break()
+    }
+
+    /// Ends the text; what was held back of it comes out.
+    fn end(
+        &mut self,
+        reason: FinishReason,
+        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        let (text, stopped) = self.stop.push(&self.stream.finish()?);
+        self.show(&text, on_text);
+        if !stopped {
+            let held = self.stop.finish();
+            self.show(&held, on_text);
+        }
+        self.finish = Some(reason);
+        Ok(())
+    }
+
+    fn completion(&mut self) -> Completion {
+        Completion { finish: self.finish.unwrap_or(FinishReason::Cancelled), ..self.done.clone() }
+    }
+}
+
+impl<'a, D: Device> Engine<'a, D> {
+    /// Puts a model on a device and plans its cache.
+    ///
+    /// # Errors
+    /// [`EngineError::ContextTooLong`], a scheme that does not suit the model, a failed self-test of the value
+    /// rotation, or a lack of memory.
+    pub fn new(
+        device: &'a D,
+        pretrained: &'a Pretrained,
+        scheme: &Scheme,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        let config = &pretrained.config;
+        let layout = CacheLayout::new(scheme, config.cache_shape())?;
+        let plan = MemoryPlan::new(config, &layout, options)?;
+        let mut model = Model::new(device, config, &pretrained.weights)?;
+        if scheme.value_transform != ValueTransform::None {
+            model = model.transformed(device, &pretrained.weights, scheme.value_transform)?;
+        }
+        let blocks = plan.sequence_blocks * options.sequences;
+        let store = device.store(&layout, blocks, options.sequences, plan.pass_rows)?;
+        let workspace = Workspace::new(device, config, plan.pass_rows, options.sequences)?;
+        let manager = CacheManager::new(layout, blocks, options.sequences);
+        Ok(Engine { device, pretrained, model, manager, store, workspace, options, plan, logits: Vec::new() })
+    }
+
+    /// The model with what belongs to it.
+    pub fn pretrained(&self) -> &'a Pretrained {
+        self.pretrained
+    }
+
+    /// The planned memory.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// The planned context in tokens.
+    pub fn context(&self) -> usize {
+        self.options.context
+    }
+
+    /// Begins an empty sequence, to be given back by [`Engine::close`].
+    ///
+    /// # Errors
+    /// [`EngineError::Cache`] where all are in use.
+    pub fn open(&mut self) -> Result<Sequence, EngineError> {
+        Ok(self.manager.open()?)
+    }
+
+    /// Empties a sequence.
+    pub fn clear(&mut self, sequence: &mut Sequence) {
+        self.manager.clear(sequence);
+    }
+
+    /// Ends a sequence.
+    pub fn close(&mut self, sequence: Sequence) {
+        self.manager.close(sequence);
+    }
+
+    /// What a sequence takes in the cache.
+    pub fn usage(&self, sequence: &Sequence) -> Usage {
+        self.manager.layout().sequence_usage(sequence)
+    }
+
+    /// Continues prompts, several at once where there is room and the rest as room comes free. `on_text` gets
+    /// the text of each request as it comes and can end that request. Each answer is what the request gets alone.
+    ///
+    /// # Errors
+    /// Those of [`Engine::check`] before anything runs, and failures of model or device. Sequences are given
+    /// back either way.
+    pub fn generate(
+        &mut self,
+        requests: &[Request],
+        mut on_text: impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<Vec<Completion>, EngineError> {
+        for request in requests {
+            self.check(request, 0)?;
+        }
+        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
+        let mut active: Vec<Active<Sequence>> = Vec::new();
+        let mut finished: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
+        let result = self.run(requests, &mut waiting, &mut active, &mut finished, &mut on_text);
+        for left in active {
+            self.manager.close(left.sequence);
+        }
+        result?;
+        Ok(finished.into_iter().map(|done| done.expect("every request ran")).collect())
+    }
+
+    fn run(
+        &mut self,
+        requests: &[Request],
+        waiting: &mut VecDeque<usize>,
+        active: &mut Vec<Active<'a, Sequence>>,
+        finished: &mut [Option<Completion>],
+        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        while !(waiting.is_empty() && active.is_empty()) {
+            while active.len() < self.options.sequences
+                && let Some(index) = waiting.pop_front()
+            {
+                let sequence = self.manager.open()?;
+                active.push(self.activate(index, sequence, &requests[index]));
+                let new = active.len() - 1;
+                self.prefill(&mut active[new], &requests[index].prompt, on_text)?;
+            }
+            let decode: Vec<usize> = (0..active.len()).filter(|&i| active[i].finish.is_none()).collect();
+            self.step(active, &decode, on_text)?;
+            let mut i = 0;
+            while i < active.len() {
+                if active[i].finish.is_none() {
+                    i += 1;
+                    continue;
+                }
+                let mut ended = active.remove(i);
+                finished[ended.index] = Some(ended.completion());
+                self.manager.close(ended.sequence);
+            }
+        }
+        Ok(())
+    }
+
+    /// Continues a sequence by a prompt and the answer to it; the sequence keeps both. The last id of the answer
+    /// is not cached: it belongs to the next prompt, unless it ended the text.
+    ///
+    /// # Errors
+    /// As [`Engine::generate`]; the sequence then keeps what was cached.
+    pub fn continue_sequence(
+        &mut self,
+        sequence: &mut Sequence,
+        request: &Request,
+        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Completion, EngineError> {
+        self.check(request, sequence.len())?;
+        let mut on_text = |_: usize, text: &str| on_text(text);
+        let mut active = [self.activate(0, sequence, request)];
+        self.prefill(&mut active[0], &request.prompt, &mut on_text)?;
+        while active[0].finish.is_none() {
+            self.step(&mut active, &[0], &mut on_text)?;
+        }
+        Ok(active[0].completion())
+    }
+
+    /// Checks a request for a sequence that holds `cached` tokens.
+    ///
+    /// # Errors
+    /// [`EngineError::EmptyPrompt`], [`EngineError::PromptTooLong`], [`EngineError::Sampling`].
+    pub fn check(&self, request: &Request, cached: usize) -> Result<(), EngineError> {
+        request.sampling.validate()?;
+        if request.prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let (prompt, context) = (cached + request.prompt.len(), self.options.context);
+        if prompt > context { Err(EngineError::PromptTooLong { prompt, context }) } else { Ok(()) }
+    }
+
+    fn activate<S>(&self, index: usize, sequence: S, request: &Request) -> Active<'a, S> {
+        Active {
+            index,
+            sequence,
+            sampler: Sampler::new(request.sampling),
+            stream: self.pretrained.tokenizer.stream(),
+            stop: StopFilter::new(&request.stop),
+            max_tokens: request.max_tokens,
+            finish: None,
+            done: Completion {
+                text: String::new(),
+                tokens: Vec::new(),
+                finish: FinishReason::Cancelled,
+                prompt_tokens: request.prompt.len(),
+                timings: Timings::default(),
+                usage: Usage::default(),
+            },
+        }
+    }
+
+    /// Feeds the prompt in passes and takes the first token.
+    fn prefill<S: BorrowMut<Sequence>>(
+        &mut self,
+        active: &mut Active<'a, S>,
+        prompt: &[u32],
+        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        let start = Instant::now();
+        let passes = prompt.len().div_ceil(self.plan.pass_rows);
+        if passes > 1 {
+            tracing::info!(
+                "a prompt of {} tokens is prefilled in {passes} passes of up to {} tokens; each attends exactly to itself and \
+                 through the cache to those before it",
+                prompt.len(),
+                self.plan.pass_rows
+            );
+        }
+        for chunk in prompt.chunks(self.plan.pass_rows) {
+            self.pass(&mut [(active.sequence.borrow_mut(), chunk)])?;
+        }
+        let last = (prompt.len() - 1) % self.plan.pass_rows;
+        self.model.logits(self.device, &mut self.workspace, &[last], &mut self.logits)?;
+        active.done.timings.prefill = start.elapsed();
+        if active.max_tokens == 0 {
+            active.end(FinishReason::Length, on_text)?;
+        } else {
+            let logits = std::mem::take(&mut self.logits);
+            self.take(active, &logits, on_text)?;
+            self.logits = logits;
+        }
+        active.done.usage = self.usage(active.sequence.borrow());
+        Ok(())
+    }
+
+    /// Decodes one token of each of these sequences.
+    fn step<S: BorrowMut<Sequence>>(
+        &mut self,
+        active: &mut [Active<'a, S>],
+        which: &[usize],
+        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        if which.is_empty() {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let mut rows: Vec<(&mut Sequence, &[u32])> = Vec::new();
+        for (_, active) in active.iter_mut().enumerate().filter(|(i, _)| which.contains(i)) {
+            let last = active.done.tokens.len() - 1;
+            rows.push((active.sequence.borrow_mut(), &active.done.tokens[last..]));
+        }
+        self.pass(&mut rows)?;
+        let outputs: Vec<usize> = (0..which.len()).collect();
+        self.model.logits(self.device, &mut self.workspace, &outputs, &mut self.logits)?;
+        let elapsed = start.elapsed();
+        let logits = std::mem::take(&mut self.logits);
+        let vocab_size = self.pretrained.config.vocab_size;
+        for (&i, logits) in which.iter().zip(logits.chunks_exact(vocab_size)) {
+            active[i].done.timings.decode += elapsed;
+            self.take(&mut active[i], logits, on_text)?;
+            active[i].done.usage = self.usage(active[i].sequence.borrow());
+        }
+        self.logits = logits;
+        Ok(())
+    }
+
+    /// One forward pass over the new tokens of some sequences.
+    fn pass(&mut self, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
+        let mut batch = Batch::new(Mode::Chunk);
+        let mut ids = Vec::new();
+        for (sequence, new) in rows.iter_mut() {
+            self.manager.reserve(sequence, sequence.len() + new.len())?;
+            batch.push(sequence, new.len(), self.manager.layout().window);
+            ids.extend_from_slice(new);
+        }
+        self.model.forward(self.device, &mut self.workspace, &mut self.store, &batch, &ids)?;
+        for (sequence, new) in rows {
+            let len = sequence.len() + new.len();
+            self.manager.advance(sequence, len);
+        }
+        Ok(())
+    }
+
+    /// Samples the next token of a sequence and decides whether it goes on.
+    fn take<S: BorrowMut<Sequence>>(
+        &self,
+        active: &mut Active<'a, S>,
+        logits: &[f32],
+        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        let id = active.sampler.sample(logits);
+        active.done.tokens.push(id);
+        if self.pretrained.eos_token_ids().contains(&id) {
+            return active.end(FinishReason::Stop, on_text);
+        }
+        let piece = active.stream.push(id)?;
+        let (text, stopped) = active.stop.push(&piece);
+        let cancelled = active.show(&text, on_text);
+        if stopped {
+            active.finish = Some(FinishReason::Stop);
+            Ok(())
+        } else if cancelled {
+            active.end(FinishReason::Cancelled, on_text)
+        } else if active.done.tokens.len() >= active.max_tokens {
+            active.end(FinishReason::Length, on_text)
+        } else if active.sequence.borrow().len() >= self.options.context {
+            active.end(FinishReason::Context, on_text)
+        } else {
+            Ok(())
+        }
+    }
+}

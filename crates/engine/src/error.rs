@@ -1,0 +1,50 @@
+use thiserror::Error;
+
+/// Why a request cannot be served.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// There is nothing to continue.
+    #[error("the prompt is empty; give at least one token")]
+    EmptyPrompt,
+    /// The prompt does not fit.
+    #[error("the prompt has {prompt} tokens and the context is {context}; shorten the prompt or plan a longer context (--context)")]
+    PromptTooLong {
+        /// Tokens of the prompt, those already cached included.
+        prompt: usize,
+        /// Planned context in tokens.
+        context: usize,
+    },
+    /// The context exceeds what the model was made for.
+    #[error("a context of {context} tokens exceeds the {limit} that the model supports (max_position_embeddings)")]
+    ContextTooLong {
+        /// Context asked for.
+        context: usize,
+        /// The model's limit.
+        limit: usize,
+    },
+    /// A sampling parameter is out of range.
+    #[error("{name} is {value}; it must be {range}")]
+    Sampling {
+        /// Name of the parameter.
+        name: &'static str,
+        /// Its value.
+        value: f32,
+        /// What it may be.
+        range: &'static str,
+    },
+    /// The model has no chat template.
+    #[error("{0} has no chat template; use `generate`, or a model made for conversations")]
+    NoChatTemplate(String),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] dibit_model::ModelError),
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] dibit_cache::CacheError),
+    /// The scheme does not suit the model.
+    #[error(transparent)]
+    Scheme(#[from] dibit_cache::SchemeError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] dibit_device::DeviceError),
+}

@@ -1,0 +1,66 @@
+//! How much memory a run takes, known before it starts.
+
+use crate::EngineError;
+use dibit_cache::CacheLayout;
+use dibit_device::Cpu;
+use dibit_model::{ModelConfig, Workspace};
+
+/// Memory that the rows of a pass may take. Prompts are prefilled exactly in passes of as many tokens as fit.
+const PASS_BYTES: usize = 24 << 20;
+
+/// Rows of a pass at least, however wide the model is.
+const MIN_PASS_ROWS: usize = 256;
+
+/// What an engine is planned for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Longest context of a sequence, in tokens.
+    pub context: usize,
+    /// Sequences at once.
+    pub sequences: usize,
+    /// Prompt tokens that are prefilled in one pass; `None` takes as many as fit a fixed budget.
+    pub prefill_chunk: Option<usize>,
+}
+
+/// Memory of a run, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Cache of one sequence of the whole context: blocks, window rings and block table.
+    pub sequence_bytes: usize,
+    /// Blocks of one sequence.
+    pub sequence_blocks: usize,
+    /// Cache of all sequences.
+    pub cache_bytes: usize,
+    /// What all sequences would take in 16 bit.
+    pub half_bytes: usize,
+    /// Rows of the largest pass.
+    pub pass_rows: usize,
+    /// Rows of a pass in flight: residual stream, rotary angles, keys and values of one layer.
+    pub pass_bytes: usize,
+}
+
+impl MemoryPlan {
+    /// Plans a run.
+    ///
+    /// # Errors
+    /// [`EngineError::ContextTooLong`].
+    pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options) -> Result<Self, EngineError> {
+        let Options { context, sequences, prefill_chunk } = options;
+        let limit = config.max_position_embeddings;
+        if context > limit {
+            return Err(EngineError::ContextTooLong { context, limit });
+        }
+        let row_bytes = Workspace::<Cpu>::row_bytes(config);
+        let fitting = (PASS_BYTES / row_bytes).max(MIN_PASS_ROWS);
+        let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1)).max(sequences);
+        let sequence_bytes = layout.planned_bytes(context);
+        Ok(MemoryPlan {
+            sequence_bytes,
+            sequence_blocks: layout.window.blocks(context),
+            cache_bytes: sequences * sequence_bytes,
+            half_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
+            pass_rows,
+            pass_bytes: pass_rows * row_bytes,
+        })
+    }
+}

@@ -1,0 +1,85 @@
+//! What is asked of an engine, and what comes back.
+
+use crate::Sampling;
+use dibit_cache::Usage;
+use std::time::Duration;
+
+/// A prompt to be continued.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most.
+    pub max_tokens: usize,
+    /// How they are chosen.
+    pub sampling: Sampling,
+    /// Strings that end the text.
+    pub stop: Vec<String>,
+}
+
+/// Why a text ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A token that ends texts, or a stop string.
+    Stop,
+    /// As many tokens as were asked for.
+    Length,
+    /// The context is full.
+    Context,
+    /// The caller ended it.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// The word for it in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Context => "context",
+            FinishReason::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// How long the parts of a request took. In a batch, a decoding step counts for each sequence in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Timings {
+    /// Reading the prompt.
+    pub prefill: Duration,
+    /// All tokens after the first.
+    pub decode: Duration,
+}
+
+/// A continued prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// The generated text, without stop strings and special tokens.
+    pub text: String,
+    /// The generated ids, the one that ended the text included.
+    pub tokens: Vec<u32>,
+    /// Why the text ended.
+    pub finish: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// How long it took.
+    pub timings: Timings,
+    /// What the sequence took in the cache at the end.
+    pub usage: Usage,
+}
+
+impl Completion {
+    /// Prompt tokens per second.
+    pub fn prefill_rate(&self) -> f64 {
+        rate(self.prompt_tokens, self.timings.prefill)
+    }
+
+    /// Generated tokens per second, the first one excepted: the prefill pass yields it.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.tokens.len().saturating_sub(1), self.timings.decode)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    if tokens == 0 { 0.0 } else { tokens as f64 / time.as_secs_f64().max(1e-9) }
+}

@@ -1,0 +1,44 @@
+//! What a cache scheme costs in accuracy.
+#![forbid(unsafe_code)]
+
+mod distribution;
+mod perplexity;
+mod windows;
+
+pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
+pub use windows::windows;
+
+use thiserror::Error;
+
+/// Why an evaluation cannot run.
+#[derive(Debug, Error)]
+pub enum EvalError {
+    /// The text does not fill a window.
+    #[error("the text has {tokens} tokens and a window needs {needed}; give a longer text or a shorter --context")]
+    TextTooShort {
+        /// Tokens of the text.
+        tokens: usize,
+        /// Tokens of a window.
+        needed: usize,
+    },
+    /// The window is too short or too long.
+    #[error("a context of {context} tokens cannot be evaluated; it must be between 2 and the model's {limit}")]
+    Context {
+        /// Tokens asked for.
+        context: usize,
+        /// The model's `max_position_embeddings`.
+        limit: usize,
+    },
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] dibit_model::ModelError),
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] dibit_cache::CacheError),
+    /// The scheme does not suit the model.
+    #[error(transparent)]
+    Scheme(#[from] dibit_cache::SchemeError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] dibit_device::DeviceError),
+}

@@ -1,0 +1,249 @@
+//! Perplexity and KL divergence of schemes under streaming semantics.
+//!
+//! A row at position `t` sees the packed keys and values that decoding token by token would show it
+//! (METHODS 4.3, A12): within each layer tokens are stored, and the window flushed, one after the other. The
+//! reference `fp16` has nothing packed; it is evaluated as one exact prefill.
+
+use crate::distribution::Distribution;
+use crate::{EvalError, windows};
+use dibit_cache::{CacheLayout, CacheManager, Scheme, Side, ValueTransform};
+use dibit_device::{Batch, Device, Mode};
+use dibit_model::{Model, Pretrained, Workspace};
+use rayon::prelude::*;
+use serde::Serialize;
+use std::sync::Arc;
+
+/// Rows whose logits are looked at together.
+const LOGIT_ROWS: usize = 128;
+
+/// What is evaluated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerplexityOptions {
+    /// Tokens of a window.
+    pub context: usize,
+    /// Number of windows; `None` for the whole text.
+    pub windows: Option<usize>,
+}
+
+/// Figures of all schemes on the same text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Perplexity {
+    /// Tokens of a window.
+    pub context: usize,
+    /// Number of windows.
+    pub windows: usize,
+    /// Scored tokens.
+    pub tokens: usize,
+    /// One entry for each scheme; the reference comes first.
+    pub schemes: Vec<SchemeResult>,
+}
+
+/// Figures of one scheme. KL and agreement are against the 16-bit cache.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SchemeResult {
+    /// Name of the scheme.
+    pub scheme: String,
+    /// `exp` of the mean negative log-likelihood.
+    pub perplexity: f64,
+    /// Mean KL divergence in nats per token.
+    pub kl_mean: f64,
+    /// 99.9th percentile of the KL divergence.
+    pub kl_p999: f64,
+    /// Share of tokens whose most likely token is the reference's.
+    pub top1_agreement: f64,
+    /// Measured bits in use for a cached scalar at the end of a window.
+    pub bits: f64,
+    /// Bits allocated.
+    pub allocated_bits: f64,
+    /// Negative log-likelihood of every scored token, in nats, window after window.
+    pub nll: Vec<f32>,
+    /// KL divergence of every scored token.
+    pub kl: Vec<f32>,
+}
+
+/// How far an evaluation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// Window that is being evaluated, from 0.
+    pub window: usize,
+    /// Windows in all.
+    pub windows: usize,
+    /// Scheme whose forward pass comes next.
+    pub scheme: &'a str,
+}
+
+/// One scheme's model and cache.
+struct Runner<D: Device> {
+    scheme: Scheme,
+    model: Arc<Model<D>>,
+    manager: CacheManager,
+    store: D::Store,
+    workspace: Workspace<D>,
+    nll: Vec<f32>,
+    kl: Vec<f32>,
+    agreements: usize,
+    logits: Vec<f32>,
+}
+
+/// Evaluates schemes on a tokenised text, all in one pass over it. The reference `fp16` is added where it is not
+/// among them.
+///
+/// # Errors
+/// [`EvalError`].
+pub fn perplexity<D: Device>(
+    device: &D,
+    pretrained: &Pretrained,
+    schemes: &[Scheme],
+    ids: &[u32],
+    options: PerplexityOptions,
+    mut progress: impl FnMut(Progress),
+) -> Result<Perplexity, EvalError> {
+    let config = &pretrained.config;
+    let (context, limit) = (options.context, config.max_position_embeddings);
+    if !(2..=limit).contains(&context) {
+        return Err(EvalError::Context { context, limit });
+    }
+    let windows = windows(ids, config.bos_token_id, context, options.windows)?;
+    let mut runners = runners(device, pretrained, schemes, context)?;
+    for (index, window) in windows.iter().enumerate() {
+        for runner in &mut runners {
+            progress(Progress { window: index, windows: windows.len(), scheme: &runner.scheme.name });
+            runner.forward(device, window)?;
+        }
+        // The last token of a window predicts nothing that is in it.
+        for first in (0..window.len() - 1).step_by(LOGIT_ROWS) {
+            let rows: Vec<usize> = (first..(window.len() - 1).min(first + LOGIT_ROWS)).collect();
+            let targets = &window[first + 1..=first + rows.len()];
+            for runner in &mut runners {
+                let Runner { model, workspace, logits, .. } = runner;
+                model.logits(device, workspace, &rows, logits)?;
+            }
+            let (reference, others) = runners.split_first_mut().expect("the reference is there");
+            reference.score(device, None, targets, config.vocab_size);
+            for runner in others {
+                runner.score(device, Some(&reference.logits), targets, config.vocab_size);
+            }
+        }
+    }
+    Ok(Perplexity {
+        context,
+        windows: windows.len(),
+        tokens: windows.len() * (context - 1),
+        schemes: runners.into_iter().map(|runner| runner.result(context)).collect(),
+    })
+}
+
+fn is_reference(scheme: &Scheme) -> bool {
+    scheme.keys == Side::Half && scheme.values == Side::Half
+}
+
+/// A runner for each scheme, the reference first.
+fn runners<D: Device>(
+    device: &D,
+    pretrained: &Pretrained,
+    schemes: &[Scheme],
+    context: usize,
+) -> Result<Vec<Runner<D>>, EvalError> {
+    let plain = Arc::new(Model::new(device, &pretrained.config, &pretrained.weights)?);
+    let mut rotated: Option<Arc<Model<D>>> = None;
+    let reference = Scheme::load("fp16")?;
+    let mut runners = Vec::new();
+    for scheme in std::iter::once(&reference).chain(schemes.iter().filter(|scheme| !is_reference(scheme))) {
+        let layout = CacheLayout::new(scheme, pretrained.config.cache_shape())?;
+        let model = match (scheme.value_transform, &rotated) {
+            (ValueTransform::None, _) => plain.clone(),
+            (ValueTransform::Hadamard, Some(rotated)) => rotated.clone(),
+            (ValueTransform::Hadamard, None) => {
+                let model = plain.transformed(device, &pretrained.weights, ValueTransform::Hadamard)?;
+                rotated.insert(Arc::new(model)).clone()
+            }
+        };
+        let blocks = layout.window.blocks(context);
+        runners.push(Runner {
+            store: device.store(&layout, blocks, 1, context)?,
+            workspace: Workspace::new(device, &pretrained.config, context, LOGIT_ROWS)?,
+            manager: CacheManager::new(layout, blocks, 1),
+            scheme: scheme.clone(),
+            model,
+            nll: Vec::new(),
+            kl: Vec::new(),
+            agreements: 0,
+            logits: Vec::new(),
+        });
+    }
+    Ok(runners)
+}
+
+impl<D: Device> Runner<D> {
+    fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
+        let mut sequence = self.manager.open()?;
+        self.manager.reserve(&mut sequence, window.len())?;
+        let mut batch = Batch::new(if is_reference(&self.scheme) { Mode::Chunk } else { Mode::Streaming });
+        batch.push(&sequence, window.len(), self.manager.layout().window);
+        let result = self.model.forward(device, &mut self.workspace, &mut self.store, &batch, window);
+        self.manager.close(sequence);
+        Ok(result?)
+    }
+
+    fn score(&mut self, device: &D, reference: Option<&[f32]>, targets: &[u32], vocab_size: usize) {
+        let rows: Vec<(f32, f32, bool)> = device.scope(|| {
+            self.logits
+                .par_chunks(vocab_size)
+                .zip(targets)
+                .enumerate()
+                .map(|(row, (logits, &target))| {
+                    let own = Distribution::new(logits);
+                    let nll = own.nll(target) as f32;
+                    let Some(reference) = reference else { return (nll, 0.0, true) };
+                    let reference = Distribution::new(&reference[row * vocab_size..(row + 1) * vocab_size]);
+                    (nll, reference.kl(&own) as f32, reference.top == own.top)
+                })
+                .collect()
+        });
+        for (nll, kl, agrees) in rows {
+            self.nll.push(nll);
+            self.kl.push(kl);
+            self.agreements += usize::from(agrees);
+        }
+    }
+
+    fn result(self, context: usize) -> SchemeResult {
+        let layout = self.manager.layout();
+        let usage = layout.usage(context, layout.window.blocks(context));
+        SchemeResult {
+            scheme: self.scheme.name,
+            perplexity: mean(&self.nll).exp(),
+            kl_mean: mean(&self.kl),
+            kl_p999: percentile(&self.kl, 0.999),
+            top1_agreement: self.agreements as f64 / self.nll.len() as f64,
+            bits: usage.bits(),
+            allocated_bits: usage.allocated_bits(),
+            nll: self.nll,
+            kl: self.kl,
+        }
+    }
+}
+
+fn mean(values: &[f32]) -> f64 {
+    values.iter().map(|&x| f64::from(x)).sum::<f64>() / values.len() as f64
+}
+
+/// The smallest value that at least the share `at` of all values does not exceed.
+fn percentile(values: &[f32], at: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f32::total_cmp);
+    let rank = (at * sorted.len() as f64).ceil() as usize;
+    f64::from(sorted[rank.clamp(1, sorted.len()) - 1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_count_from_below() {
+        let values: Vec<f32> = (1..=1000).rev().map(|x| x as f32).collect();
+        assert_eq!((percentile(&values, 0.999), percentile(&values, 0.5), percentile(&values, 1.0)), (999.0, 500.0, 1000.0));
+        assert_eq!(percentile(&[4.0], 0.999), 4.0);
+    }
+}

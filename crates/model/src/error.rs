@@ -1,0 +1,123 @@
+use thiserror::Error;
+
+/// Why a model cannot be loaded or run.
+#[derive(Debug, Error)]
+pub enum ModelError {
+    /// A file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// The model is not where it was looked for.
+    #[error("no model at {path}: {reason}")]
+    NotFound {
+        /// Directory or hub id.
+        path: String,
+        /// What is missing and what to do.
+        reason: String,
+    },
+    /// A file is not what its name says.
+    #[error("{path} is malformed: {reason}")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The model asks for something that dibit does not do.
+    #[error("{what} is not supported; supported: {supported}")]
+    Unsupported {
+        /// The feature, with its value.
+        what: String,
+        /// What is supported.
+        supported: String,
+    },
+    /// A tensor is missing.
+    #[error(
+        "the checkpoint has no tensor '{name}', which {architecture} needs: it is incomplete or of another architecture"
+    )]
+    MissingTensor {
+        /// Its name.
+        name: String,
+        /// The architecture of the configuration.
+        architecture: &'static str,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error(
+        "tensor '{name}' has shape {found:?} but config.json implies {expected:?}: checkpoint and configuration do not belong together"
+    )]
+    Shape {
+        /// Its name.
+        name: String,
+        /// Shape in the checkpoint.
+        found: Vec<usize>,
+        /// Shape by the configuration.
+        expected: Vec<usize>,
+    },
+    /// Tokenizer and model disagree.
+    #[error(
+        "the tokenizer has token ids up to {tokenizer} but the model's vocabulary ends at {model}: tokenizer.json belongs to another model"
+    )]
+    Vocabulary {
+        /// Largest token id of the tokenizer.
+        tokenizer: usize,
+        /// Size of the model's vocabulary.
+        model: usize,
+    },
+    /// The tokenizer failed.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The chat template failed.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// A token id is outside the vocabulary.
+    #[error("token id {id} is outside the model's vocabulary of {vocab_size}")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// More rows than the workspace was planned for.
+    #[error("a forward pass of {rows} rows exceeds the {max_rows} that the workspace was planned for")]
+    TooManyRows {
+        /// Rows asked for.
+        rows: usize,
+        /// Rows planned.
+        max_rows: usize,
+    },
+    /// Fused value rotation changed the model.
+    #[error(
+        "value rotation of layer {layer} failed its self-test: {part} differ by {difference:.2e}, more than {tolerance:.0e}"
+    )]
+    RotationTest {
+        /// Decoder layer.
+        layer: usize,
+        /// "values" or "outputs".
+        part: &'static str,
+        /// Largest difference, relative to the largest number.
+        difference: f32,
+        /// The limit.
+        tolerance: f32,
+    },
+    /// A download failed.
+    #[error("cannot get {model} from the hub: {reason}")]
+    Hub {
+        /// The model's id.
+        model: String,
+        /// Cause and next step.
+        reason: String,
+    },
+    /// The scheme does not suit the model.
+    #[error(transparent)]
+    Scheme(#[from] dibit_cache::SchemeError),
+    /// The cache cannot hold the request.
+    #[error(transparent)]
+    Cache(#[from] dibit_cache::CacheError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] dibit_device::DeviceError),
+}

@@ -1,0 +1,160 @@
+//! The files of a model: of a directory, or part of the program.
+
+use crate::ModelError;
+use dibit_device::Bytes;
+use memmap2::Mmap;
+use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// One safetensors file.
+#[derive(Clone)]
+pub struct WeightFile {
+    /// Its name, for errors.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
+
+/// What a model consists of. Texts are as they lie on disk.
+#[derive(Clone)]
+pub struct ModelFiles {
+    /// Directory, hub id or name, for errors and summaries.
+    pub origin: String,
+    /// `config.json`.
+    pub config: Cow<'static, str>,
+    /// `generation_config.json`.
+    pub generation_config: Option<Cow<'static, str>>,
+    /// `tokenizer.json`.
+    pub tokenizer: Option<Cow<'static, [u8]>>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<Cow<'static, str>>,
+    /// `chat_template.jinja`.
+    pub chat_template: Option<Cow<'static, str>>,
+    /// The weights; none where they are to be made up.
+    pub weights: Vec<WeightFile>,
+}
+
+impl ModelFiles {
+    /// Reads a directory as `save_pretrained` writes it. Weights are mapped.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFound`] where the directory, `config.json` or the weights are missing,
+    /// [`ModelError::Read`] where a file cannot be read, [`ModelError::Malformed`] for a broken index.
+    pub fn open(directory: &Path) -> Result<Self, ModelError> {
+        let mut files = Self::without_weights(directory)?;
+        for path in weight_paths(directory)? {
+            let bytes: Bytes = Arc::new(map(&path)?);
+            files.weights.push(WeightFile { name: path.display().to_string(), bytes });
+        }
+        Ok(files)
+    }
+
+    /// Reads a directory, or a `config.json` with what lies beside it, without weights: they are made up.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`], weights excepted.
+    pub fn without_weights(path: &Path) -> Result<Self, ModelError> {
+        let (directory, config) = if path.is_file() {
+            (path.parent().unwrap_or(Path::new(".")), path.to_owned())
+        } else {
+            (path, path.join("config.json"))
+        };
+        let origin = path.display().to_string();
+        let not_found = |reason: &str| ModelError::NotFound { path: origin.clone(), reason: reason.to_owned() };
+        if !directory.as_os_str().is_empty() && !directory.exists() {
+            return Err(not_found("the directory does not exist"));
+        }
+        if !config.exists() {
+            return Err(not_found("there is no config.json; give the directory of a Hugging Face checkpoint"));
+        }
+        let text = |name: &str| optional(&directory.join(name));
+        Ok(ModelFiles {
+            config: utf8(&config, read(&config)?)?.into(),
+            generation_config: text("generation_config.json")?,
+            tokenizer: match directory.join("tokenizer.json") {
+                path if path.exists() => Some(read(&path)?.into()),
+                _ => None,
+            },
+            tokenizer_config: text("tokenizer_config.json")?,
+            chat_template: text("chat_template.jinja")?,
+            weights: Vec::new(),
+            origin,
+        })
+    }
+}
+
+fn read_error(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
+    |source| ModelError::Read { path: path.display().to_string(), source }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
+    std::fs::read(path).map_err(read_error(path))
+}
+
+fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, ModelError> {
+    String::from_utf8(bytes)
+        .map_err(|error| ModelError::Malformed { path: path.display().to_string(), reason: error.to_string() })
+}
+
+fn optional(path: &Path) -> Result<Option<Cow<'static, str>>, ModelError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    Ok(Some(utf8(path, read(path)?)?.into()))
+}
+
+fn map(path: &Path) -> Result<Mmap, ModelError> {
+    let file = File::open(path).map_err(read_error(path))?;
+    // SAFETY: the mapping is read-only. As with every program that maps weights, whoever truncates the file
+    // while it is in use ends the process; nothing short of a copy prevents that.
+    unsafe { Mmap::map(&file) }.map_err(read_error(path))
+}
+
+/// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+fn weight_paths(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let single = directory.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    let origin = directory.display().to_string();
+    let index = directory.join("model.safetensors.index.json");
+    if !index.exists() {
+        let has = |extension: &str| {
+            std::fs::read_dir(directory).is_ok_and(|mut entries| {
+                entries.any(|e| e.is_ok_and(|e| e.path().extension().is_some_and(|x| x == extension)))
+            })
+        };
+        let reason = if has("bin") || has("pth") {
+            "there are only PyTorch weights; convert them to safetensors (save_pretrained writes these)"
+        } else if has("gguf") {
+            "there are only GGUF weights; give a directory with safetensors weights"
+        } else {
+            "there is neither model.safetensors nor model.safetensors.index.json"
+        };
+        return Err(ModelError::NotFound { path: origin, reason: reason.to_owned() });
+    }
+    let malformed = |reason: String| ModelError::Malformed { path: index.display().to_string(), reason };
+    let json: Value = serde_json::from_slice(&read(&index)?).map_err(|error| malformed(error.to_string()))?;
+    let names: BTreeSet<&str> = json
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .map(|map| map.values().filter_map(Value::as_str).collect())
+        .ok_or_else(|| malformed("it has no weight_map".into()))?;
+    let mut paths = Vec::new();
+    for name in names {
+        if Path::new(name).components().count() != 1 || name.starts_with("..") {
+            return Err(malformed(format!("shard '{name}' is not a plain file name")));
+        }
+        let path = directory.join(name);
+        if !path.exists() {
+            let reason = format!("shard {name} is missing; download the checkpoint again");
+            return Err(ModelError::NotFound { path: origin, reason });
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}

@@ -1,0 +1,62 @@
+//! `generation_config.json`: how the model's makers sample from it.
+
+use crate::ModelError;
+use crate::config::Ids;
+use serde::Deserialize;
+
+/// Sampling defaults of a model. What is `None` is not said.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GenerationConfig {
+    /// False asks for greedy decoding.
+    pub do_sample: Option<bool>,
+    /// Divisor of the logits.
+    pub temperature: Option<f32>,
+    /// Probability mass that is sampled from.
+    pub top_p: Option<f32>,
+    /// Number of tokens that are sampled from.
+    pub top_k: Option<usize>,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<usize>,
+    #[serde(default)]
+    eos_token_id: Ids,
+}
+
+impl GenerationConfig {
+    /// Reads the text of a `generation_config.json`; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// [`ModelError::Malformed`].
+    pub fn parse(text: &str, origin: &str) -> Result<Self, ModelError> {
+        let raw: Raw = serde_json::from_str(text)
+            .map_err(|error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() })?;
+        Ok(GenerationConfig {
+            do_sample: raw.do_sample,
+            temperature: raw.temperature,
+            top_p: raw.top_p,
+            top_k: raw.top_k,
+            eos_token_ids: raw.eos_token_id.into_vec(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_or_several_ids_end_a_text() {
+        let config = |text: &str| GenerationConfig::parse(text, "generation_config.json");
+        assert_eq!(config(r#"{"eos_token_id": [1, 4], "top_k": 20}"#).unwrap().eos_token_ids, [1, 4]);
+        assert_eq!(config(r#"{"eos_token_id": 2, "unknown": 1}"#).unwrap().eos_token_ids, [2]);
+        assert_eq!(config(r#"{"eos_token_id": null}"#).unwrap(), GenerationConfig::default());
+        assert!(config(r#"{"temperature": "hot"}"#).is_err());
+    }
+}

@@ -1,0 +1,105 @@
+//! Models of the Hugging Face hub, through its local cache.
+
+use crate::ModelError;
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use std::path::PathBuf;
+
+/// Files that are taken where they exist.
+const OPTIONAL: [&str; 4] =
+    ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Splits `org/name[@revision]`.
+fn parse(id: &str) -> (String, String) {
+    match id.split_once('@') {
+        Some((name, revision)) => (name.to_owned(), revision.to_owned()),
+        None => (id.to_owned(), "main".to_owned()),
+    }
+}
+
+fn offline() -> bool {
+    std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false" | "False"))
+}
+
+/// The local directory of `org/name[@revision]`, downloaded where it is not in the cache yet. Honours `HF_HOME`,
+/// `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`; `progress` shows bars on stderr.
+///
+/// # Errors
+/// [`ModelError::Hub`] with the cause: offline and not cached, no network, no access, no such model.
+pub fn download(id: &str, progress: bool) -> Result<PathBuf, ModelError> {
+    let (name, revision) = parse(id);
+    let failed = |reason: String| ModelError::Hub { model: id.to_owned(), reason };
+    let repo = Repo::with_revision(name, RepoType::Model, revision);
+    let cache = Cache::from_env();
+    if offline() {
+        return cached(&cache.repo(repo)).ok_or_else(|| {
+            failed("HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download".into())
+        });
+    }
+    let mut builder = ApiBuilder::from_env().with_progress(progress);
+    if let Ok(token) = std::env::var("HF_TOKEN") {
+        builder = builder.with_token(Some(token));
+    }
+    let api = builder.build().map_err(|error| failed(explain(&error)))?.repo(repo.clone());
+    match fetch(&api) {
+        Ok(directory) => Ok(directory),
+        // A machine without a network still runs what it has.
+        Err(error) => match cached(&cache.repo(repo)) {
+            Some(directory) => {
+                tracing::warn!("{}; using the copy in the local cache", explain(&error));
+                Ok(directory)
+            }
+            None => Err(failed(explain(&error))),
+        },
+    }
+}
+
+/// The directory of a complete copy in the cache.
+fn cached(repo: &CacheRepo) -> Option<PathBuf> {
+    let config = repo.get("config.json")?;
+    repo.get(SINGLE).or_else(|| repo.get(INDEX))?;
+    Some(config.parent()?.to_owned())
+}
+
+fn fetch(api: &ApiRepo) -> Result<PathBuf, ApiError> {
+    let info = api.info()?;
+    let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
+    let config = api.get("config.json")?;
+    for name in OPTIONAL.into_iter().filter(|name| has(name)) {
+        api.get(name)?;
+    }
+    if has(INDEX) {
+        api.get(INDEX)?;
+        let shard = |name: &str| name.ends_with(".safetensors") && !name.contains('/') && name.contains("-of-");
+        for file in info.siblings.iter().filter(|file| shard(&file.rfilename)) {
+            api.get(&file.rfilename)?;
+        }
+    } else {
+        api.get(SINGLE)?;
+    }
+    Ok(config.parent().map(PathBuf::from).unwrap_or_default())
+}
+
+fn explain(error: &ApiError) -> String {
+    let text = error.to_string();
+    if text.contains("401") || text.contains("403") {
+        return format!("access is denied; accept the model's licence on the hub and set HF_TOKEN ({text})");
+    }
+    if text.contains("404") {
+        return format!("there is no such model, revision or file with safetensors weights ({text})");
+    }
+    format!("{text}; check the network, or give a local directory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revision_follows_an_at_sign() {
+        assert_eq!(parse("org/name"), ("org/name".into(), "main".into()));
+        assert_eq!(parse("org/name@refs/pr/1"), ("org/name".into(), "refs/pr/1".into()));
+    }
+}

@@ -1,0 +1,34 @@
+//! Checkpoints, tokenizers, chat templates and the forward pass.
+//!
+//! A model is defined once, over [`dibit_device::Device`], and runs on any device.
+
+mod chat;
+mod checkpoint;
+mod config;
+mod error;
+mod files;
+mod generation_config;
+#[cfg(feature = "hub")]
+mod hub;
+mod model;
+mod pretrained;
+mod rope;
+mod rotation;
+mod tokenizer;
+mod weights;
+mod workspace;
+
+pub use chat::{ChatTemplate, Message};
+pub use checkpoint::Checkpoint;
+pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
+pub use error::ModelError;
+pub use files::{ModelFiles, WeightFile};
+pub use generation_config::GenerationConfig;
+#[cfg(feature = "hub")]
+pub use hub::download;
+pub use model::Model;
+pub use pretrained::Pretrained;
+pub use rope::{Rope, RopeScaling};
+pub use tokenizer::{TextStream, Tokenizer};
+pub use weights::{LayerWeights, WeightSource, Weights};
+pub use workspace::Workspace;

@@ -1,0 +1,269 @@
+//! The forward pass.
+
+use crate::rotation::{self, RotatedLayer};
+use crate::weights::LinearWeights;
+use crate::workspace::TILE_ROWS;
+use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
+use dibit_cache::ValueTransform;
+use dibit_device::{Batch, Device, Output, Tensor};
+use dibit_quant::Hadamard;
+use std::ops::Range;
+use std::sync::Arc;
+
+struct Linear<D: Device> {
+    weight: D::Matrix,
+    bias: Option<Arc<D::Buffer>>,
+}
+
+struct Layer<D: Device> {
+    input_norm: Arc<D::Buffer>,
+    q: Linear<D>,
+    k: Linear<D>,
+    v: Linear<D>,
+    o: Linear<D>,
+    q_norm: Option<Arc<D::Buffer>>,
+    k_norm: Option<Arc<D::Buffer>>,
+    post_norm: Arc<D::Buffer>,
+    gate: Linear<D>,
+    up: Linear<D>,
+    down: Linear<D>,
+}
+
+/// A decoder on a device.
+pub struct Model<D: Device> {
+    config: ModelConfig,
+    embed: D::Matrix,
+    layers: Vec<Layer<D>>,
+    norm: Arc<D::Buffer>,
+    lm_head: D::Matrix,
+    inv_freq: Vec<f32>,
+    value_transform: ValueTransform,
+}
+
+impl<D: Device> Linear<D> {
+    fn new(device: &D, weights: &LinearWeights) -> Result<Self, ModelError> {
+        let bias = weights.bias.as_ref().map(|bias| upload(device, bias)).transpose()?;
+        Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
+    }
+
+    fn share(&self) -> Self {
+        Linear { weight: self.weight.clone(), bias: self.bias.clone() }
+    }
+
+    fn run(&self, device: &D, x: &D::Buffer, rows: usize, out: &mut D::Buffer, output: Output) {
+        device.linear(x, rows, &self.weight, self.bias.as_deref(), out, output);
+    }
+}
+
+fn upload<D: Device>(device: &D, vector: &Tensor) -> Result<Arc<D::Buffer>, ModelError> {
+    Ok(Arc::new(device.upload(&vector.to_f32())?))
+}
+
+impl<D: Device> Layer<D> {
+    fn new(device: &D, weights: &LayerWeights) -> Result<Self, ModelError> {
+        let head_norm = |norm: &Option<Tensor>| norm.as_ref().map(|norm| upload(device, norm)).transpose();
+        Ok(Layer {
+            input_norm: upload(device, &weights.input_norm)?,
+            q: Linear::new(device, &weights.q)?,
+            k: Linear::new(device, &weights.k)?,
+            v: Linear::new(device, &weights.v)?,
+            o: Linear::new(device, &weights.o)?,
+            q_norm: head_norm(&weights.q_norm)?,
+            k_norm: head_norm(&weights.k_norm)?,
+            post_norm: upload(device, &weights.post_norm)?,
+            gate: Linear::new(device, &weights.gate)?,
+            up: Linear::new(device, &weights.up)?,
+            down: Linear::new(device, &weights.down)?,
+        })
+    }
+
+    fn rotated(&self, device: &D, rotated: &RotatedLayer) -> Result<Self, ModelError> {
+        Ok(Layer {
+            input_norm: self.input_norm.clone(),
+            q: self.q.share(),
+            k: self.k.share(),
+            v: Linear::new(device, &rotated.v)?,
+            o: Linear::new(device, &rotated.o)?,
+            q_norm: self.q_norm.clone(),
+            k_norm: self.k_norm.clone(),
+            post_norm: self.post_norm.clone(),
+            gate: self.gate.share(),
+            up: self.up.share(),
+            down: self.down.share(),
+        })
+    }
+}
+
+impl<D: Device> Model<D> {
+    /// Puts weights on a device as they are.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`].
+    pub fn new(device: &D, config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+        Ok(Model {
+            embed: device.matrix(weights.embed.clone())?,
+            layers: weights.layers.iter().map(|layer| Layer::new(device, layer)).collect::<Result<_, _>>()?,
+            norm: upload(device, &weights.norm)?,
+            lm_head: device.matrix(weights.lm_head.clone())?,
+            inv_freq: config.rope.inv_freq(config.head_dim),
+            value_transform: ValueTransform::None,
+            config: config.clone(),
+        })
+    }
+
+    /// The same model with its values transformed as a scheme asks for. Everything but the value and output
+    /// projections is shared with `self`. The fused weights are checked by a self-test.
+    ///
+    /// # Errors
+    /// [`ModelError::RotationTest`] and [`ModelError::Device`].
+    ///
+    /// # Panics
+    /// If `self` is already transformed, or no Hadamard matrix has the order of a head, which
+    /// [`dibit_cache::CacheLayout::new`] refuses.
+    pub fn transformed(&self, device: &D, weights: &Weights, transform: ValueTransform) -> Result<Self, ModelError> {
+        assert_eq!(self.value_transform, ValueTransform::None, "values are transformed once");
+        let hadamard = match transform {
+            ValueTransform::None => None,
+            ValueTransform::Hadamard => Some(Hadamard::new(self.config.head_dim).expect("checked with the layout")),
+        };
+        let layer = |(index, (layer, weights)): (usize, (&Layer<D>, &LayerWeights))| {
+            let rotated = match &hadamard {
+                None => RotatedLayer { v: weights.v.clone(), o: weights.o.clone() },
+                Some(hadamard) => {
+                    let rotated = rotation::rotate(weights, hadamard);
+                    rotation::self_test(device, index, weights, &rotated, hadamard)?;
+                    rotated
+                }
+            };
+            layer.rotated(device, &rotated)
+        };
+        Ok(Model {
+            embed: self.embed.clone(),
+            layers: self.layers.iter().zip(&weights.layers).enumerate().map(layer).collect::<Result<_, _>>()?,
+            norm: self.norm.clone(),
+            lm_head: self.lm_head.clone(),
+            inv_freq: self.inv_freq.clone(),
+            value_transform: transform,
+            config: self.config.clone(),
+        })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Runs the new tokens `ids` of a batch through the layers and stores their keys and values.
+    /// [`Model::logits`] then reads the rows that are wanted.
+    ///
+    /// On an error the sequences of the batch must not be advanced: what was stored for them is overwritten by
+    /// the next pass.
+    ///
+    /// # Errors
+    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::Device`].
+    ///
+    /// # Panics
+    /// If the batch does not have one row for each id.
+    pub fn forward(
+        &self,
+        device: &D,
+        workspace: &mut Workspace<D>,
+        store: &mut D::Store,
+        batch: &Batch,
+        ids: &[u32],
+    ) -> Result<(), ModelError> {
+        assert_eq!(ids.len(), batch.rows(), "one id for each row");
+        let vocab_size = self.config.vocab_size;
+        if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            return Err(ModelError::TokenId { id, vocab_size });
+        }
+        let (rows, max_rows) = (ids.len(), workspace.max_rows);
+        if rows > max_rows {
+            return Err(ModelError::TooManyRows { rows, max_rows });
+        }
+        device.scope(|| {
+            let ws = workspace;
+            ws.positions.clear();
+            ws.positions.extend(batch.positions());
+            device.rope_table(&self.inv_freq, &ws.positions, &mut ws.rope);
+            device.embed(&self.embed, ids, &mut ws.hidden);
+            for (index, layer) in self.layers.iter().enumerate() {
+                for first in (0..ids.len()).step_by(TILE_ROWS) {
+                    let tile = first..ids.len().min(first + TILE_ROWS);
+                    self.attention_block(device, ws, store, batch, index, layer, tile.clone())?;
+                    self.gated_block(device, ws, layer, tile);
+                }
+                device.commit(store, index, batch)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Logits of some rows of the last pass: `vocab_size` numbers for each row, in the order of `rows`.
+    ///
+    /// # Errors
+    /// [`ModelError::TooManyRows`].
+    pub fn logits(
+        &self,
+        device: &D,
+        workspace: &mut Workspace<D>,
+        rows: &[usize],
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let (count, max_rows) = (rows.len(), workspace.max_outputs);
+        if count > max_rows {
+            return Err(ModelError::TooManyRows { rows: count, max_rows });
+        }
+        let (width, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
+        let ws = workspace;
+        device.scope(|| {
+            device.copy_rows(&ws.hidden, rows, width, &mut ws.selected);
+            device.rms_norm(&ws.selected, 0..count, width, &self.norm, eps, &mut ws.selected_normed);
+            device.linear(&ws.selected_normed, count, &self.lm_head, None, &mut ws.logits, Output::Write(0));
+        });
+        device.download(&ws.logits, 0..count * self.config.vocab_size, out);
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attention_block(
+        &self,
+        device: &D,
+        ws: &mut Workspace<D>,
+        store: &mut D::Store,
+        batch: &Batch,
+        index: usize,
+        layer: &Layer<D>,
+        tile: Range<usize>,
+    ) -> Result<(), ModelError> {
+        let ModelConfig { hidden_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps: eps, .. } =
+            self.config;
+        let rows = tile.len();
+        device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.input_norm, eps, &mut ws.normed);
+        layer.q.run(device, &ws.normed, rows, &mut ws.q, Output::Write(0));
+        layer.k.run(device, &ws.normed, rows, &mut ws.k, Output::Write(0));
+        layer.v.run(device, &ws.normed, rows, &mut ws.v, Output::Write(0));
+        for (x, norm, heads) in
+            [(&mut ws.q, &layer.q_norm, num_attention_heads), (&mut ws.k, &layer.k_norm, num_key_value_heads)]
+        {
+            if let Some(norm) = norm {
+                device.rms_norm_inplace(x, rows * heads, head_dim, norm, eps);
+            }
+            device.rope(x, heads, head_dim, &ws.rope, tile.clone());
+        }
+        device.write_kv(store, index, batch, tile.clone(), &ws.k, &ws.v)?;
+        device.attention(store, index, batch, tile.clone(), num_attention_heads, &ws.q, &mut ws.attention)?;
+        layer.o.run(device, &ws.attention, rows, &mut ws.hidden, Output::Add(tile.start));
+        Ok(())
+    }
+
+    fn gated_block(&self, device: &D, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
+        let ModelConfig { hidden_size, intermediate_size, rms_norm_eps: eps, .. } = self.config;
+        let rows = tile.len();
+        device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.post_norm, eps, &mut ws.normed);
+        layer.gate.run(device, &ws.normed, rows, &mut ws.gate, Output::Write(0));
+        layer.up.run(device, &ws.normed, rows, &mut ws.up, Output::Write(0));
+        device.silu_mul(&mut ws.gate, &ws.up, rows * intermediate_size);
+        layer.down.run(device, &ws.gate, rows, &mut ws.hidden, Output::Add(tile.start));
+    }
+}

@@ -1,0 +1,129 @@
+//! Text to token ids and back.
+
+use crate::ModelError;
+
+/// A tokenizer of a `tokenizer.json`, or the stand-in for models without one.
+pub struct Tokenizer {
+    inner: Option<Box<tokenizers::Tokenizer>>,
+    vocab_size: usize,
+}
+
+fn failure(error: impl std::fmt::Display) -> ModelError {
+    ModelError::Tokenizer(error.to_string())
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json` for a model of `vocab_size` ids.
+    ///
+    /// # Errors
+    /// [`ModelError::Malformed`] and [`ModelError::Vocabulary`].
+    pub fn parse(bytes: &[u8], vocab_size: usize) -> Result<Self, ModelError> {
+        let inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|error| ModelError::Malformed { path: "tokenizer.json".into(), reason: error.to_string() })?;
+        let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize);
+        if largest >= vocab_size {
+            return Err(ModelError::Vocabulary { tokenizer: largest, model: vocab_size });
+        }
+        Ok(Tokenizer { inner: Some(Box::new(inner)), vocab_size })
+    }
+
+    /// A stand-in for made-up weights without a tokenizer: the bytes of a text are its ids, and ids are
+    /// written as numbers.
+    pub fn bytes(vocab_size: usize) -> Self {
+        Tokenizer { inner: None, vocab_size }
+    }
+
+    /// Token ids of a text. `special` adds what the tokenizer puts around a text (BOS); special tokens spelled
+    /// out in the text are recognised either way.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`].
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {
+        match &self.inner {
+            Some(inner) => Ok(inner.encode_fast(text, special).map_err(failure)?.get_ids().to_vec()),
+            None => Ok(text.bytes().map(|byte| u32::from(byte) % self.vocab_size as u32).collect()),
+        }
+    }
+
+    /// The text of some ids, special tokens left out.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`].
+    pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
+        match &self.inner {
+            Some(inner) => inner.decode(ids, true).map_err(failure),
+            None => Ok(ids.iter().map(|id| format!("<{id}>")).collect()),
+        }
+    }
+
+    /// Decodes ids one after the other.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream { tokenizer: self, ids: Vec::new(), prefix: 0, read: 0 }
+    }
+}
+
+/// Text of ids that arrive one by one. Text is released as soon as no later id can change it: characters of
+/// several tokens come out whole.
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    ids: Vec<u32>,
+    /// Where decoding begins, so that the next piece is seen in its context.
+    prefix: usize,
+    /// Ids before this one have been released.
+    read: usize,
+}
+
+impl TextStream<'_> {
+    /// Adds an id and returns the text that became certain, possibly none.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`].
+    pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
+        self.ids.push(id);
+        let piece = self.pending()?;
+        if piece.ends_with('\u{fffd}') {
+            return Ok(String::new());
+        }
+        self.prefix = self.read;
+        self.read = self.ids.len();
+        Ok(piece)
+    }
+
+    /// The rest: an incomplete character is released as it is.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`].
+    pub fn finish(&mut self) -> Result<String, ModelError> {
+        let piece = self.pending()?;
+        self.read = self.ids.len();
+        Ok(piece)
+    }
+
+    /// Text of the ids that have not been released.
+    fn pending(&self) -> Result<String, ModelError> {
+        let before = self.tokenizer.decode(&self.ids[self.prefix..self.read])?;
+        let all = self.tokenizer.decode(&self.ids[self.prefix..])?;
+        Ok(all.get(before.len()..).unwrap_or_default().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stand_in_takes_bytes() {
+        let tokenizer = Tokenizer::bytes(100);
+        assert_eq!(tokenizer.encode("ab", true).unwrap(), [97, 98]);
+        assert_eq!(tokenizer.decode(&[5, 99]).unwrap(), "<5><99>");
+        let mut stream = tokenizer.stream();
+        assert_eq!(stream.push(5).unwrap() + &stream.push(6).unwrap(), "<5><6>");
+        assert_eq!(stream.finish().unwrap(), "");
+    }
+
+    #[test]
+    fn a_file_that_is_no_tokenizer_is_named() {
+        let error = Tokenizer::parse(b"{}", 10).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json is malformed"), "{error}");
+    }
+}

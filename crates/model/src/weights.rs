@@ -1,0 +1,188 @@
+//! The weights of a model on the host, checked against its configuration.
+
+use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles};
+use dibit_device::{DType, Tensor};
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightSource {
+    /// The checkpoint.
+    Checkpoint,
+    /// Made up: normal numbers of the configuration's `initializer_range`, for measuring without a download.
+    Dummy {
+        /// Seed of the numbers.
+        seed: u64,
+    },
+}
+
+/// A weight `[out, in]` with its bias `[1, out]`, if any.
+#[derive(Clone)]
+pub struct LinearWeights {
+    /// The matrix.
+    pub weight: Tensor,
+    /// The bias.
+    pub bias: Option<Tensor>,
+}
+
+/// The weights of one decoder layer.
+#[derive(Clone)]
+pub struct LayerWeights {
+    /// Norm before attention, `[1, hidden_size]`.
+    pub input_norm: Tensor,
+    /// `[num_attention_heads * head_dim, hidden_size]`
+    pub q: LinearWeights,
+    /// `[num_key_value_heads * head_dim, hidden_size]`
+    pub k: LinearWeights,
+    /// `[num_key_value_heads * head_dim, hidden_size]`
+    pub v: LinearWeights,
+    /// `[hidden_size, num_attention_heads * head_dim]`
+    pub o: LinearWeights,
+    /// Norm of each query head, `[1, head_dim]`.
+    pub q_norm: Option<Tensor>,
+    /// Norm of each key head, `[1, head_dim]`.
+    pub k_norm: Option<Tensor>,
+    /// Norm before the gated activation, `[1, hidden_size]`.
+    pub post_norm: Tensor,
+    /// `[intermediate_size, hidden_size]`
+    pub gate: LinearWeights,
+    /// `[intermediate_size, hidden_size]`
+    pub up: LinearWeights,
+    /// `[hidden_size, intermediate_size]`
+    pub down: LinearWeights,
+}
+
+/// All weights of a model.
+#[derive(Clone)]
+pub struct Weights {
+    /// `[vocab_size, hidden_size]`
+    pub embed: Tensor,
+    /// One for each decoder layer.
+    pub layers: Vec<LayerWeights>,
+    /// Last norm, `[1, hidden_size]`.
+    pub norm: Tensor,
+    /// `[vocab_size, hidden_size]`; the embedding itself where the two are tied.
+    pub lm_head: Tensor,
+}
+
+struct Loader<'a> {
+    config: &'a ModelConfig,
+    source: Source,
+    dtype: Option<DType>,
+}
+
+enum Source {
+    Checkpoint(Checkpoint),
+    Dummy { seed: u64 },
+}
+
+impl Weights {
+    /// Loads and checks all weights; `dtype` converts them where they have another one.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`], [`ModelError::Shape`] and the errors of [`Checkpoint`].
+    pub fn load(
+        files: &ModelFiles,
+        config: &ModelConfig,
+        source: WeightSource,
+        dtype: Option<DType>,
+    ) -> Result<Self, ModelError> {
+        let source = match source {
+            WeightSource::Checkpoint => Source::Checkpoint(Checkpoint::open(&files.weights)?),
+            WeightSource::Dummy { seed } => Source::Dummy { seed },
+        };
+        let loader = Loader { config, source, dtype };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embed = loader.matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let lm_head =
+            if config.tie_word_embeddings { embed.clone() } else { loader.matrix("lm_head.weight", vocab, hidden)? };
+        Ok(Weights {
+            layers: (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
+            norm: loader.norm("model.norm.weight", hidden)?,
+            embed,
+            lm_head,
+        })
+    }
+
+    /// Bytes of all weights.
+    pub fn num_bytes(&self) -> usize {
+        let linear = |l: &LinearWeights| l.weight.num_bytes() + l.bias.as_ref().map_or(0, Tensor::num_bytes);
+        let layers: usize = self
+            .layers
+            .iter()
+            .map(|layer| {
+                let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
+                [q, k, v, o, gate, up, down].into_iter().map(linear).sum::<usize>()
+            })
+            .sum();
+        let head = if self.lm_head_is_tied() { 0 } else { self.lm_head.num_bytes() };
+        self.embed.num_bytes() + head + layers
+    }
+
+    fn lm_head_is_tied(&self) -> bool {
+        self.embed.same_numbers(&self.lm_head)
+    }
+}
+
+impl Loader<'_> {
+    fn layer(&self, layer: usize) -> Result<LayerWeights, ModelError> {
+        let config = self.config;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let qkv_bias = config.architecture.has_qkv_bias();
+        let prefix = format!("model.layers.{layer}");
+        let linear = |name: &str, rows, cols, bias| self.linear(&format!("{prefix}.{name}"), rows, cols, bias);
+        let norm = |name: &str, width| self.norm(&format!("{prefix}.{name}.weight"), width);
+        let head_norm = |name: &str| {
+            config.architecture.has_qk_norm().then(|| norm(&format!("self_attn.{name}"), config.head_dim)).transpose()
+        };
+        Ok(LayerWeights {
+            input_norm: norm("input_layernorm", hidden)?,
+            q: linear("self_attn.q_proj", q, hidden, qkv_bias)?,
+            k: linear("self_attn.k_proj", kv, hidden, qkv_bias)?,
+            v: linear("self_attn.v_proj", kv, hidden, qkv_bias)?,
+            o: linear("self_attn.o_proj", hidden, q, false)?,
+            q_norm: head_norm("q_norm")?,
+            k_norm: head_norm("k_norm")?,
+            post_norm: norm("post_attention_layernorm", hidden)?,
+            gate: linear("mlp.gate_proj", inner, hidden, false)?,
+            up: linear("mlp.up_proj", inner, hidden, false)?,
+            down: linear("mlp.down_proj", hidden, inner, false)?,
+        })
+    }
+
+    /// A linear layer. A bias that the architecture does not demand is used where the checkpoint has one.
+    fn linear(&self, name: &str, rows: usize, cols: usize, needs_bias: bool) -> Result<LinearWeights, ModelError> {
+        let bias_name = format!("{name}.bias");
+        let has_bias = needs_bias || matches!(&self.source, Source::Checkpoint(all) if all.contains(&bias_name));
+        Ok(LinearWeights {
+            weight: self.matrix(&format!("{name}.weight"), rows, cols)?,
+            bias: has_bias.then(|| self.matrix(&bias_name, 1, rows)).transpose()?,
+        })
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<Tensor, ModelError> {
+        match self.source {
+            Source::Checkpoint(_) => self.matrix(name, 1, width),
+            Source::Dummy { .. } => Ok(Tensor::from_f32(vec![1.0; width], DType::F32, 1, width)),
+        }
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+        let tensor = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.tensor(name, rows, cols)?.ok_or_else(|| {
+                ModelError::MissingTensor { name: name.to_owned(), architecture: self.config.architecture.name() }
+            })?,
+            Source::Dummy { seed } => {
+                let dtype = self.dtype.or(self.config.dtype).unwrap_or(DType::Bf16);
+                Tensor::random(stream(*seed, name), self.config.initializer_range, dtype, rows, cols)
+            }
+        };
+        Ok(self.dtype.map_or_else(|| tensor.clone(), |dtype| tensor.cast(dtype)))
+    }
+}
+
+/// A seed of its own for each tensor (FNV-1a of its name).
+fn stream(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}

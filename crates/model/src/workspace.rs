@@ -1,0 +1,77 @@
+use crate::{ModelConfig, ModelError};
+use dibit_device::Device;
+
+/// Rows that pass through a layer together; activations inside a layer are no larger than this.
+pub(crate) const TILE_ROWS: usize = 128;
+
+/// Everything a forward pass writes besides the cache, allocated once.
+pub struct Workspace<D: Device> {
+    pub(crate) max_rows: usize,
+    pub(crate) max_outputs: usize,
+    /// Residual stream `[max_rows, hidden_size]`.
+    pub(crate) hidden: D::Buffer,
+    /// Cosines and sines `[max_rows, head_dim]`.
+    pub(crate) rope: D::Buffer,
+    /// `[tile, hidden_size]`
+    pub(crate) normed: D::Buffer,
+    /// `[tile, num_attention_heads * head_dim]`
+    pub(crate) q: D::Buffer,
+    /// `[tile, num_key_value_heads * head_dim]`
+    pub(crate) k: D::Buffer,
+    /// `[tile, num_key_value_heads * head_dim]`
+    pub(crate) v: D::Buffer,
+    /// `[tile, num_attention_heads * head_dim]`
+    pub(crate) attention: D::Buffer,
+    /// `[tile, intermediate_size]`
+    pub(crate) gate: D::Buffer,
+    /// `[tile, intermediate_size]`
+    pub(crate) up: D::Buffer,
+    /// Rows whose logits are asked for `[max_outputs, hidden_size]`.
+    pub(crate) selected: D::Buffer,
+    /// The same after the last norm.
+    pub(crate) selected_normed: D::Buffer,
+    /// `[max_outputs, vocab_size]`
+    pub(crate) logits: D::Buffer,
+    pub(crate) positions: Vec<u32>,
+}
+
+impl<D: Device> Workspace<D> {
+    /// Buffers for passes of up to `max_rows` rows with logits of up to `max_outputs` of them.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`] where memory is short.
+    pub fn new(device: &D, config: &ModelConfig, max_rows: usize, max_outputs: usize) -> Result<Self, ModelError> {
+        let tile = max_rows.min(TILE_ROWS);
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        Ok(Workspace {
+            max_rows,
+            max_outputs,
+            hidden: device.buffer(max_rows * config.hidden_size)?,
+            rope: device.buffer(max_rows * config.head_dim)?,
+            normed: device.buffer(tile * config.hidden_size)?,
+            q: device.buffer(tile * q)?,
+            k: device.buffer(tile * kv)?,
+            v: device.buffer(tile * kv)?,
+            attention: device.buffer(tile * q)?,
+            gate: device.buffer(tile * config.intermediate_size)?,
+            up: device.buffer(tile * config.intermediate_size)?,
+            selected: device.buffer(max_outputs * config.hidden_size)?,
+            selected_normed: device.buffer(max_outputs * config.hidden_size)?,
+            logits: device.buffer(max_outputs * config.vocab_size)?,
+            positions: Vec::with_capacity(max_rows),
+        })
+    }
+
+    /// Rows of the largest pass.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Bytes that a row of a pass takes: its residual stream, its rotary angles and its keys and values of one
+    /// layer, in flight.
+    pub fn row_bytes(config: &ModelConfig) -> usize {
+        let kv = 2 * config.num_key_value_heads * config.head_dim;
+        (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
+    }
+}

@@ -1,0 +1,188 @@
+//! Every token's negative log-likelihood against Hugging Face transformers in float32.
+
+use dibit_cache::{CacheLayout, CacheManager, Scheme};
+use dibit_device::{Batch, Cpu, DType, Device, Mode};
+use dibit_model::{ChatTemplate, Message, Model, ModelConfig, ModelFiles, Tokenizer, WeightSource, Weights, Workspace};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+const TOLERANCE: f64 = 1e-3;
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// Checkpoints with reference outputs: those of the repository, and more where they are at hand.
+fn fixtures() -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for folder in [repository().join("fixtures"), repository().join("../shared/fixtures")] {
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            println!("skipped: {} is not here", folder.display());
+            continue;
+        };
+        found.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.join("expected.json").exists()));
+    }
+    found.sort();
+    found
+}
+
+struct Loaded {
+    config: ModelConfig,
+    weights: Weights,
+    model: Model<Cpu>,
+}
+
+fn load(cpu: &Cpu, directory: &Path, dtype: Option<DType>) -> Loaded {
+    let files = ModelFiles::open(directory).unwrap();
+    let config = ModelConfig::parse(&files.config, "config.json").unwrap();
+    let weights = Weights::load(&files, &config, WeightSource::Checkpoint, dtype).unwrap();
+    let model = Model::new(cpu, &config, &weights).unwrap();
+    Loaded { config, weights, model }
+}
+
+/// Logits of all `ids`, fed in passes of these lengths.
+fn logits(cpu: &Cpu, model: &Model<Cpu>, scheme: &str, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
+    let config = model.config();
+    let layout = CacheLayout::new(&Scheme::load(scheme).unwrap(), config.cache_shape()).unwrap();
+    let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
+    let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
+    let mut workspace = Workspace::new(cpu, config, ids.len(), ids.len()).unwrap();
+    let mut sequence = manager.open().unwrap();
+    let mut all = Vec::new();
+    for &rows in passes {
+        let (start, end) = (sequence.len(), sequence.len() + rows);
+        manager.reserve(&mut sequence, end).unwrap();
+        let mut batch = Batch::new(mode);
+        batch.push(&sequence, rows, layout.window);
+        model.forward(cpu, &mut workspace, &mut store, &batch, &ids[start..end]).unwrap();
+        manager.advance(&mut sequence, end);
+        let outputs: Vec<usize> = (0..rows).collect();
+        let mut logits = Vec::new();
+        model.logits(cpu, &mut workspace, &outputs, &mut logits).unwrap();
+        all.extend(logits.chunks_exact(config.vocab_size).map(<[f32]>::to_vec));
+    }
+    all
+}
+
+fn nll(logits: &[f32], id: u32) -> f64 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from(x - largest).exp()).sum();
+    sum.ln() - f64::from(logits[id as usize] - largest)
+}
+
+fn expected(directory: &Path) -> (Vec<u32>, Vec<f64>, Vec<usize>) {
+    let json: Value = serde_json::from_slice(&std::fs::read(directory.join("expected.json")).unwrap()).unwrap();
+    let list = |key: &str| json[key].as_array().unwrap().iter();
+    (
+        list("ids").map(|id| id.as_u64().unwrap() as u32).collect(),
+        list("nll").map(|x| x.as_f64().unwrap()).collect(),
+        list("argmax").map(|id| id.as_u64().unwrap() as usize).collect(),
+    )
+}
+
+#[test]
+fn every_token_agrees_with_transformers() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    let fixtures = fixtures();
+    assert!(fixtures.len() >= 5);
+    for directory in fixtures {
+        let (ids, nlls, argmax) = expected(&directory);
+        let Loaded { model, .. } = load(&cpu, &directory, Some(DType::F32));
+        let passes = [ids.len()];
+        let logits = logits(&cpu, &model, "fp16", Mode::Chunk, &ids, &passes);
+        let mut worst = 0f64;
+        for (at, expected) in nlls.iter().enumerate() {
+            worst = worst.max((nll(&logits[at], ids[at + 1]) - expected).abs());
+        }
+        println!("{}: largest difference {worst:.1e}", directory.display());
+        assert!(worst < TOLERANCE, "{}: {worst}", directory.display());
+        for (row, expected) in logits.iter().zip(argmax) {
+            let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap();
+            assert!(best == expected || row[best] - row[expected] < 1e-3, "{}", directory.display());
+        }
+    }
+}
+
+#[test]
+fn fused_value_rotation_changes_nothing_but_rounding() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    for directory in fixtures() {
+        let (ids, ..) = expected(&directory);
+        let ids = &ids[..200];
+        let Loaded { weights, model, .. } = load(&cpu, &directory, Some(DType::F32));
+        let rotated = model.transformed(&cpu, &weights, dibit_cache::ValueTransform::Hadamard).unwrap();
+        let plain = logits(&cpu, &model, "fp16", Mode::Chunk, ids, &[200]);
+        let rotated = logits(&cpu, &rotated, "fp16", Mode::Chunk, ids, &[200]);
+        for (at, (a, b)) in plain.iter().zip(&rotated).enumerate() {
+            let difference = (nll(a, ids[at]) - nll(b, ids[at])).abs();
+            assert!(difference < TOLERANCE, "{}: {difference}", directory.display());
+        }
+    }
+}
+
+#[test]
+fn streaming_in_one_pass_is_decoding_token_by_token() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    for name in ["qwen2-bias-bf16", "llama32-old-bf16"] {
+        let directory = repository().join("fixtures").join(name);
+        let (ids, ..) = expected(&directory);
+        let ids: Vec<u32> = ids.iter().copied().cycle().take(512).collect();
+        let Loaded { weights, model, .. } = load(&cpu, &directory, None);
+        let rotated = model.transformed(&cpu, &weights, dibit_cache::ValueTransform::Hadamard).unwrap();
+        for (scheme, model) in [("fp16", &model), ("kivi", &model), ("kivi-paper", &model), ("kvlinc", &rotated)] {
+            let one_pass = logits(&cpu, model, scheme, Mode::Streaming, &ids, &[200, 312]);
+            let decoded = logits(&cpu, model, scheme, Mode::Chunk, &ids, &[1; 512]);
+            assert!(one_pass == decoded, "{name}, {scheme}");
+        }
+    }
+}
+
+#[test]
+fn aligned_weights_are_mapped_and_tied_ones_shared() {
+    let cpu = Cpu::new(Some(1)).unwrap();
+    let mut shared = 0;
+    for directory in fixtures() {
+        let Loaded { weights, config, .. } = load(&cpu, &directory, None);
+        assert_eq!(weights.embed.same_numbers(&weights.lm_head), config.tie_word_embeddings);
+        shared += usize::from(weights.embed.is_shared());
+    }
+    assert!(shared > 0, "no checkpoint was mapped");
+}
+
+#[test]
+fn chat_templates_render_as_in_transformers() {
+    let mut checked = 0;
+    for directory in fixtures() {
+        let Ok(text) = std::fs::read_to_string(directory.join("expected_chat.json")) else { continue };
+        let files = ModelFiles::open(&directory).unwrap();
+        let template = ChatTemplate::parse(files.tokenizer_config.as_deref(), files.chat_template.as_deref()).unwrap();
+        for case in serde_json::from_str::<Vec<Value>>(&text).unwrap() {
+            let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+            let rendered =
+                template.as_ref().unwrap().render(&messages, case["add_generation_prompt"].as_bool().unwrap()).unwrap();
+            assert_eq!(rendered, case["text"].as_str().unwrap(), "{}", directory.display());
+            checked += 1;
+        }
+    }
+    assert!(checked >= 4);
+}
+
+#[test]
+fn text_comes_out_of_a_stream_as_it_went_in() {
+    let directory = repository().join("fixtures/qwen2-bias-bf16");
+    let files = ModelFiles::open(&directory).unwrap();
+    let tokenizer = Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 384).unwrap();
+    let text = "naïve café, 数字 and 🦀 in one line";
+    let ids = tokenizer.encode(text, true).unwrap();
+    assert_eq!(ids[0], 0, "the tokenizer begins a text with BOS");
+    assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+    let mut stream = tokenizer.stream();
+    let mut out = String::new();
+    for id in ids {
+        let piece = stream.push(id).unwrap();
+        assert!(!piece.contains('\u{fffd}'), "half a character was released");
+        out += &piece;
+    }
+    assert_eq!(out + &stream.finish().unwrap(), text);
+    assert!(Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 383).is_err());
+}
