@@ -45,9 +45,9 @@ pub fn bar(length: usize) -> ProgressBar {
 
 /// True where the reader of stdout went away, which is no error.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
-    })
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe))
 }
 
 /// A file that appears only once it is complete. Created before long work, so that a place that cannot be written

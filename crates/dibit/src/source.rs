@@ -33,7 +33,9 @@ pub fn load(args: &ModelArgs) -> Result<Pretrained> {
         tracing::info!("dummy weights: the text means nothing");
     }
     if pretrained.tokenizer_is_stand_in {
-        tracing::info!("there is no tokenizer: bytes of the prompt are its tokens, and generated tokens are shown as numbers");
+        tracing::info!(
+            "there is no tokenizer: bytes of the prompt are its tokens, and generated tokens are shown as numbers"
+        );
     }
     Ok(pretrained)
 }
@@ -75,7 +77,9 @@ fn download(id: &str) -> Result<PathBuf> {
 fn is_hub_id(model: &str) -> bool {
     let name = model.split('@').next().unwrap_or_default();
     let part = |part: &str| {
-        !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     name.split('/').count() == 2 && name.split('/').all(part)
 }

@@ -7,7 +7,9 @@ pub enum EngineError {
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,
     /// The prompt does not fit.
-    #[error("the prompt has {prompt} tokens and the context is {context}; shorten the prompt or plan a longer context (--context)")]
+    #[error(
+        "the prompt has {prompt} tokens and the context is {context}; shorten the prompt or plan a longer context (--context)"
+    )]
     PromptTooLong {
         /// Tokens of the prompt, those already cached included.
         prompt: usize,

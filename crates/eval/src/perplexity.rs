@@ -243,7 +243,10 @@ mod tests {
     #[test]
     fn percentiles_count_from_below() {
         let values: Vec<f32> = (1..=1000).rev().map(|x| x as f32).collect();
-        assert_eq!((percentile(&values, 0.999), percentile(&values, 0.5), percentile(&values, 1.0)), (999.0, 500.0, 1000.0));
+        assert_eq!(
+            (percentile(&values, 0.999), percentile(&values, 0.5), percentile(&values, 1.0)),
+            (999.0, 500.0, 1000.0)
+        );
         assert_eq!(percentile(&[4.0], 0.999), 4.0);
     }
 }

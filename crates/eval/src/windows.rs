@@ -5,7 +5,12 @@ use crate::EvalError;
 ///
 /// # Errors
 /// [`EvalError::TextTooShort`] where there is not even one window.
-pub fn windows(ids: &[u32], bos: Option<u32>, context: usize, count: Option<usize>) -> Result<Vec<Vec<u32>>, EvalError> {
+pub fn windows(
+    ids: &[u32],
+    bos: Option<u32>,
+    context: usize,
+    count: Option<usize>,
+) -> Result<Vec<Vec<u32>>, EvalError> {
     let fresh = context - bos.iter().len();
     let all: Vec<Vec<u32>> = ids
         .chunks_exact(fresh)

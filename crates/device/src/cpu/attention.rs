@@ -12,8 +12,8 @@
 use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::exp::exp_shifted;
-use super::isa::Isa;
 use super::mix::{self, Codes, Plain, mix_rows};
+use super::simd::Isa;
 use super::store::CpuStore;
 use crate::Span;
 use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};

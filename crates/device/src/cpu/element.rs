@@ -1,11 +1,14 @@
-//! Numbers of 16 and 32 bit, widened in a way that compilers vectorise.
+//! Numbers of 16 and 32 bit.
 
+use super::simd::{Lanes, WIDTH};
 use half::{bf16, f16};
 
 /// A storage type of weights and 16-bit cache rows.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// The number as f32. Exact for every finite number.
     fn widen(self) -> f32;
+    /// Sixteen numbers, widened.
+    fn load<L: Lanes>(values: &[Self; WIDTH]) -> L;
 }
 
 impl Element for f32 {
@@ -13,12 +16,22 @@ impl Element for f32 {
     fn widen(self) -> f32 {
         self
     }
+
+    #[inline(always)]
+    fn load<L: Lanes>(values: &[Self; WIDTH]) -> L {
+        L::load(values)
+    }
 }
 
 impl Element for bf16 {
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn load<L: Lanes>(values: &[Self; WIDTH]) -> L {
+        L::load_bf16(values)
     }
 }
 
@@ -30,6 +43,11 @@ impl Element for f16 {
         let bits = u32::from(self.to_bits());
         let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
         f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+    }
+
+    #[inline(always)]
+    fn load<L: Lanes>(values: &[Self; WIDTH]) -> L {
+        L::load_f16(values)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The exponential of softmax, in a form that compilers vectorise.
 
-use super::isa::{BASELINE_FMA, dispatch, mul_add};
+use super::simd::{BASELINE_FMA, dispatch, mul_add};
 
 /// Below this the result is zero; `exp` is already smaller than 1e-38 there.
 const UNDERFLOW: f32 = -87.0;
@@ -47,7 +47,7 @@ dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::isa::Isa;
+    use crate::cpu::simd::Isa;
 
     #[test]
     fn close_to_the_library_everywhere() {

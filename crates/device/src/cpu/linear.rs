@@ -2,7 +2,7 @@
 
 use super::dot::{Shape, dot_rows};
 use super::element::Element;
-use super::isa::Isa;
+use super::simd::Isa;
 use crate::Output;
 use rayon::prelude::*;
 use std::marker::PhantomData;

@@ -4,9 +4,9 @@ mod attention;
 mod dot;
 mod element;
 mod exp;
-mod isa;
 mod linear;
 mod mix;
+mod simd;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -16,8 +16,8 @@ use crate::{Batch, Device, DeviceError, Mode, Output, Span, Tensor};
 use attention::{Buffers, Call, Heads};
 use dibit_cache::CacheLayout;
 use element::Element;
-use isa::Isa;
 use rayon::prelude::*;
+use simd::Isa;
 use std::ops::Range;
 use store::CpuStore;
 

@@ -153,7 +153,10 @@ fn summary(
         [one] => format!("{:.1} tokens/s prompt, {:.1} tokens/s decode", one.prefill_rate(), one.decode_rate()),
         all => {
             let slowest = all.iter().map(|c| c.timings.prefill + c.timings.decode).max().unwrap_or_default();
-            format!("{:.1} tokens/s decoded together", total(|c| c.tokens.len()) as f64 / slowest.as_secs_f64().max(1e-9))
+            format!(
+                "{:.1} tokens/s decoded together",
+                total(|c| c.tokens.len()) as f64 / slowest.as_secs_f64().max(1e-9)
+            )
         }
     };
     let chosen = if sampling.temperature == 0.0 {
@@ -165,7 +168,11 @@ fn summary(
         )
     };
     let usage = completions.iter().map(|c| c.usage).reduce(|a, b| a + b).unwrap_or_default();
-    let pass = if plan.pass_rows < options.context { format!(", prefill passes of {}", plan.pass_rows) } else { String::new() };
+    let pass = if plan.pass_rows < options.context {
+        format!(", prefill passes of {}", plan.pass_rows)
+    } else {
+        String::new()
+    };
     anstream::eprintln!(
         "{dim}
 model    {}

@@ -85,7 +85,17 @@ fn render(
     available: usize,
     rows: &[Row],
 ) -> String {
-    let header = ["scheme", "per token", "cache", "of fp16", "bits", "allocated", "prefill pass", "longest context", "batch that fits"];
+    let header = [
+        "scheme",
+        "per token",
+        "cache",
+        "of fp16",
+        "bits",
+        "allocated",
+        "prefill pass",
+        "longest context",
+        "batch that fits",
+    ];
     let cells: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {

@@ -39,7 +39,11 @@ fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
     let greedy = model.do_sample == Some(false);
     let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::from(d.subsec_nanos()));
     Sampling {
-        temperature: args.temperature.or(model.temperature.filter(|_| !greedy)).unwrap_or(if greedy { 0.0 } else { 1.0 }),
+        temperature: args.temperature.or(model.temperature.filter(|_| !greedy)).unwrap_or(if greedy {
+            0.0
+        } else {
+            1.0
+        }),
         top_p: args.top_p.or(model.top_p).unwrap_or(1.0),
         top_k: args.top_k.or(model.top_k).unwrap_or(0),
         seed: args.seed.unwrap_or_else(clock),

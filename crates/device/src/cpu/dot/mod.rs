@@ -5,10 +5,9 @@
 //! sums, joined by a fixed tree. A batch therefore computes exactly what each of its rows computes alone.
 
 use super::element::Element;
-use super::isa::{BASELINE_FMA, dispatch, mul_add};
-
-/// Partial sums of a dot product.
-const LANES: usize = 16;
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512};
+use super::simd::{Lanes, Portable, WIDTH, dispatch};
 
 /// Shape of a call: `x` is `m` rows of `k` numbers, `w` is `n` rows of `k` numbers.
 #[derive(Debug, Clone, Copy)]
@@ -24,72 +23,64 @@ pub(crate) fn reference<E: Element>(x: &[f32], w: &[E], shape: Shape, fma: bool)
     let mut out = Vec::new();
     for i in 0..shape.m {
         for j in 0..shape.n {
-            let mut lanes = [0f32; LANES];
+            let mut lanes = [0f32; WIDTH];
             for k in 0..shape.k {
                 let (a, b) = (x[i * shape.k + k], w[j * shape.k + k].widen());
-                let lane = &mut lanes[k % LANES];
+                let lane = &mut lanes[k % WIDTH];
                 *lane = if fma { a.mul_add(b, *lane) } else { a * b + *lane };
             }
-            out.push(join(lanes));
+            out.push(super::simd::join(lanes));
         }
     }
     out
 }
 
+/// The last `k % WIDTH` numbers of a row, zeros behind them: they add nothing.
 #[inline(always)]
-fn join(mut lanes: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
-        half /= 2;
+fn rest<E: Element>(row: &[E]) -> [f32; WIDTH] {
+    let mut padded = [0f32; WIDTH];
+    for (padded, value) in padded.iter_mut().zip(&row[row.len() - row.len() % WIDTH..]) {
+        *padded = value.widen();
     }
-    lanes[0]
+    padded
 }
 
 #[inline(always)]
-fn tile<E: Element, const FMA: bool, const M: usize, const N: usize>(
+fn tile<E: Element, L: Lanes, const M: usize, const N: usize>(
     x: [&[f32]; M],
     w: [&[E]; N],
     mut emit: impl FnMut(usize, usize, f32),
 ) {
     let k = x[0].len();
-    let mut sums = [[[0f32; LANES]; N]; M];
-    for start in (0..k - k % LANES).step_by(LANES) {
-        let mut wide = [[0f32; LANES]; N];
-        for (wide, row) in wide.iter_mut().zip(w) {
-            let chunk: &[E; LANES] = row[start..start + LANES].try_into().expect("a chunk of LANES");
-            for lane in 0..LANES {
-                wide[lane] = chunk[lane].widen();
-            }
+    let mut sums = [[L::splat(0.0); N]; M];
+    for start in (0..k - k % WIDTH).step_by(WIDTH) {
+        let mut wide = [L::splat(0.0); N];
+        for j in 0..N {
+            wide[j] = E::load(w[j][start..start + WIDTH].try_into().expect("WIDTH numbers"));
         }
-        for (sums, row) in sums.iter_mut().zip(x) {
-            let chunk: &[f32; LANES] = row[start..start + LANES].try_into().expect("a chunk of LANES");
-            for (sum, wide) in sums.iter_mut().zip(&wide) {
-                for lane in 0..LANES {
-                    sum[lane] = mul_add::<FMA>(chunk[lane], wide[lane], sum[lane]);
-                }
+        for i in 0..M {
+            let x = L::load(x[i][start..start + WIDTH].try_into().expect("WIDTH numbers"));
+            for j in 0..N {
+                sums[i][j] = x.mul_add(wide[j], sums[i][j]);
             }
         }
     }
-    for at in k - k % LANES..k {
-        for (sums, x) in sums.iter_mut().zip(x) {
-            for (sum, w) in sums.iter_mut().zip(w) {
-                let lane = at % LANES;
-                sum[lane] = mul_add::<FMA>(x[at], w[at].widen(), sum[lane]);
+    if !k.is_multiple_of(WIDTH) {
+        for i in 0..M {
+            for j in 0..N {
+                sums[i][j] = L::load(&rest(x[i])).mul_add(L::load(&rest(w[j])), sums[i][j]);
             }
         }
     }
     for (i, sums) in sums.into_iter().enumerate() {
         for (j, sum) in sums.into_iter().enumerate() {
-            emit(i, j, join(sum));
+            emit(i, j, sum.sum());
         }
     }
 }
 
 #[inline(always)]
-fn columns<E: Element, const FMA: bool, const M: usize, const N: usize>(
+fn columns<E: Element, L: Lanes, const M: usize, const N: usize>(
     x: [&[f32]; M],
     w: &[E],
     shape: Shape,
@@ -99,15 +90,15 @@ fn columns<E: Element, const FMA: bool, const M: usize, const N: usize>(
     let row = |j: usize| &w[j * k..(j + 1) * k];
     let whole = shape.n - shape.n % N;
     for j in (0..whole).step_by(N) {
-        tile::<E, FMA, M, N>(x, std::array::from_fn(|b| row(j + b)), |a, b, sum| emit(a, j + b, sum));
+        tile::<E, L, M, N>(x, std::array::from_fn(|b| row(j + b)), |a, b, sum| emit(a, j + b, sum));
     }
     for j in whole..shape.n {
-        tile::<E, FMA, M, 1>(x, [row(j)], |a, _, sum| emit(a, j, sum));
+        tile::<E, L, M, 1>(x, [row(j)], |a, _, sum| emit(a, j, sum));
     }
 }
 
 #[inline(always)]
-fn body<E: Element, const FMA: bool, const M: usize, const N: usize>(
+fn body<E: Element, L: Lanes, const M: usize, const N: usize>(
     x: &[f32],
     w: &[E],
     shape: Shape,
@@ -116,25 +107,25 @@ fn body<E: Element, const FMA: bool, const M: usize, const N: usize>(
     let row = |i: usize| &x[i * shape.k..(i + 1) * shape.k];
     let whole = shape.m - shape.m % M;
     for i in (0..whole).step_by(M) {
-        columns::<E, FMA, M, N>(std::array::from_fn(|a| row(i + a)), w, shape, &mut |a, j, sum| emit(i + a, j, sum));
+        columns::<E, L, M, N>(std::array::from_fn(|a| row(i + a)), w, shape, &mut |a, j, sum| emit(i + a, j, sum));
     }
     for i in whole..shape.m {
-        columns::<E, FMA, 1, N>([row(i)], w, shape, &mut |_, j, sum| emit(i, j, sum));
+        columns::<E, L, 1, N>([row(i)], w, shape, &mut |_, j, sum| emit(i, j, sum));
     }
 }
 
 dispatch! {
     /// Calls `emit(i, j, x[i] . w[j])` for every pair of rows.
     fn dot_rows<E: Element, F: FnMut(usize, usize, f32)>(x: &[f32], w: &[E], shape: Shape, emit: &mut F);
-    baseline: body::<E, BASELINE_FMA, 2, 2>(x, w, shape, emit);
-    avx2: body::<E, true, 2, 3>(x, w, shape, emit);
-    avx512: body::<E, true, 4, 4>(x, w, shape, emit);
+    baseline: body::<E, Portable, 2, 2>(x, w, shape, emit);
+    avx2: body::<E, Avx2, 2, 3>(x, w, shape, emit);
+    avx512: body::<E, Avx512, 4, 4>(x, w, shape, emit);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::isa::Isa;
+    use crate::cpu::simd::Isa;
     use half::{bf16, f16};
     use proptest::prelude::*;
 
@@ -144,7 +135,7 @@ mod tests {
         for isa in Isa::available() {
             let mut out = vec![f32::NAN; shape.m * shape.n];
             dot_rows(isa, &x, &w, shape, &mut |i, j, sum| out[i * shape.n + j] = sum);
-            assert_eq!(out, reference(&x, &w, shape, isa != Isa::Baseline || BASELINE_FMA), "{isa:?} {shape:?}");
+            assert_eq!(out, reference(&x, &w, shape, isa.fuses()), "{isa:?} {shape:?}");
         }
     }
 

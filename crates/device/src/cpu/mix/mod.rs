@@ -9,8 +9,13 @@
 //! on how many rows of `y` share a call.
 
 use super::element::Element;
-use super::isa::{BASELINE_FMA, dispatch, mul_add};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512};
+use super::simd::{BASELINE_FMA, Lanes, Portable, WIDTH, dispatch, mul_add};
 use std::marker::PhantomData;
+
+/// Fields of the narrowest codes.
+const MAX_FIELDS: usize = 4;
 
 /// A storage unit and the lanes in it.
 pub(crate) trait Rows: Copy + Send + Sync + 'static {
@@ -20,18 +25,28 @@ pub(crate) trait Rows: Copy + Send + Sync + 'static {
     const FIELDS: usize;
     /// The number in one field.
     fn lane(unit: Self::Unit, field: usize) -> f32;
+    /// One field of sixteen units.
+    fn lanes<L: Lanes>(units: &[Self::Unit; WIDTH], field: usize) -> L;
 }
 
 /// Codes of `BITS` bits, packed as by [`dibit_quant::pack`].
 #[derive(Clone, Copy)]
 pub(crate) struct Codes<const BITS: usize>;
 
+impl<const BITS: usize> Codes<BITS> {
+    const MASK: u8 = u8::MAX >> (8 - BITS);
+}
+
 impl<const BITS: usize> Rows for Codes<BITS> {
     type Unit = u8;
     const FIELDS: usize = 8 / BITS;
     #[inline(always)]
     fn lane(unit: u8, field: usize) -> f32 {
-        ((u32::from(unit) >> (field * BITS)) & ((1 << BITS) - 1)) as i32 as f32
+        f32::from((unit >> (field * BITS)) & Self::MASK)
+    }
+    #[inline(always)]
+    fn lanes<L: Lanes>(units: &[u8; WIDTH], field: usize) -> L {
+        L::load_bits(units, (field * BITS) as u32, Self::MASK)
     }
 }
 
@@ -45,6 +60,10 @@ impl<E: Element> Rows for Plain<E> {
     #[inline(always)]
     fn lane(unit: E, _: usize) -> f32 {
         unit.widen()
+    }
+    #[inline(always)]
+    fn lanes<L: Lanes>(units: &[E; WIDTH], _: usize) -> L {
+        E::load(units)
     }
 }
 
@@ -65,113 +84,103 @@ pub(crate) struct Shape {
     pub y_stride: usize,
 }
 
-/// The specification: the same sums in the same order, one number at a time.
-#[cfg(test)]
-pub(crate) fn reference<R: Rows>(weights: &[f32], data: &[R::Unit], shape: Shape, y: &mut [f32], fma: bool) {
-    for i in 0..shape.m {
-        for r in 0..shape.rows {
-            let weight = weights[i * shape.weight_stride + r];
-            for j in 0..shape.units {
-                for field in 0..R::FIELDS {
-                    let value = R::lane(data[r * shape.row_stride + j], field);
-                    let sum = &mut y[i * shape.y_stride + field * shape.units + j];
-                    *sum = if fma { weight.mul_add(value, *sum) } else { weight * value + *sum };
-                }
-            }
-        }
-    }
-}
-
-/// One run of `C` units for `M` rows of `y`, all sums in registers. Fields beyond `R::FIELDS` are unused.
+/// Sixteen units from `first` on for `M` rows of `y`, all sums in registers; lanes of units before `keep` are
+/// left as they were.
 #[inline(always)]
-fn run<R: Rows, const FMA: bool, const M: usize, const C: usize>(
+fn run<R: Rows, L: Lanes, const M: usize>(
     weights: &[f32],
     data: &[R::Unit],
     shape: Shape,
     first: usize,
+    keep: usize,
     y: &mut [f32],
 ) {
-    let mut sums = [[[0f32; C]; 4]; M];
+    let at = |i: usize, field: usize| i * shape.y_stride + field * shape.units + first;
+    let weights: [&[f32]; M] = std::array::from_fn(|i| &weights[i * shape.weight_stride..][..shape.rows]);
+    let mut sums: [[L; MAX_FIELDS]; M] = [[L::splat(0.0); MAX_FIELDS]; M];
     for (i, sums) in sums.iter_mut().enumerate() {
         for (field, sum) in sums.iter_mut().enumerate().take(R::FIELDS) {
-            let at = i * shape.y_stride + field * shape.units + first;
-            sum.copy_from_slice(&y[at..at + C]);
+            *sum = L::load(y[at(i, field)..][..WIDTH].try_into().expect("WIDTH lanes"));
         }
     }
-    let weights: [&[f32]; M] = std::array::from_fn(|i| &weights[i * shape.weight_stride..][..shape.rows]);
     for r in 0..shape.rows {
-        let at = r * shape.row_stride + first;
-        let units: &[R::Unit; C] = data[at..at + C].try_into().ok().expect("a run of C units");
+        let units: &[R::Unit; WIDTH] =
+            data[r * shape.row_stride + first..][..WIDTH].try_into().ok().expect("WIDTH units");
         for field in 0..R::FIELDS {
-            let mut values = [0f32; C];
-            for lane in 0..C {
-                values[lane] = R::lane(units[lane], field);
+            let lanes = R::lanes::<L>(units, field);
+            for i in 0..M {
+                sums[i][field] = L::splat(weights[i][r]).mul_add(lanes, sums[i][field]);
             }
-            for (sums, weights) in sums.iter_mut().zip(weights) {
-                for lane in 0..C {
-                    sums[field][lane] = mul_add::<FMA>(weights[r], values[lane], sums[field][lane]);
+        }
+    }
+    for (i, sums) in sums.into_iter().enumerate() {
+        for (field, sum) in sums.into_iter().enumerate().take(R::FIELDS) {
+            let mut lanes = [0f32; WIDTH];
+            sum.store(&mut lanes);
+            y[at(i, field)..][keep - first..WIDTH].copy_from_slice(&lanes[keep - first..]);
+        }
+    }
+}
+
+/// The specification, one lane after the other; also the path for rows of fewer than sixteen units.
+#[inline(always)]
+fn reference<R: Rows, const FMA: bool>(weights: &[f32], data: &[R::Unit], shape: Shape, y: &mut [f32]) {
+    for i in 0..shape.m {
+        for r in 0..shape.rows {
+            let weight = weights[i * shape.weight_stride + r];
+            for field in 0..R::FIELDS {
+                let lanes = &mut y[i * shape.y_stride + field * shape.units..][..shape.units];
+                for (sum, unit) in lanes.iter_mut().zip(&data[r * shape.row_stride..]) {
+                    *sum = mul_add::<FMA>(weight, R::lane(*unit, field), *sum);
                 }
             }
         }
     }
-    for (i, sums) in sums.iter().enumerate() {
-        for (field, sum) in sums.iter().enumerate().take(R::FIELDS) {
-            let at = i * shape.y_stride + field * shape.units + first;
-            y[at..at + C].copy_from_slice(sum);
-        }
-    }
 }
 
 #[inline(always)]
-fn runs<R: Rows, const FMA: bool, const M: usize, const C: usize>(
-    weights: &[f32],
-    data: &[R::Unit],
-    shape: Shape,
-    y: &mut [f32],
-) {
+fn runs<R: Rows, L: Lanes, const M: usize>(weights: &[f32], data: &[R::Unit], shape: Shape, y: &mut [f32]) {
     let mut first = 0;
-    while first + C <= shape.units {
-        run::<R, FMA, M, C>(weights, data, shape, first, y);
-        first += C;
+    while first + WIDTH <= shape.units {
+        run::<R, L, M>(weights, data, shape, first, first, y);
+        first += WIDTH;
     }
-    while first + 4 <= shape.units {
-        run::<R, FMA, M, 4>(weights, data, shape, first, y);
-        first += 4;
-    }
-    while first < shape.units {
-        run::<R, FMA, M, 1>(weights, data, shape, first, y);
-        first += 1;
+    if first < shape.units {
+        run::<R, L, M>(weights, data, shape, shape.units - WIDTH, first, y);
     }
 }
 
 #[inline(always)]
-fn body<R: Rows, const FMA: bool, const M: usize, const C: usize>(
+fn body<R: Rows, L: Lanes, const FMA: bool, const M: usize>(
     weights: &[f32],
     data: &[R::Unit],
     shape: Shape,
     y: &mut [f32],
 ) {
+    if shape.units < WIDTH {
+        return reference::<R, FMA>(weights, data, shape, y);
+    }
     let whole = shape.m - shape.m % M;
     for i in (0..whole).step_by(M) {
-        runs::<R, FMA, M, C>(&weights[i * shape.weight_stride..], data, shape, &mut y[i * shape.y_stride..]);
+        runs::<R, L, M>(&weights[i * shape.weight_stride..], data, shape, &mut y[i * shape.y_stride..]);
     }
     for i in whole..shape.m {
-        runs::<R, FMA, 1, C>(&weights[i * shape.weight_stride..], data, shape, &mut y[i * shape.y_stride..]);
+        runs::<R, L, 1>(&weights[i * shape.weight_stride..], data, shape, &mut y[i * shape.y_stride..]);
     }
 }
 
 dispatch! {
     /// Adds the weighted rows of `data` to `y`.
     fn mix_rows<R: Rows>(weights: &[f32], data: &[R::Unit], shape: Shape, y: &mut [f32]);
-    baseline: body::<R, BASELINE_FMA, 1, 8>(weights, data, shape, y);
-    avx2: body::<R, true, 2, 8>(weights, data, shape, y);
-    avx512: body::<R, true, 3, 16>(weights, data, shape, y);
+    baseline: body::<R, Portable, BASELINE_FMA, 1>(weights, data, shape, y);
+    avx2: body::<R, Avx2, true, 1>(weights, data, shape, y);
+    avx512: body::<R, Avx512, true, 4>(weights, data, shape, y);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::isa::Isa;
+    use crate::cpu::simd::Isa;
     use half::f16;
     use proptest::prelude::*;
 
@@ -184,7 +193,8 @@ mod tests {
         for isa in Isa::available() {
             let (mut y, mut expected) = (start.clone(), start.clone());
             mix_rows::<R>(isa, &weights, &data, shape, &mut y);
-            reference::<R>(&weights, &data, shape, &mut expected, isa != Isa::Baseline || BASELINE_FMA);
+            let reference = if isa.fuses() { reference::<R, true> } else { reference::<R, false> };
+            reference(&weights, &data, shape, &mut expected);
             assert_eq!(y, expected, "{isa:?} {shape:?}");
         }
     }

@@ -1,7 +1,6 @@
 //! Run-time choice of the instruction set.
 //!
-//! A kernel is one generic body, inlined into a function for each instruction set and vectorised there by the
-//! compiler.
+//! A kernel is one generic body, inlined into a function for each instruction set.
 
 use std::sync::OnceLock;
 
@@ -10,7 +9,7 @@ use std::sync::OnceLock;
 pub(crate) enum Isa {
     /// What the target guarantees.
     Baseline,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
@@ -31,7 +30,7 @@ impl Isa {
         let mut all = vec![Isa::Baseline];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
                 all.push(Isa::Avx2);
                 let avx512 = is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -43,6 +42,12 @@ impl Isa {
             }
         }
         all
+    }
+
+    /// Whether kernels fuse multiplication and addition.
+    #[cfg(test)]
+    pub(crate) fn fuses(self) -> bool {
+        self != Isa::Baseline || BASELINE_FMA
     }
 
     pub(crate) fn name(self) -> &'static str {
@@ -71,17 +76,17 @@ macro_rules! dispatch {
      baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr;) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        pub(crate) fn $name<$($generic: $bound),*>(isa: $crate::cpu::isa::Isa, $($arg: $type),*) {
-            use $crate::cpu::isa::Isa;
+        pub(crate) fn $name<$($generic: $bound),*>(isa: $crate::cpu::simd::Isa, $($arg: $type),*) {
+            use $crate::cpu::simd::Isa;
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::too_many_arguments)]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<$($generic: $bound),*>($($arg: $type),*) {
                 $avx2
             }
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::too_many_arguments)]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             fn avx512<$($generic: $bound),*>($($arg: $type),*) {
                 $avx512
             }

@@ -1,0 +1,63 @@
+//! Sixteen f32 lanes on every instruction set.
+//!
+//! Kernels are written once over [`Lanes`]. Each lane computes the same whatever the instruction set, except that
+//! the portable implementation fuses multiplication and addition only where the target does.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod isa;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use isa::{BASELINE_FMA, Isa, dispatch, mul_add};
+pub(crate) use portable::Portable;
+
+use half::{bf16, f16};
+
+/// Number of lanes.
+pub(crate) const WIDTH: usize = 16;
+
+/// Sixteen f32 numbers. A type of an instruction set is only used inside functions that [`dispatch`] compiled for
+/// that instruction set and calls where the machine has it.
+pub(crate) trait Lanes: Copy {
+    /// The same number in every lane.
+    fn splat(value: f32) -> Self;
+    /// These numbers.
+    fn load(values: &[f32; WIDTH]) -> Self;
+    /// These numbers, widened.
+    fn load_f16(values: &[f16; WIDTH]) -> Self;
+    /// These numbers, widened.
+    fn load_bf16(values: &[bf16; WIDTH]) -> Self;
+    /// `(byte >> shift) & mask` of these bytes.
+    fn load_bits(bytes: &[u8; WIDTH], shift: u32, mask: u8) -> Self;
+    /// `self * factor + addend`, fused.
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// Writes the lanes.
+    fn store(self, values: &mut [f32; WIDTH]);
+
+    /// The sum of all lanes, by a fixed tree: lane `i` joins lane `i + 8`, then `i + 4`, `i + 2`, `i + 1`.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut lanes = [0f32; WIDTH];
+        self.store(&mut lanes);
+        join(lanes)
+    }
+}
+
+/// The tree of [`Lanes::sum`].
+#[inline(always)]
+pub(crate) fn join(mut lanes: [f32; WIDTH]) -> f32 {
+    let mut half = WIDTH / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
