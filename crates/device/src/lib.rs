@@ -13,4 +13,4 @@ pub use batch::{Batch, Mode, Span};
 pub use cpu::Cpu;
 pub use device::{Device, Output};
 pub use error::DeviceError;
-pub use tensor::{Bytes, DType, Tensor, TensorError};
+pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError};

@@ -1,7 +1,10 @@
 //! Weights as they come from a checkpoint: mapped where the layout allows, owned where they were changed.
 
 use half::{bf16, f16};
-use std::ops::Deref;
+use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -45,8 +48,28 @@ pub struct TensorError {
     dtype: &'static str,
 }
 
+/// Bytes that tensors are cut from.
+pub trait SharedBytes: Deref<Target = [u8]> + Send + Sync {
+    /// Says that a range is not needed for now, so that it need not stay resident. It can still be read.
+    fn release(&self, _range: Range<usize>) {}
+}
+
+impl SharedBytes for Vec<u8> {}
+
+impl SharedBytes for &'static [u8] {}
+
+impl SharedBytes for Mmap {
+    #[cfg(unix)]
+    fn release(&self, range: Range<usize>) {
+        // SAFETY: the mapping is read-only, so dropping its pages loses nothing: they are read from the file again.
+        let advice = unsafe { self.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+        // It is advice: where the system declines, memory is all that is lost.
+        advice.ok();
+    }
+}
+
 /// Bytes that outlive every tensor cut from them: a mapped file, or part of the program.
-pub type Bytes = Arc<dyn Deref<Target = [u8]> + Send + Sync>;
+pub type Bytes = Arc<dyn SharedBytes>;
 
 #[derive(Clone)]
 enum Storage<T> {
@@ -60,6 +83,12 @@ impl<T: bytemuck::Pod> Storage<T> {
         match bytemuck::try_cast_slice::<u8, T>(raw) {
             Ok(_) => Storage::Shared { bytes: bytes.clone(), offset, len },
             Err(_) => Storage::Owned(Arc::new(bytemuck::pod_collect_to_vec(raw))),
+        }
+    }
+
+    fn release(&self) {
+        if let Storage::Shared { bytes, offset, len } = self {
+            bytes.release(*offset..*offset + *len);
         }
     }
 
@@ -164,6 +193,15 @@ impl Tensor {
             Data::F32(storage) => matches!(storage, Storage::Shared { .. }),
             Data::F16(storage) => matches!(storage, Storage::Shared { .. }),
             Data::Bf16(storage) => matches!(storage, Storage::Shared { .. }),
+        }
+    }
+
+    /// Says that the tensor is not needed for now; see [`SharedBytes::release`].
+    pub fn release(&self) {
+        match &self.data {
+            Data::F32(storage) => storage.release(),
+            Data::F16(storage) => storage.release(),
+            Data::Bf16(storage) => storage.release(),
         }
     }
 

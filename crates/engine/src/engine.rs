@@ -77,7 +77,11 @@ impl<'a, D: Device> Engine<'a, D> {
     ) -> Result<Self, EngineError> {
         let config = &pretrained.config;
         let layout = CacheLayout::new(scheme, config.cache_shape())?;
-        let plan = MemoryPlan::new(config, &layout, options)?;
+        let (context, limit) = (options.context, config.max_position_embeddings);
+        if context > limit {
+            return Err(EngineError::ContextTooLong { context, limit });
+        }
+        let plan = MemoryPlan::new(config, &layout, options);
         let mut model = Model::new(device, config, &pretrained.weights)?;
         if scheme.value_transform != ValueTransform::None {
             model = model.transformed(device, &pretrained.weights, scheme.value_transform)?;

@@ -1,6 +1,5 @@
 //! How much memory a run takes, known before it starts.
 
-use crate::EngineError;
 use dibit_cache::CacheLayout;
 use dibit_device::Cpu;
 use dibit_model::{ModelConfig, Workspace};
@@ -40,27 +39,20 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Plans a run.
-    ///
-    /// # Errors
-    /// [`EngineError::ContextTooLong`].
-    pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options) -> Result<Self, EngineError> {
+    /// Plans a run. A context longer than the model supports can be planned, but not run.
+    pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options) -> Self {
         let Options { context, sequences, prefill_chunk } = options;
-        let limit = config.max_position_embeddings;
-        if context > limit {
-            return Err(EngineError::ContextTooLong { context, limit });
-        }
         let row_bytes = Workspace::<Cpu>::row_bytes(config);
         let fitting = (PASS_BYTES / row_bytes).max(MIN_PASS_ROWS);
         let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1)).max(sequences);
         let sequence_bytes = layout.planned_bytes(context);
-        Ok(MemoryPlan {
+        MemoryPlan {
             sequence_bytes,
             sequence_blocks: layout.window.blocks(context),
             cache_bytes: sequences * sequence_bytes,
             half_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
             pass_rows,
             pass_bytes: pass_rows * row_bytes,
-        })
+        }
     }
 }

@@ -132,6 +132,8 @@ impl<D: Device> Model<D> {
                 Some(hadamard) => {
                     let rotated = rotation::rotate(weights, hadamard);
                     rotation::self_test(device, index, weights, &rotated, hadamard)?;
+                    weights.v.weight.release();
+                    weights.o.weight.release();
                     rotated
                 }
             };

@@ -103,23 +103,15 @@ impl Weights {
         })
     }
 
-    /// Bytes of all weights.
+    /// Bytes of the embedding, the output layer and all linear layers; norms are too small to count.
     pub fn num_bytes(&self) -> usize {
         let linear = |l: &LinearWeights| l.weight.num_bytes() + l.bias.as_ref().map_or(0, Tensor::num_bytes);
-        let layers: usize = self
-            .layers
-            .iter()
-            .map(|layer| {
-                let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
-                [q, k, v, o, gate, up, down].into_iter().map(linear).sum::<usize>()
-            })
-            .sum();
-        let head = if self.lm_head_is_tied() { 0 } else { self.lm_head.num_bytes() };
-        self.embed.num_bytes() + head + layers
-    }
-
-    fn lm_head_is_tied(&self) -> bool {
-        self.embed.same_numbers(&self.lm_head)
+        let layer = |layer: &LayerWeights| {
+            let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
+            [q, k, v, o, gate, up, down].into_iter().map(linear).sum::<usize>()
+        };
+        let head = if self.embed.same_numbers(&self.lm_head) { 0 } else { self.lm_head.num_bytes() };
+        self.embed.num_bytes() + head + self.layers.iter().map(layer).sum::<usize>()
     }
 }
 
@@ -178,7 +170,10 @@ impl Loader<'_> {
                 Tensor::random(stream(*seed, name), self.config.initializer_range, dtype, rows, cols)
             }
         };
-        Ok(self.dtype.map_or_else(|| tensor.clone(), |dtype| tensor.cast(dtype)))
+        let Some(dtype) = self.dtype.filter(|dtype| *dtype != tensor.dtype()) else { return Ok(tensor) };
+        let converted = tensor.cast(dtype);
+        tensor.release();
+        Ok(converted)
     }
 }
 

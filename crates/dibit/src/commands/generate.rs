@@ -1,6 +1,7 @@
 use super::{cache_line, cpu, interrupt_flag, model_line, sampling, scheme};
 use crate::args::GenerateArgs;
-use crate::{Outcome, source};
+use crate::output::bytes;
+use crate::{Outcome, memory, source};
 use anyhow::{Context, Result, bail};
 use dibit_device::Device;
 use dibit_engine::{Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling};
@@ -135,6 +136,10 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
             "allocated_bytes": usage.allocated_bytes,
             "fp16_bytes": usage.half_bytes,
         },
+        "memory": {
+            "weights_bytes": pretrained.weights.num_bytes(),
+            "peak_rss_bytes": memory::peak(),
+        },
     })
 }
 
@@ -167,6 +172,8 @@ fn summary(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed
         )
     };
+    let weights = bytes(pretrained.weights.num_bytes());
+    let peak = memory::peak().map_or(String::new(), |peak| format!(", at most {} resident", bytes(peak)));
     let usage = completions.iter().map(|c| c.usage).reduce(|a, b| a + b).unwrap_or_default();
     let pass = if plan.pass_rows < options.context {
         format!(", prefill passes of {}", plan.pass_rows)
@@ -179,7 +186,8 @@ model    {}
 speed    {} prompt + {} generated tokens; {rates}
 sampling {chosen}
 context  {} of {} tokens{pass}
-cache    {}{dim:#}",
+cache    {}
+memory   {weights} of weights{peak}{dim:#}",
         model_line(pretrained, device),
         total(|c| c.prompt_tokens),
         total(|c| c.tokens.len()),

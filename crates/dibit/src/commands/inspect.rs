@@ -19,7 +19,7 @@ struct Row {
     /// Bits in use, and allocated, for a scalar at the whole context.
     bits: (f64, f64),
     /// Tokens of one sequence that fit beside the weights.
-    fitting_context: usize,
+    fitting_tokens: usize,
     /// Sequences of the whole context that fit beside the weights.
     fitting_batch: usize,
 }
@@ -29,7 +29,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let files = source::files(&args.model)?;
     let config = source::config(&files)?;
     let weights = weight_bytes(args, &files, &config)?;
-    let available = memory::available() as usize;
+    let available = memory::available();
     let options = Options {
         context: args.context.map_or(config.max_position_embeddings, |context| context as usize),
         sequences: args.batch as usize,
@@ -62,7 +62,7 @@ fn weight_bytes(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) ->
 
 fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> Result<Row> {
     let layout = CacheLayout::new(scheme, config.cache_shape())?;
-    let plan = MemoryPlan::new(config, &layout, options)?;
+    let plan = MemoryPlan::new(config, &layout, options);
     let blocks = layout.window.blocks(options.context);
     let usage = layout.usage(options.context, blocks);
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
@@ -72,7 +72,7 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> 
         plan,
         token_bytes,
         bits: (usage.bits(), usage.allocated_bits()),
-        fitting_context: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
+        fitting_tokens: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
         fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
     })
 }
@@ -93,7 +93,7 @@ fn render(
         "bits",
         "allocated",
         "prefill pass",
-        "longest context",
+        "tokens that fit",
         "batch that fits",
     ];
     let cells: Vec<Vec<String>> = rows
@@ -107,14 +107,16 @@ fn render(
                 format!("{:.2}", row.bits.0),
                 format!("{:.2}", row.bits.1),
                 format!("{} in {}", row.plan.pass_rows, bytes(row.plan.pass_bytes)),
-                format!("{}", row.fitting_context),
+                format!("{}", row.fitting_tokens),
                 format!("{}", row.fitting_batch),
             ]
         })
         .collect();
+    let limit = config.max_position_embeddings;
+    let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
     format!(
         "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
-         weights {}; memory available {}; context {} tokens, batch {}\n\n{}",
+         weights {}; memory available {}; context {} tokens{beyond}, batch {}\n\n{}",
         files.origin,
         config.architecture.name(),
         config.num_hidden_layers,
@@ -150,7 +152,7 @@ fn to_json(
                 "allocated_bits": row.bits.1,
                 "pass_rows": row.plan.pass_rows,
                 "pass_bytes": row.plan.pass_bytes,
-                "longest_context": row.fitting_context,
+                "tokens_that_fit": row.fitting_tokens,
                 "batch_that_fits": row.fitting_batch,
             })
         })

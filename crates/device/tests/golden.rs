@@ -1,0 +1,52 @@
+//! Decode attention over a packed cache against values computed by NumPy (tools/golden_quant.py).
+
+use dibit_cache::{CacheLayout, CacheManager, CacheShape, Scheme};
+use dibit_device::{Batch, Cpu, Device, Mode};
+use dibit_quant::Hadamard;
+use serde_json::Value;
+
+fn rows(value: &Value) -> Vec<Vec<f32>> {
+    let row = |row: &Value| row.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect();
+    value.as_array().unwrap().iter().map(row).collect()
+}
+
+#[test]
+fn decode_attention_is_that_of_numpy() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    for head_dim in [64, 80, 128] {
+        let path = format!("{}/../../fixtures/golden/attention_{head_dim}.json", env!("CARGO_MANIFEST_DIR"));
+        let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let (q, k, mut v) = (rows(&golden["q"]), rows(&golden["k"]), rows(&golden["v"]));
+        let hadamard = Hadamard::new(head_dim).unwrap();
+        v.iter_mut().for_each(|row| hadamard.apply(row));
+
+        let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim };
+        let layout = CacheLayout::new(&Scheme::load("kvlinc").unwrap(), shape).unwrap();
+        let cached = golden["cached"].as_u64().unwrap() as usize;
+        assert_eq!(layout.window.packed_keys(cached), golden["quantised"].as_u64().unwrap() as usize);
+        let mut manager = CacheManager::new(layout.clone(), 2, 1);
+        let mut store = cpu.store(&layout, 2, 1, cached).unwrap();
+        let mut sequence = manager.open().unwrap();
+        let mut out = cpu.buffer(cached * q.len() * head_dim).unwrap();
+        for tokens in [0..cached, cached..cached + 1] {
+            manager.reserve(&mut sequence, tokens.end).unwrap();
+            let mut batch = Batch::new(Mode::Chunk);
+            batch.push(&sequence, tokens.len(), layout.window);
+            let rows = 0..tokens.len();
+            cpu.write_kv(&mut store, 0, &batch, rows.clone(), &k[tokens.clone()].concat(), &v[tokens.clone()].concat())
+                .unwrap();
+            let queries = q.concat().repeat(tokens.len());
+            cpu.attention(&mut store, 0, &batch, rows, q.len(), &queries, &mut out).unwrap();
+            cpu.commit(&mut store, 0, &batch).unwrap();
+            manager.advance(&mut sequence, tokens.end);
+        }
+        for (head, expected) in rows(&golden["out"]).into_iter().enumerate() {
+            let got = &mut out[head * head_dim..][..head_dim];
+            hadamard.apply_inverse(got);
+            let scale = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
+            for (got, expected) in got.iter().zip(expected) {
+                assert!((*got - expected).abs() < 1e-3 * scale, "head_dim {head_dim}: {got} instead of {expected}");
+            }
+        }
+    }
+}

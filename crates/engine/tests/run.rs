@@ -1,0 +1,179 @@
+//! Requests, batches and conversations on small checkpoints.
+
+use dibit_cache::Scheme;
+use dibit_device::Cpu;
+use dibit_engine::{Chat, Completion, Engine, EngineError, FinishReason, Options, Request, Sampling};
+use dibit_model::{ModelFiles, Pretrained, WeightSource};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+fn pretrained(name: &str) -> Pretrained {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+    Pretrained::load(&ModelFiles::open(&directory).unwrap(), WeightSource::Checkpoint, None).unwrap()
+}
+
+fn engine<'a>(cpu: &'a Cpu, model: &'a Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
+    let options = Options { context: 1024, sequences, prefill_chunk: None };
+    Engine::new(cpu, model, &Scheme::load(scheme).unwrap(), options).unwrap()
+}
+
+fn request(seed: u32, prompt_tokens: u32, max_tokens: usize, sampling: Sampling) -> Request {
+    let prompt = (0..prompt_tokens).map(|i| 5 + (seed * 131 + i * i * 7 + i) % 379).collect();
+    Request { prompt, max_tokens, sampling, stop: Vec::new() }
+}
+
+fn go_on(_: usize, _: &str) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// What does not depend on the clock.
+fn answer(completion: &Completion) -> (&str, &[u32], FinishReason, dibit_cache::Usage) {
+    (&completion.text, &completion.tokens, completion.finish, completion.usage)
+}
+
+#[test]
+fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
+    let model = pretrained("llama32-old-bf16");
+    let warm = Sampling { temperature: 1.5, top_p: 0.95, top_k: 50, seed: 3 };
+    let requests: Vec<Request> = [(1, 5, 300), (2, 400, 20), (3, 129, 1), (4, 255, 40), (5, 1, 150)]
+        .into_iter()
+        .enumerate()
+        .map(|(i, (seed, prompt, max))| request(seed, prompt, max, if i % 2 == 0 { warm } else { Sampling::GREEDY }))
+        .collect();
+    for scheme in Scheme::built_in() {
+        let single = Cpu::new(Some(1)).unwrap();
+        let alone: Vec<Completion> = requests
+            .iter()
+            .map(|r| engine(&single, &model, scheme, 1).generate(std::slice::from_ref(r), go_on).unwrap().remove(0))
+            .collect();
+        for (threads, sequences) in [(1, 5), (3, 2)] {
+            let cpu = Cpu::new(Some(threads)).unwrap();
+            let together = engine(&cpu, &model, scheme, sequences).generate(&requests, go_on).unwrap();
+            for (alone, together) in alone.iter().zip(&together) {
+                assert_eq!(answer(alone), answer(together), "{scheme}, {threads} threads, {sequences} at once");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_engine_gives_back_what_its_requests_took() {
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 2);
+    let requests = [request(1, 300, 5, Sampling::GREEDY), request(2, 20, 5, Sampling::GREEDY)];
+    let first = engine.generate(&requests, go_on).unwrap();
+    // A request that is ended at once leaves nothing behind either.
+    let cancelled = engine.generate(&requests, |_, _| ControlFlow::Break(())).unwrap();
+    assert!(cancelled.iter().any(|c| c.finish == FinishReason::Cancelled));
+    for _ in 0..3 {
+        let again = engine.generate(&requests, go_on).unwrap();
+        assert!(first.iter().zip(&again).all(|(a, b)| answer(a) == answer(b)));
+    }
+}
+
+#[test]
+fn texts_end_for_the_reason_they_say() {
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "fp16", 1);
+    let mut run = |request: &Request| engine.generate(std::slice::from_ref(request), go_on).unwrap().remove(0);
+    let plain = run(&request(1, 10, 8, Sampling::GREEDY));
+    assert_eq!((plain.finish, plain.tokens.len(), plain.usage.tokens), (FinishReason::Length, 8, 17));
+    let none = run(&request(1, 10, 0, Sampling::GREEDY));
+    assert_eq!((none.finish, none.tokens.len(), none.text.as_str()), (FinishReason::Length, 0, ""));
+    let full = run(&request(1, 1020, 100, Sampling::GREEDY));
+    assert_eq!((full.finish, full.usage.tokens), (FinishReason::Context, 1024));
+    let piece: String = plain.text.chars().skip(2).take(2).collect();
+    let stopped = run(&Request { stop: vec![piece.clone()], ..request(1, 10, 8, Sampling::GREEDY) });
+    assert_eq!((stopped.finish, Some(stopped.text.as_str())), (FinishReason::Stop, plain.text.split(&piece).next()));
+}
+
+#[test]
+fn impossible_requests_are_refused_before_anything_runs() {
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let good = request(1, 10, 2, Sampling::GREEDY);
+    for (bad, expected) in [
+        (request(1, 0, 2, Sampling::GREEDY), "empty"),
+        (request(1, 1025, 2, Sampling::GREEDY), "1025 tokens and the context is 1024"),
+        (request(1, 10, 2, Sampling { temperature: -1.0, ..Sampling::GREEDY }), "temperature"),
+        (Request { prompt: vec![384], ..good.clone() }, "token id 384"),
+    ] {
+        let error = engine.generate(&[bad], go_on).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+        assert_eq!(engine.generate(std::slice::from_ref(&good), go_on).unwrap().len(), 1);
+    }
+    let options = Options { context: 1025, sequences: 1, prefill_chunk: None };
+    let error = Engine::new(&cpu, &model, &Scheme::load("kivi").unwrap(), options).err().unwrap();
+    assert!(matches!(error, EngineError::ContextTooLong { context: 1025, limit: 1024 }));
+}
+
+#[test]
+fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
+    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("llama32-old-bf16"));
+    let request = request(7, 700, 10, Sampling::GREEDY);
+    let run = |scheme: &str, prefill_chunk| {
+        let options = Options { context: 1024, sequences: 1, prefill_chunk };
+        let mut engine = Engine::new(&cpu, &model, &Scheme::load(scheme).unwrap(), options).unwrap();
+        engine.generate(std::slice::from_ref(&request), go_on).unwrap().remove(0)
+    };
+    let (whole, parts) = (run("kvlinc", None), run("kvlinc", Some(100)));
+    assert_eq!((whole.usage, parts.usage.tokens), (parts.usage, 709));
+    // In 16 bit the passes differ by the rounding of the cache alone, which does not change these tokens.
+    assert_eq!(run("fp16", None).tokens, run("fp16", Some(100)).tokens);
+}
+
+#[test]
+fn a_conversation_feeds_only_what_is_new() {
+    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let mut chat = Chat::new(&mut engine, Some("Be brief.")).unwrap();
+    let mut fed = Vec::new();
+    for text in ["Hello there, how are you?", "And now?", "A third thing."] {
+        let before = chat.usage(&engine).tokens;
+        let done = chat.answer(&mut engine, text, 40, Sampling::GREEDY, |_| ControlFlow::Continue(())).unwrap();
+        fed.push(done.prompt_tokens);
+        // The last id of an answer is not cached before the next turn.
+        assert_eq!(chat.usage(&engine).tokens, before + done.prompt_tokens + done.tokens.len() - 1);
+    }
+    assert_eq!(chat.messages().len(), 7);
+    assert!(fed[1] < fed[0] && fed[2] < fed[0] + 10, "{fed:?}");
+
+    // The same conversation read at once ends in the same text as the one that grew, in 16 bit exactly enough.
+    let first = chat.messages()[2].content.clone();
+    chat.reset(&mut engine);
+    assert_eq!((chat.usage(&engine).tokens, chat.messages().len()), (0, 1));
+    let again = chat
+        .answer(&mut engine, "Hello there, how are you?", 40, Sampling::GREEDY, |_| ControlFlow::Continue(()))
+        .unwrap();
+    assert_eq!(again.text, first);
+}
+
+#[test]
+fn a_cancelled_answer_stays_as_far_as_it_came() {
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let mut chat = Chat::new(&mut engine, None).unwrap();
+    let mut pieces = 0;
+    let done = chat
+        .answer(&mut engine, "Tell me everything.", 100, Sampling::GREEDY, |_| {
+            pieces += 1;
+            if pieces == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+    assert_eq!(done.finish, FinishReason::Cancelled);
+    assert_eq!(chat.messages().last().unwrap().content, done.text);
+    let next = chat.answer(&mut engine, "Go on.", 10, Sampling::GREEDY, |_| ControlFlow::Continue(())).unwrap();
+    assert!(next.prompt_tokens > 1);
+    // A turn that does not fit changes nothing.
+    let (messages, tokens) = (chat.messages().to_vec(), chat.usage(&engine).tokens);
+    let error = chat.answer(&mut engine, &"word ".repeat(2000), 10, Sampling::GREEDY, |_| ControlFlow::Continue(()));
+    assert!(matches!(error, Err(EngineError::PromptTooLong { .. })));
+    assert_eq!((chat.messages(), chat.usage(&engine).tokens), (&messages[..], tokens));
+}
+
+#[test]
+fn a_model_without_a_template_cannot_chat() {
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama2-linear-f16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    assert!(matches!(Chat::new(&mut engine, None).err(), Some(EngineError::NoChatTemplate(_))));
+}

@@ -1,0 +1,98 @@
+//! The evaluation on checkpoints: against independent figures, and against itself.
+
+use dibit_cache::Scheme;
+use dibit_device::{Cpu, DType};
+use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity, windows};
+use dibit_model::{ModelFiles, Pretrained, WeightSource};
+use std::path::{Path, PathBuf};
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn load(directory: &Path) -> Pretrained {
+    Pretrained::load(&ModelFiles::open(directory).unwrap(), WeightSource::Checkpoint, Some(DType::F32)).unwrap()
+}
+
+fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, windows: usize) -> Perplexity {
+    let cpu = Cpu::new(None).unwrap();
+    let schemes: Vec<Scheme> = schemes.iter().map(|name| Scheme::load(name).unwrap()).collect();
+    let options = PerplexityOptions { context, windows: Some(windows) };
+    perplexity(&cpu, model, &schemes, ids, options, |_| {}).unwrap()
+}
+
+/// Figures of an independent implementation on WikiText-2: 4 windows of 2048 tokens, float32.
+struct Anchor {
+    model: &'static str,
+    fp16: f64,
+    /// Scheme, perplexity, KL divergence.
+    schemes: [(&'static str, f64, f64); 2],
+}
+
+const ANCHORS: [Anchor; 2] = [
+    Anchor { model: "ref-llama-16m", fp16: 102.2, schemes: [("kivi", 109.0, 0.0577), ("kvlinc", 108.2, 0.0574)] },
+    Anchor { model: "ref-qwen3-59m", fp16: 75.81, schemes: [("kivi", 77.42, 0.0214), ("kvlinc", 77.47, 0.0208)] },
+];
+
+#[test]
+fn figures_of_the_reference_models_are_those_of_an_independent_implementation() {
+    let shared = repository().join("../shared");
+    let Ok(text) = std::fs::read_to_string(shared.join("data/wikitext2/wiki.test.raw")) else {
+        println!("skipped: the reference models and WikiText-2 are not here");
+        return;
+    };
+    for anchor in ANCHORS {
+        let model = load(&shared.join("models").join(anchor.model));
+        let ids = model.tokenizer.encode(&text, false).unwrap();
+        let report = run(&model, &anchor.schemes.map(|(name, ..)| name), &ids, 2048, 4);
+        let near = |got: f64, expected: f64, share: f64| (got - expected).abs() < share * expected;
+        assert!(
+            near(report.schemes[0].perplexity, anchor.fp16, 0.005),
+            "{}: {:.2}",
+            anchor.model,
+            report.schemes[0].perplexity
+        );
+        for (result, (name, perplexity, kl)) in report.schemes[1..].iter().zip(anchor.schemes) {
+            println!("{} {name}: {:.2}, {:.4}", anchor.model, result.perplexity, result.kl_mean);
+            assert!(near(result.perplexity, perplexity, 0.005), "{} {name}: {:.2}", anchor.model, result.perplexity);
+            assert!(near(result.kl_mean, kl, 0.1), "{} {name}: {:.4}", anchor.model, result.kl_mean);
+        }
+    }
+}
+
+#[test]
+fn the_reference_comes_first_and_is_added_where_it_is_missing() {
+    let model = load(&repository().join("fixtures/qwen2-bias-bf16"));
+    let ids: Vec<u32> = (0..1500u32).map(|i| 5 + i * i % 379).collect();
+    let report = run(&model, &["kvlinc", "fp16", "kivi-paper"], &ids, 400, 2);
+    let names: Vec<&str> = report.schemes.iter().map(|s| s.scheme.as_str()).collect();
+    assert_eq!(names, ["fp16", "kvlinc", "kivi-paper"]);
+    assert_eq!((report.windows, report.tokens), (2, 2 * 399));
+    let [reference, packed, paper] = &report.schemes[..] else { panic!("three schemes") };
+    assert_eq!((reference.kl_mean, reference.kl_p999, reference.top1_agreement, reference.bits), (0.0, 0.0, 1.0, 16.0));
+    assert!(packed.kl_mean > 0.0 && packed.kl_p999 >= packed.kl_mean && packed.top1_agreement < 1.0);
+    // 128 tokens packed of 400 under one schedule, 384 keys and 272 values under the other.
+    assert!(packed.bits > paper.bits && paper.bits < 16.0);
+    for result in &report.schemes {
+        assert_eq!((result.nll.len(), result.kl.len()), (report.tokens, report.tokens));
+        let mean = result.nll.iter().map(|&x| f64::from(x)).sum::<f64>() / report.tokens as f64;
+        assert!((mean.exp() / result.perplexity - 1.0).abs() < 1e-9);
+    }
+    // Nothing is packed in the first 256 positions: up to the window's rounding to fp16 they are exact.
+    assert!(packed.kl[..256].iter().all(|&kl| kl < 1e-4), "a window that is not full changed the model");
+    assert!(packed.kl[256..].iter().any(|&kl| kl > 1e-3));
+}
+
+#[test]
+fn texts_and_windows_that_do_not_suit_are_refused() {
+    let model = load(&repository().join("fixtures/llama32-old-bf16"));
+    let cpu = Cpu::new(Some(1)).unwrap();
+    let run = |ids: &[u32], context| {
+        perplexity(&cpu, &model, &[], ids, PerplexityOptions { context, windows: None }, |_| {}).unwrap_err()
+    };
+    assert!(matches!(run(&[5; 10], 100), EvalError::TextTooShort { tokens: 10, needed: 99 }));
+    for context in [0, 1, 1025] {
+        assert!(matches!(run(&[5; 2000], context), EvalError::Context { limit: 1024, .. }));
+    }
+    assert_eq!(windows(&[7; 200], Some(0), 101, None).unwrap().len(), 2);
+}
