@@ -65,8 +65,12 @@ impl DtypeArg {
 
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Directory of a Hugging Face checkpoint, or a hub id org/name[@revision] [default: the bundled model]
-    #[arg(short, long, value_name = "DIR|ID")]
+    #[arg(
+        short,
+        long,
+        value_name = "DIR|ID",
+        help = "Directory of a Hugging Face checkpoint, or a hub id org/name[@revision] [default: the bundled model]"
+    )]
     pub model: Option<String>,
     /// Where weights come from; with dummy, --model may also be a config.json
     #[arg(long, value_enum, default_value = "auto")]

@@ -178,12 +178,13 @@ impl Rows {
     fn write(&mut self, layout: &CacheLayout, rows: Range<usize>, source: &[f32]) -> Result<(), (usize, f32)> {
         let shape = layout.shape;
         let d = shape.head_dim;
+        let limit = f16::MAX.to_f32();
         let head = self.incoming.len() / shape.num_key_value_heads;
         for (row, source) in rows.zip(source.chunks_exact(shape.num_key_value_heads * d)) {
             for (kv_head, source) in source.chunks_exact(d).enumerate() {
                 let target = &mut self.incoming[kv_head * head + row * d..][..d];
                 // Numbers that fp16 would round to infinity are refused before they are cached.
-                if let Some(value) = source.iter().find(|value| !(value.abs() <= f16::MAX.to_f32())) {
+                if let Some(value) = source.iter().find(|value| !(-limit..=limit).contains(*value)) {
                     return Err((row, *value));
                 }
                 target.copy_from_slice(source);

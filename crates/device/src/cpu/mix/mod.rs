@@ -104,12 +104,11 @@ fn run<R: Rows, L: Lanes, const M: usize>(
         }
     }
     for r in 0..shape.rows {
-        let units: &[R::Unit; WIDTH] =
-            data[r * shape.row_stride + first..][..WIDTH].try_into().ok().expect("WIDTH units");
+        let units: &[R::Unit; WIDTH] = data[r * shape.row_stride + first..][..WIDTH].try_into().expect("WIDTH units");
         for field in 0..R::FIELDS {
             let lanes = R::lanes::<L>(units, field);
-            for i in 0..M {
-                sums[i][field] = L::splat(weights[i][r]).mul_add(lanes, sums[i][field]);
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                sums[field] = L::splat(weights[r]).mul_add(lanes, sums[field]);
             }
         }
     }

@@ -34,11 +34,8 @@ impl Lanes for Portable {
 
     #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
-        let mut out = addend.0;
-        for lane in 0..WIDTH {
-            out[lane] = mul_add::<BASELINE_FMA>(self.0[lane], factor.0[lane], out[lane]);
-        }
-        Portable(out)
+        let product = |lane: usize| mul_add::<BASELINE_FMA>(self.0[lane], factor.0[lane], addend.0[lane]);
+        Portable(std::array::from_fn(product))
     }
 
     #[inline(always)]
