@@ -50,32 +50,31 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe))
 }
 
-/// A file that appears only once it is complete. Created before long work, so that a place that cannot be written
-/// is known at once.
-pub struct CompleteFile {
-    file: tempfile::NamedTempFile,
-    path: std::path::PathBuf,
+/// Checks that a file can be written there, before long work begins. Nothing is left behind.
+pub fn check_writable(path: &Path) -> Result<()> {
+    beside(path).map(drop)
 }
 
-impl CompleteFile {
-    pub fn create(path: &Path) -> Result<Self> {
-        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let problem = || format!("cannot write {}; choose another place for the file", path.display());
-        if path.is_dir() {
-            anyhow::bail!("cannot write {}: it is a directory", path.display());
-        }
-        let file = tempfile::Builder::new().prefix(".dibit-").tempfile_in(directory).with_context(problem)?;
-        Ok(CompleteFile { file, path: path.to_owned() })
-    }
+/// Writes a file that appears only once it is complete.
+pub fn write_complete(path: &Path, contents: &[u8]) -> Result<()> {
+    let problem = || format!("cannot write {}; is the disk full?", path.display());
+    let mut file = beside(path)?;
+    file.write_all(contents).with_context(problem)?;
+    file.as_file().sync_all().with_context(problem)?;
+    file.persist(path).with_context(problem)?;
+    Ok(())
+}
 
-    pub fn finish(mut self, contents: &[u8]) -> Result<()> {
-        let problem = || format!("cannot write {}; is the disk full?", self.path.display());
-        self.file.write_all(contents).with_context(problem)?;
-        self.file.as_file().sync_all().with_context(problem)?;
-        let path = self.path.clone();
-        self.file.persist(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(())
+/// A temporary file in the directory of `path`.
+fn beside(path: &Path) -> Result<tempfile::NamedTempFile> {
+    if path.is_dir() {
+        anyhow::bail!("cannot write {}: it is a directory", path.display());
     }
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    tempfile::Builder::new()
+        .prefix(".dibit-")
+        .tempfile_in(directory)
+        .with_context(|| format!("cannot write {}; choose another place for the file", path.display()))
 }
 
 #[cfg(test)]

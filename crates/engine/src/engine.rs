@@ -228,7 +228,7 @@ impl<'a, D: Device> Engine<'a, D> {
             index,
             sequence,
             sampler: Sampler::new(request.sampling),
-            stream: self.pretrained.tokenizer.stream(),
+            stream: self.pretrained.tokenizer.stream(&request.prompt),
             stop: StopFilter::new(&request.stop),
             max_tokens: request.max_tokens,
             finish: None,
@@ -332,6 +332,9 @@ impl<'a, D: Device> Engine<'a, D> {
         logits: &[f32],
         on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
+        if !logits.iter().all(|logit| logit.is_finite()) {
+            return Err(EngineError::NotFinite { position: active.sequence.borrow().len() });
+        }
         let id = active.sampler.sample(logits);
         active.done.tokens.push(id);
         if self.pretrained.eos_token_ids().contains(&id) {

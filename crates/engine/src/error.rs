@@ -34,6 +34,12 @@ pub enum EngineError {
         /// What it may be.
         range: &'static str,
     },
+    /// The model computed something that is no number.
+    #[error("the logits after {position} tokens are not finite; the weights are damaged, or need --dtype f32")]
+    NotFinite {
+        /// Tokens before the logits.
+        position: usize,
+    },
     /// The model has no chat template.
     #[error("{0} has no chat template; use `generate`, or a model made for conversations")]
     NoChatTemplate(String),

@@ -160,16 +160,17 @@ impl ModelConfig {
             serde_json::from_value(Value::Object(object.clone())).map_err(|error| malformed(error.to_string()))?;
         raw.check_supported(architecture)?;
         let num_key_value_heads = raw.num_key_value_heads.unwrap_or(raw.num_attention_heads);
+        // Far above every model, and low enough for products of them to be computed.
         let sizes = [
-            ("hidden_size", raw.hidden_size),
-            ("intermediate_size", raw.intermediate_size),
-            ("num_hidden_layers", raw.num_hidden_layers),
-            ("num_attention_heads", raw.num_attention_heads),
-            ("num_key_value_heads", num_key_value_heads),
-            ("vocab_size", raw.vocab_size),
-            ("max_position_embeddings", raw.max_position_embeddings),
+            ("hidden_size", raw.hidden_size, 1 << 20),
+            ("intermediate_size", raw.intermediate_size, 1 << 20),
+            ("num_hidden_layers", raw.num_hidden_layers, 1 << 12),
+            ("num_attention_heads", raw.num_attention_heads, 1 << 12),
+            ("num_key_value_heads", num_key_value_heads, 1 << 12),
+            ("vocab_size", raw.vocab_size, 1 << 24),
+            ("max_position_embeddings", raw.max_position_embeddings, 1 << 27),
         ];
-        if let Some((name, size)) = sizes.into_iter().find(|(_, size)| *size == 0 || *size > 1 << 30) {
+        if let Some((name, size, _)) = sizes.into_iter().find(|(_, size, most)| *size == 0 || size > most) {
             return Err(malformed(format!("{name} is {size}")));
         }
         if !raw.num_attention_heads.is_multiple_of(num_key_value_heads) {

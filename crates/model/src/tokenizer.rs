@@ -8,6 +8,12 @@ pub struct Tokenizer {
     vocab_size: usize,
 }
 
+/// Ids before a text that decide how it begins.
+const CONTEXT_IDS: usize = 6;
+
+/// Ids that the bytes of one character can be spread over, and then some.
+const CHARACTER_IDS: usize = 8;
+
 fn failure(error: impl std::fmt::Display) -> ModelError {
     ModelError::Tokenizer(error.to_string())
 }
@@ -56,9 +62,11 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes ids one after the other.
-    pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, ids: Vec::new(), prefix: 0, read: 0 }
+    /// Decodes ids one after the other, as the continuation of `context`: some tokenizers write a word's space
+    /// only where something precedes it.
+    pub fn stream(&self, context: &[u32]) -> TextStream<'_> {
+        let ids = context[context.len().saturating_sub(CONTEXT_IDS)..].to_vec();
+        TextStream { tokenizer: self, prefix: 0, read: ids.len(), ids }
     }
 }
 
@@ -81,7 +89,7 @@ impl TextStream<'_> {
     pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
         self.ids.push(id);
         let piece = self.pending()?;
-        if piece.ends_with('\u{fffd}') {
+        if piece.ends_with('\u{fffd}') && self.ids.len() - self.read < CHARACTER_IDS {
             return Ok(String::new());
         }
         self.prefix = self.read;
@@ -116,9 +124,22 @@ mod tests {
         let tokenizer = Tokenizer::bytes(100);
         assert_eq!(tokenizer.encode("ab", true).unwrap(), [97, 98]);
         assert_eq!(tokenizer.decode(&[5, 99]).unwrap(), "<5><99>");
-        let mut stream = tokenizer.stream();
+        let mut stream = tokenizer.stream(&[]);
         assert_eq!(stream.push(5).unwrap() + &stream.push(6).unwrap(), "<5><6>");
         assert_eq!(stream.finish().unwrap(), "");
+    }
+
+    #[test]
+    fn a_word_keeps_its_space_where_a_text_goes_on() {
+        let json = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+            "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+            "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "▁big": 1, "▁city": 2}, "unk_token": "<unk>"}}"#;
+        let tokenizer = Tokenizer::parse(json.as_bytes(), 3).unwrap();
+        let prompt = tokenizer.encode("big", true).unwrap();
+        assert_eq!(prompt, [1]);
+        assert_eq!(tokenizer.stream(&prompt).push(2).unwrap(), " city");
+        assert_eq!(tokenizer.stream(&[]).push(2).unwrap(), "city");
     }
 
     #[test]

@@ -176,7 +176,7 @@ fn text_comes_out_of_a_stream_as_it_went_in() {
     let ids = tokenizer.encode(text, true).unwrap();
     assert_eq!(ids[0], 0, "the tokenizer begins a text with BOS");
     assert_eq!(tokenizer.decode(&ids).unwrap(), text);
-    let mut stream = tokenizer.stream();
+    let mut stream = tokenizer.stream(&[]);
     let mut out = String::new();
     for id in ids {
         let piece = stream.push(id).unwrap();

@@ -173,13 +173,10 @@ fn scheme(name: &str) -> Scheme {
     Scheme::load(name).unwrap()
 }
 
-fn custom(key_bits: u32, value_bits: u32, group: usize) -> Scheme {
+fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> Scheme {
     let side = |bits| if bits == 16 { "bits = 16".to_owned() } else { format!("bits = {bits}\ngroup = {group}") };
-    let text = format!(
-        "name = \"custom\"\n[keys]\n{}\n[values]\n{}\n[window]\ntokens = 100\nschedule = \"guaranteed\"\n",
-        side(key_bits),
-        side(value_bits)
-    );
+    let text =
+        format!("name = \"custom\"\n[keys]\n{}\n[values]\n{}\n[window]\n{window}\n", side(key_bits), side(value_bits));
     Scheme::parse(&text, "custom").unwrap()
 }
 
@@ -191,8 +188,14 @@ fn data(case: &Case, tokens: usize) -> [Vec<f32>; 3] {
 #[test]
 fn every_scheme_and_head_size_equals_the_reference() {
     let cpu = Cpu::new(Some(2)).unwrap();
-    let schemes =
-        [scheme("fp16"), scheme("kivi"), scheme("kivi-paper"), custom(4, 2, 32), custom(16, 8, 64), custom(2, 16, 64)];
+    let schemes = [
+        scheme("fp16"),
+        scheme("kivi"),
+        scheme("kivi-paper"),
+        custom(4, 2, 32, "tokens = 100\nschedule = \"guaranteed\""),
+        custom(16, 8, 64, "tokens = 256\nschedule = \"kivi\""),
+        custom(2, 16, 64, "tokens = 0\nschedule = \"guaranteed\""),
+    ];
     for head_dim in [64, 80, 96, 128, 256] {
         for scheme in schemes.clone() {
             let case = Case { scheme, heads: 6, kv_heads: 2, head_dim };

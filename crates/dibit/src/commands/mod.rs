@@ -50,11 +50,15 @@ fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
     }
 }
 
-/// A flag that Ctrl-C sets from now on, instead of ending the program.
+/// A flag that Ctrl-C sets from now on, instead of ending the program. While it is set, Ctrl-C ends the program.
 fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
-    ctrlc::set_handler(move || seen.store(true, Ordering::Relaxed))?;
+    ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(crate::INTERRUPTED));
+        }
+    })?;
     Ok(flag)
 }
 

@@ -1,6 +1,6 @@
 use super::{cpu, schemes};
 use crate::args::PerplexityArgs;
-use crate::output::{CompleteFile, bar, table};
+use crate::output::{bar, check_writable, table, write_complete};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
 use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
@@ -11,7 +11,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     let text = std::fs::read(&args.text).with_context(|| format!("cannot read the text {}", args.text.display()))?;
     let text = String::from_utf8(text)
         .with_context(|| format!("{} is not UTF-8 text; convert it first", args.text.display()))?;
-    let json = args.json.as_deref().map(CompleteFile::create).transpose()?;
+    args.json.as_deref().map(check_writable).transpose()?;
     let pretrained = source::load(&args.run.model)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
     let cpu = cpu(&args.run)?;
@@ -26,10 +26,10 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
         steps += 1;
     })?;
     bar.finish_and_clear();
-    if let Some(file) = json {
+    if let Some(path) = &args.json {
         let mut value = serde_json::to_value(&report)?;
         value["model"] = pretrained.name.clone().into();
-        file.finish(serde_json::to_string(&value)?.as_bytes())?;
+        write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
     }
     write!(std::io::stdout(), "{}", render(&report))?;
     Ok(Outcome::Done)
