@@ -10,13 +10,13 @@ pub enum SchemeError {
     Unknown {
         /// The name that was asked for.
         name: String,
-        /// `, did you mean '...'?`, or empty.
+        /// ` (did you mean '...'?)`, or empty.
         suggestion: String,
         /// The built-in names, separated by commas.
         known: String,
     },
     /// The scheme file cannot be read.
-    #[error("cannot read the scheme file {path}: {source}")]
+    #[error("cannot read the scheme file {path}")]
     Read {
         /// The file.
         path: String,

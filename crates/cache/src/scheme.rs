@@ -188,7 +188,7 @@ fn unknown(name: &str) -> SchemeError {
         .filter(|(distance, _)| *distance <= 3);
     SchemeError::Unknown {
         name: name.to_owned(),
-        suggestion: nearest.map(|(_, known)| format!(", did you mean '{known}'?")).unwrap_or_default(),
+        suggestion: nearest.map(|(_, known)| format!(" (did you mean '{known}'?)")).unwrap_or_default(),
         known: Scheme::built_in().collect::<Vec<_>>().join(", "),
     }
 }

@@ -92,16 +92,16 @@ pub struct RunArgs {
 #[derive(Args)]
 pub struct SamplingArgs {
     /// Divisor of the logits; 0 is greedy [default: the model's]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Sample from the most likely tokens that hold this probability [default: the model's]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Sample from this many most likely tokens, 0 for all [default: the model's]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub top_k: Option<usize>,
     /// Seed of the random numbers [default: from the clock]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub seed: Option<u64>,
 }
 
@@ -133,7 +133,13 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
     /// Prompts of --prompts that run at once
-    #[arg(long, default_value = "8", requires = "prompts", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(
+        long,
+        default_value = "8",
+        requires = "prompts",
+        conflicts_with = "prompt",
+        value_parser = clap::value_parser!(u16).range(1..=1024)
+    )]
     pub parallel: u16,
     #[command(flatten)]
     pub run: RunArgs,

@@ -5,6 +5,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
+/// What cannot be written where stdout fails.
+pub const STDOUT: &str = "cannot write to standard output";
+
 /// Bytes in the unit that suits them, as 1024-multiples.
 pub fn bytes(count: usize) -> String {
     let mut value = count as f64;
@@ -55,9 +58,14 @@ pub fn check_writable(path: &Path) -> Result<()> {
     beside(path).map(drop)
 }
 
-/// Writes a file that appears only once it is complete.
+/// Writes a file that appears only once it is complete. A link is followed, and what is no file (a pipe, a device)
+/// is written as it is.
 pub fn write_complete(path: &Path, contents: &[u8]) -> Result<()> {
     let problem = || format!("cannot write {}; is the disk full?", path.display());
+    let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    if path.exists() && !path.is_file() {
+        return std::fs::write(path, contents).with_context(problem);
+    }
     let mut file = beside(path)?;
     file.write_all(contents).with_context(problem)?;
     file.as_file().sync_all().with_context(problem)?;
@@ -71,10 +79,17 @@ fn beside(path: &Path) -> Result<tempfile::NamedTempFile> {
         anyhow::bail!("cannot write {}: it is a directory", path.display());
     }
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile::Builder::new()
-        .prefix(".dibit-")
-        .tempfile_in(directory)
-        .with_context(|| format!("cannot write {}; choose another place for the file", path.display()))
+    if !directory.is_dir() {
+        anyhow::bail!("cannot write {}: the directory does not exist", path.display());
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".dibit-");
+    // As for every new file, the umask decides what of this is left.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(directory).map_err(|error| {
+        anyhow::anyhow!("cannot write {}: {}; choose another place for the file", path.display(), error.kind())
+    })
 }
 
 #[cfg(test)]

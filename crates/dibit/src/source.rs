@@ -2,7 +2,7 @@
 
 use crate::args::{LoadFormat, ModelArgs};
 use crate::bundled;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
 use std::path::{Path, PathBuf};
 
@@ -27,8 +27,7 @@ pub fn load(args: &ModelArgs) -> Result<Pretrained> {
         LoadFormat::Auto => WeightSource::Checkpoint,
         LoadFormat::Dummy => WeightSource::Dummy { seed: DUMMY_SEED },
     };
-    let pretrained = Pretrained::load(&files, source, args.dtype.dtype())
-        .with_context(|| format!("cannot load the model {}", files.origin))?;
+    let pretrained = Pretrained::load(&files, source, args.dtype.dtype())?;
     if args.load_format == LoadFormat::Dummy {
         tracing::info!("dummy weights: the text means nothing");
     }

@@ -164,7 +164,7 @@ fn figures_that_cannot_be_written_leave_nothing_behind() {
     perplexity("64", &folder.file("nowhere/out.json")).fails_with(&[
         "cannot write",
         "nowhere/out.json",
-        "No such file",
+        "the directory does not exist",
     ]);
     perplexity("64", &folder.file("taken")).fails_with(&["cannot write", "taken", "is a directory"]);
     // The place is fine and the run fails later.

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 
 /// A conversation. Each turn feeds only what is new: earlier turns are attended to in the packed cache.
 pub struct Chat {
+    template: ChatTemplate,
     messages: Vec<Message>,
     sequence: Sequence,
     /// The text that the cache, together with `pending`, stands for.
@@ -22,9 +23,11 @@ impl Chat {
     /// # Errors
     /// [`EngineError::NoChatTemplate`], or no free sequence.
     pub fn new<D: Device>(engine: &mut Engine<'_, D>, system: Option<&str>) -> Result<Self, EngineError> {
-        template(engine)?;
-        let mut chat =
-            Chat { messages: Vec::new(), sequence: engine.open()?, rendered: String::new(), pending: Vec::new() };
+        let pretrained = engine.pretrained();
+        let template =
+            pretrained.chat_template()?.ok_or_else(|| EngineError::NoChatTemplate(pretrained.name.clone()))?;
+        let sequence = engine.open()?;
+        let mut chat = Chat { template, messages: Vec::new(), sequence, rendered: String::new(), pending: Vec::new() };
         chat.messages.extend(system.map(|content| message("system", content)));
         Ok(chat)
     }
@@ -80,7 +83,7 @@ impl Chat {
         sampling: Sampling,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Completion, EngineError> {
-        let full = template(engine)?.render(&self.messages, true)?;
+        let full = self.template.render(&self.messages, true)?;
         let encode = |text: &str| engine.pretrained().tokenizer.encode(text, false);
         let known = full.strip_prefix(&self.rendered).filter(|_| !self.sequence.is_empty());
         let (prompt, fresh) = match known {
@@ -120,9 +123,4 @@ impl Chat {
 
 fn message(role: &str, content: &str) -> Message {
     Message { role: role.to_owned(), content: content.to_owned() }
-}
-
-fn template<'a, D: Device>(engine: &Engine<'a, D>) -> Result<&'a ChatTemplate, EngineError> {
-    let pretrained = engine.pretrained();
-    pretrained.chat_template.as_ref().ok_or_else(|| EngineError::NoChatTemplate(pretrained.name.clone()))
 }

@@ -87,8 +87,10 @@ impl<'a, D: Device> Engine<'a, D> {
             model = model.transformed(device, &pretrained.weights, scheme.value_transform)?;
         }
         let blocks = plan.sequence_blocks * options.sequences;
-        let store = device.store(&layout, blocks, options.sequences, plan.pass_rows)?;
-        let workspace = Workspace::new(device, config, plan.pass_rows, options.sequences)?;
+        // A decoding step has a row for each sequence.
+        let max_rows = plan.pass_rows.max(options.sequences);
+        let store = device.store(&layout, blocks, options.sequences, max_rows)?;
+        let workspace = Workspace::new(device, config, max_rows, options.sequences)?;
         let manager = CacheManager::new(layout, blocks, options.sequences);
         Ok(Engine { device, pretrained, model, manager, store, workspace, options, plan, logits: Vec::new() })
     }

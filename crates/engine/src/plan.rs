@@ -32,9 +32,9 @@ pub struct MemoryPlan {
     pub cache_bytes: usize,
     /// What all sequences would take in 16 bit.
     pub half_bytes: usize,
-    /// Rows of the largest pass.
+    /// Prompt tokens of a sequence that are prefilled in one pass.
     pub pass_rows: usize,
-    /// Rows of a pass in flight: residual stream, rotary angles, keys and values of one layer.
+    /// What a pass in flight takes: residual stream, rotary angles, keys and values of one layer.
     pub pass_bytes: usize,
 }
 
@@ -44,7 +44,7 @@ impl MemoryPlan {
         let Options { context, sequences, prefill_chunk } = options;
         let row_bytes = Workspace::<Cpu>::row_bytes(config);
         let fitting = (PASS_BYTES / row_bytes).max(MIN_PASS_ROWS);
-        let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1)).max(sequences);
+        let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1));
         let sequence_bytes = layout.planned_bytes(context);
         MemoryPlan {
             sequence_bytes,
@@ -52,7 +52,7 @@ impl MemoryPlan {
             cache_bytes: sequences * sequence_bytes,
             half_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
             pass_rows,
-            pass_bytes: pass_rows * row_bytes,
+            pass_bytes: pass_rows.max(sequences) * row_bytes,
         }
     }
 }

@@ -27,15 +27,19 @@ const NAME: &str = "chat";
 
 impl ChatTemplate {
     /// The template of a `tokenizer_config.json`, or of a `chat_template.jinja`, which has precedence. `None`
-    /// where the model has neither.
+    /// where the model has neither. `origin` names the model in errors.
     ///
     /// # Errors
     /// [`ModelError::Malformed`] for a broken configuration, [`ModelError::Template`] for a broken template.
-    pub fn parse(tokenizer_config: Option<&str>, template: Option<&str>) -> Result<Option<Self>, ModelError> {
+    pub fn parse(
+        tokenizer_config: Option<&str>,
+        template: Option<&str>,
+        origin: &str,
+    ) -> Result<Option<Self>, ModelError> {
         let config: serde_json::Value = match tokenizer_config {
             None => serde_json::Value::Null,
             Some(text) => serde_json::from_str(text).map_err(|error| ModelError::Malformed {
-                path: "tokenizer_config.json".into(),
+                path: format!("tokenizer_config.json of {origin}"),
                 reason: error.to_string(),
             })?,
         };
@@ -116,30 +120,31 @@ mod tests {
     fn templates_come_from_either_file() {
         let config = r#"{"bos_token": {"content": "<s>"}, "chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"}"#;
         let chat = [message("user", "Hi & <you>")];
-        let template = ChatTemplate::parse(Some(config), None).unwrap().unwrap();
+        let template = ChatTemplate::parse(Some(config), None, "m").unwrap().unwrap();
         assert_eq!(template.render(&chat, true).unwrap(), "<s>Hi & <you>");
-        let template = ChatTemplate::parse(Some(config), Some("{{ messages[0]['role'].title() }}")).unwrap().unwrap();
+        let template =
+            ChatTemplate::parse(Some(config), Some("{{ messages[0]['role'].title() }}"), "m").unwrap().unwrap();
         assert_eq!(template.render(&chat, false).unwrap(), "User");
         let named = r#"{"chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]}"#;
-        assert_eq!(ChatTemplate::parse(Some(named), None).unwrap().unwrap().render(&chat, true).unwrap(), "D");
-        assert!(ChatTemplate::parse(Some("{}"), None).unwrap().is_none());
-        assert!(ChatTemplate::parse(None, None).unwrap().is_none());
+        assert_eq!(ChatTemplate::parse(Some(named), None, "m").unwrap().unwrap().render(&chat, true).unwrap(), "D");
+        assert!(ChatTemplate::parse(Some("{}"), None, "m").unwrap().is_none());
+        assert!(ChatTemplate::parse(None, None, "m").unwrap().is_none());
     }
 
     #[test]
     fn refusals_and_mistakes_are_errors() {
         let refuses =
-            ChatTemplate::parse(None, Some("{{ raise_exception('roles must alternate') }}")).unwrap().unwrap();
+            ChatTemplate::parse(None, Some("{{ raise_exception('roles must alternate') }}"), "m").unwrap().unwrap();
         let error = refuses.render(&[], true).unwrap_err().to_string();
         assert!(error.contains("roles must alternate"), "{error}");
-        assert!(ChatTemplate::parse(None, Some("{% for %}")).is_err());
-        assert!(ChatTemplate::parse(Some("{"), None).is_err());
+        assert!(ChatTemplate::parse(None, Some("{% for %}"), "m").is_err());
+        assert!(ChatTemplate::parse(Some("{"), None, "m").is_err());
     }
 
     #[test]
     fn helpers_of_hugging_face_exist() {
         let text = "{{ {'a': ['<b>']} | tojson }} {{ strftime_now('%Y') | length }}";
-        let template = ChatTemplate::parse(None, Some(text)).unwrap().unwrap();
+        let template = ChatTemplate::parse(None, Some(text), "m").unwrap().unwrap();
         assert_eq!(template.render(&[], true).unwrap(), r#"{"a":["<b>"]} 4"#);
     }
 }

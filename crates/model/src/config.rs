@@ -86,7 +86,7 @@ pub struct ModelConfig {
 
 /// One id, several, or none.
 #[derive(Deserialize, Default)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a token id, a list of token ids, or null")]
 pub(crate) enum Ids {
     One(u32),
     Many(Vec<u32>),
@@ -156,8 +156,8 @@ impl ModelConfig {
         let malformed = |reason: String| ModelError::Malformed { path: origin.to_owned(), reason };
         let object: Map<String, Value> = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
         let architecture = architecture(&object, origin)?;
-        let raw: RawConfig =
-            serde_json::from_value(Value::Object(object.clone())).map_err(|error| malformed(error.to_string()))?;
+        let raw: RawConfig = serde_path_to_error::deserialize(Value::Object(object.clone()))
+            .map_err(|error| malformed(error.to_string()))?;
         raw.check_supported(architecture)?;
         let num_key_value_heads = raw.num_key_value_heads.unwrap_or(raw.num_attention_heads);
         // Far above every model, and low enough for products of them to be computed.

@@ -35,7 +35,7 @@ impl GenerationConfig {
     /// # Errors
     /// [`ModelError::Malformed`].
     pub fn parse(text: &str, origin: &str) -> Result<Self, ModelError> {
-        let raw: Raw = serde_json::from_str(text)
+        let raw: Raw = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text))
             .map_err(|error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() })?;
         Ok(GenerationConfig {
             do_sample: raw.do_sample,

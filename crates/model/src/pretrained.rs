@@ -1,5 +1,6 @@
 use crate::{ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, Tokenizer, WeightSource, Weights};
 use dibit_device::DType;
+use std::borrow::Cow;
 
 /// A model with everything that belongs to it, loaded and checked.
 pub struct Pretrained {
@@ -13,8 +14,10 @@ pub struct Pretrained {
     pub tokenizer: Tokenizer,
     /// Whether the tokenizer is the stand-in.
     pub tokenizer_is_stand_in: bool,
-    /// The chat template, if the model has one.
-    pub chat_template: Option<ChatTemplate>,
+    /// `tokenizer_config.json`, if there is one.
+    tokenizer_config: Option<Cow<'static, str>>,
+    /// `chat_template.jinja`, if there is one.
+    chat_template: Option<Cow<'static, str>>,
     /// Sampling defaults.
     pub generation_config: GenerationConfig,
 }
@@ -28,7 +31,7 @@ impl Pretrained {
         let path = |name: &str| format!("{name} of {}", files.origin);
         let config = ModelConfig::parse(&files.config, &path("config.json"))?;
         let tokenizer = match (&files.tokenizer, source) {
-            (Some(bytes), _) => Tokenizer::parse(bytes, config.vocab_size)?,
+            (Some(bytes), _) => Tokenizer::parse(bytes, config.vocab_size, &path("tokenizer.json"))?,
             (None, WeightSource::Dummy { .. }) => Tokenizer::bytes(config.vocab_size),
             (None, WeightSource::Checkpoint) => {
                 return Err(ModelError::NotFound {
@@ -49,9 +52,18 @@ impl Pretrained {
             config,
             tokenizer,
             tokenizer_is_stand_in: files.tokenizer.is_none(),
-            chat_template: ChatTemplate::parse(files.tokenizer_config.as_deref(), files.chat_template.as_deref())?,
+            tokenizer_config: files.tokenizer_config.clone(),
+            chat_template: files.chat_template.clone(),
             generation_config,
         })
+    }
+
+    /// The chat template, if the model has one.
+    ///
+    /// # Errors
+    /// Those of [`ChatTemplate::parse`].
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
+        ChatTemplate::parse(self.tokenizer_config.as_deref(), self.chat_template.as_deref(), &self.name)
     }
 
     /// Tokens that end a text: those of `generation_config.json`, or else of `config.json`.

@@ -19,13 +19,13 @@ fn failure(error: impl std::fmt::Display) -> ModelError {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json` for a model of `vocab_size` ids.
+    /// Reads a `tokenizer.json` for a model of `vocab_size` ids; `origin` names it in errors.
     ///
     /// # Errors
     /// [`ModelError::Malformed`] and [`ModelError::Vocabulary`].
-    pub fn parse(bytes: &[u8], vocab_size: usize) -> Result<Self, ModelError> {
+    pub fn parse(bytes: &[u8], vocab_size: usize, origin: &str) -> Result<Self, ModelError> {
         let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| ModelError::Malformed { path: "tokenizer.json".into(), reason: error.to_string() })?;
+            .map_err(|error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() })?;
         let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize);
         if largest >= vocab_size {
             return Err(ModelError::Vocabulary { tokenizer: largest, model: vocab_size });
@@ -135,7 +135,7 @@ mod tests {
             "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
             "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
             "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "▁big": 1, "▁city": 2}, "unk_token": "<unk>"}}"#;
-        let tokenizer = Tokenizer::parse(json.as_bytes(), 3).unwrap();
+        let tokenizer = Tokenizer::parse(json.as_bytes(), 3, "tokenizer.json").unwrap();
         let prompt = tokenizer.encode("big", true).unwrap();
         assert_eq!(prompt, [1]);
         assert_eq!(tokenizer.stream(&prompt).push(2).unwrap(), " city");
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_tokenizer_is_named() {
-        let error = Tokenizer::parse(b"{}", 10).err().unwrap().to_string();
+        let error = Tokenizer::parse(b"{}", 10, "tokenizer.json").err().unwrap().to_string();
         assert!(error.contains("tokenizer.json is malformed"), "{error}");
     }
 }

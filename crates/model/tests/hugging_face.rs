@@ -155,7 +155,8 @@ fn chat_templates_render_as_in_transformers() {
     for directory in fixtures() {
         let Ok(text) = std::fs::read_to_string(directory.join("expected_chat.json")) else { continue };
         let files = ModelFiles::open(&directory).unwrap();
-        let template = ChatTemplate::parse(files.tokenizer_config.as_deref(), files.chat_template.as_deref()).unwrap();
+        let template =
+            ChatTemplate::parse(files.tokenizer_config.as_deref(), files.chat_template.as_deref(), "m").unwrap();
         for case in serde_json::from_str::<Vec<Value>>(&text).unwrap() {
             let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
             let rendered =
@@ -171,7 +172,7 @@ fn chat_templates_render_as_in_transformers() {
 fn text_comes_out_of_a_stream_as_it_went_in() {
     let directory = repository().join("fixtures/qwen2-bias-bf16");
     let files = ModelFiles::open(&directory).unwrap();
-    let tokenizer = Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 384).unwrap();
+    let tokenizer = Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 384, "m").unwrap();
     let text = "naïve café, 数字 and 🦀 in one line";
     let ids = tokenizer.encode(text, true).unwrap();
     assert_eq!(ids[0], 0, "the tokenizer begins a text with BOS");
@@ -184,5 +185,5 @@ fn text_comes_out_of_a_stream_as_it_went_in() {
         out += &piece;
     }
     assert_eq!(out + &stream.finish().unwrap(), text);
-    assert!(Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 383).is_err());
+    assert!(Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 383, "m").is_err());
 }

@@ -1,20 +1,22 @@
-use super::{cache_line, cpu, interrupt_flag, model_line, sampling, scheme};
+use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::ChatArgs;
+use crate::output::STDOUT;
 use crate::{Outcome, source};
-use anyhow::Result;
+use anyhow::{Context, Result};
+use dibit_cache::Scheme;
 use dibit_device::{Cpu, Device};
 use dibit_engine::{Chat, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
 use rustyline::{Config, Editor};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /quit ends";
 
 pub fn run(args: &ChatArgs) -> Result<Outcome> {
-    let scheme = scheme(&args.cache.kv)?;
+    let scheme = Scheme::load(&args.cache.kv)?;
     let pretrained = source::load(&args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
@@ -30,6 +32,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     let dim = anstyle::Style::new().dimmed();
     anstream::eprintln!("{dim}{}\n{HELP}{dim:#}", model_line(&pretrained, &cpu.describe()));
 
+    announce(&scheme);
     let interrupted = interrupt_flag()?;
     let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
     loop {
@@ -37,7 +40,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
             Ok(line) => line,
             Err(ReadlineError::Interrupted) => continue,
             Err(ReadlineError::Eof) => break,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error).context("cannot read the conversation"),
         };
         match line.trim() {
             "" => {}
@@ -58,8 +61,8 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
             command if command.starts_with('/') => anstream::eprintln!("{dim}unknown command; {HELP}{dim:#}"),
             _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, sampling, &interrupted) {
                 Ok(done) => anstream::eprintln!("{dim}{}{dim:#}", turn_line(&done)),
-                // The conversation is as it was: the user can go on, or /reset.
-                Err(error) if error.downcast_ref::<std::io::Error>().is_none() => {
+                // The conversation is as it was: a person can go on, or /reset.
+                Err(error) if std::io::stdin().is_terminal() && error.downcast_ref::<std::io::Error>().is_none() => {
                     anstream::eprintln!("error: {error:#}");
                 }
                 Err(error) => return Err(error),
@@ -89,9 +92,9 @@ fn answer(
         if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     if let Some(error) = write_error {
-        return Err(error.into());
+        return Err(error).context(STDOUT);
     }
-    writeln!(stdout)?;
+    writeln!(stdout).context(STDOUT)?;
     Ok(done)
 }
 

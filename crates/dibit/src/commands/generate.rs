@@ -1,8 +1,9 @@
-use super::{cache_line, cpu, interrupt_flag, model_line, sampling, scheme};
+use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
-use crate::output::bytes;
+use crate::output::{STDOUT, bytes};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result, bail};
+use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_engine::{Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling};
 use dibit_model::Pretrained;
@@ -13,7 +14,7 @@ use std::sync::atomic::Ordering;
 
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
-    let scheme = scheme(&args.cache.kv)?;
+    let scheme = Scheme::load(&args.cache.kv)?;
     let pretrained = source::load(&args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
@@ -25,14 +26,17 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
     let mut engine = Engine::new(&cpu, &pretrained, &scheme, options)?;
+    for request in &requests {
+        engine.check(request, 0)?;
+    }
+    announce(&scheme);
 
     let interrupted = interrupt_flag()?;
     let streams = !args.json && args.prompts.is_none();
     let mut stdout = std::io::stdout().lock();
     let mut write_error = None;
     if streams {
-        write!(stdout, "{}", prompts[0])?;
-        stdout.flush()?;
+        write!(stdout, "{}", prompts[0]).and_then(|()| stdout.flush()).context(STDOUT)?;
     }
     let completions = engine.generate(&requests, |_, text| {
         if streams && let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -42,20 +46,20 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
         if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     if let Some(error) = write_error {
-        return Err(error.into());
+        return Err(error).context(STDOUT);
     }
 
     if args.json {
         let all: Vec<Value> =
             prompts.iter().zip(&completions).map(|(p, c)| to_json(p, c, &pretrained, &scheme.name, sampling)).collect();
         let value = if args.prompts.is_some() { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
-        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?)?;
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
     } else if args.prompts.is_some() {
         for (index, (prompt, completion)) in prompts.iter().zip(&completions).enumerate() {
-            writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text)?;
+            writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     } else {
-        writeln!(stdout)?;
+        writeln!(stdout).context(STDOUT)?;
     }
     summary(&pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
@@ -119,7 +123,10 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
         "prompt_tokens": completion.prompt_tokens,
         "generated_tokens": completion.tokens.len(),
         "sampling": {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "seed": sampling.seed,
+            "temperature": shortest(sampling.temperature),
+            "top_p": shortest(sampling.top_p),
+            "top_k": sampling.top_k,
+            "seed": sampling.seed,
         },
         "timings": {
             "prefill_seconds": completion.timings.prefill.as_secs_f64(),
@@ -141,6 +148,11 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
             "peak_rss_bytes": memory::peak(),
         },
     })
+}
+
+/// The number as it is written, without the digits that widening adds.
+fn shortest(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or_else(|_| f64::from(value))
 }
 
 fn summary(
@@ -175,6 +187,15 @@ fn summary(
     let weights = bytes(pretrained.weights.num_bytes());
     let peak = memory::peak().map_or(String::new(), |peak| format!(", at most {} resident", bytes(peak)));
     let usage = completions.iter().map(|c| c.usage).reduce(|a, b| a + b).unwrap_or_default();
+    let (tokens, planned) = (usage.tokens, options.context);
+    let context = match completions {
+        [_] => format!("{tokens} of {planned} tokens"),
+        all => format!(
+            "{tokens} tokens in {} sequences; {} at once of {planned} tokens each",
+            all.len(),
+            options.sequences
+        ),
+    };
     let pass = if plan.pass_rows < options.context {
         format!(", prefill passes of {}", plan.pass_rows)
     } else {
@@ -185,14 +206,12 @@ fn summary(
 model    {}
 speed    {} prompt + {} generated tokens; {rates}
 sampling {chosen}
-context  {} of {} tokens{pass}
+context  {context}{pass}
 cache    {}
 memory   {weights} of weights{peak}{dim:#}",
         model_line(pretrained, device),
         total(|c| c.prompt_tokens),
         total(|c| c.tokens.len()),
-        usage.tokens,
-        options.context * options.sequences,
         cache_line(scheme, &usage)
     );
 }

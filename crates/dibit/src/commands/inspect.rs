@@ -1,8 +1,8 @@
 use super::schemes;
 use crate::args::{InspectArgs, LoadFormat};
-use crate::output::{bytes, table};
+use crate::output::{STDOUT, bytes, table};
 use crate::{Outcome, memory, source};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme};
 use dibit_device::DType;
 use dibit_engine::{MemoryPlan, Options};
@@ -40,9 +40,9 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let value = to_json(&files, &config, options, weights, available, &rows);
-        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?)?;
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
     } else {
-        write!(stdout, "{}", render(&files, &config, options, weights, available, &rows))?;
+        write!(stdout, "{}", render(&files, &config, options, weights, available, &rows)).context(STDOUT)?;
     }
     Ok(Outcome::Done)
 }

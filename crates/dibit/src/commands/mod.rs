@@ -17,17 +17,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Loads a scheme and says what it cannot do yet.
-fn scheme(name: &str) -> Result<Scheme> {
-    let scheme = Scheme::load(name)?;
+fn schemes(names: &[String]) -> Result<Vec<Scheme>> {
+    names.iter().map(|name| Ok(Scheme::load(name.trim())?)).collect()
+}
+
+/// Says what a scheme that is about to run cannot do yet.
+fn announce(scheme: &Scheme) {
     if let Some(notice) = scheme.notice() {
         tracing::info!("{notice}");
     }
-    Ok(scheme)
-}
-
-fn schemes(names: &[String]) -> Result<Vec<Scheme>> {
-    names.iter().map(|name| scheme(name.trim())).collect()
 }
 
 fn cpu(args: &RunArgs) -> Result<Cpu> {

@@ -1,6 +1,6 @@
-use super::{cpu, schemes};
+use super::{announce, cpu, schemes};
 use crate::args::PerplexityArgs;
-use crate::output::{bar, check_writable, table, write_complete};
+use crate::output::{STDOUT, bar, check_writable, table, write_complete};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
 use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
@@ -14,6 +14,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     args.json.as_deref().map(check_writable).transpose()?;
     let pretrained = source::load(&args.run.model)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
+    schemes.iter().for_each(announce);
     let cpu = cpu(&args.run)?;
     let options = PerplexityOptions { context: args.context, windows: args.windows.map(|n| n as usize) };
     let bar = bar(0);
@@ -31,7 +32,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
         value["model"] = pretrained.name.clone().into();
         write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
     }
-    write!(std::io::stdout(), "{}", render(&report))?;
+    write!(std::io::stdout(), "{}", render(&report)).context(STDOUT)?;
     Ok(Outcome::Done)
 }
 
