@@ -2,8 +2,10 @@
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, StdoutLock, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What cannot be written where stdout fails.
 pub const STDOUT: &str = "cannot write to standard output";
@@ -18,6 +20,35 @@ pub fn bytes(count: usize) -> String {
         value /= 1024.0;
     }
     format!("{value:.1} TiB")
+}
+
+/// Text that goes to stdout as it comes, until that fails or Ctrl-C is pressed.
+pub struct TextStream<'a> {
+    stdout: StdoutLock<'static>,
+    interrupted: &'a AtomicBool,
+    failure: Option<std::io::Error>,
+}
+
+impl<'a> TextStream<'a> {
+    pub fn new(interrupted: &'a AtomicBool) -> Self {
+        TextStream { stdout: std::io::stdout().lock(), interrupted, failure: None }
+    }
+
+    /// Shows a piece of text, and says whether to go on.
+    pub fn push(&mut self, text: &str) -> ControlFlow<()> {
+        if self.failure.is_none() {
+            self.failure = self.stdout.write_all(text.as_bytes()).and_then(|()| self.stdout.flush()).err();
+        }
+        if self.failure.is_some() || self.interrupted.load(Ordering::Relaxed) {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Ends the last line.
+    pub fn finish(mut self) -> Result<()> {
+        self.failure.take().map_or_else(|| writeln!(self.stdout), Err).context(STDOUT)
+    }
 }
 
 /// A table with a header; the first column is left-aligned, the others right-aligned.

@@ -1,6 +1,6 @@
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::ChatArgs;
-use crate::output::STDOUT;
+use crate::output::TextStream;
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
 use dibit_cache::Scheme;
@@ -9,8 +9,7 @@ use dibit_engine::{Chat, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
 use rustyline::{Config, Editor};
-use std::io::{IsTerminal, Write};
-use std::ops::ControlFlow;
+use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /quit ends";
@@ -82,19 +81,9 @@ fn answer(
     interrupted: &AtomicBool,
 ) -> Result<Completion> {
     interrupted.store(false, Ordering::Relaxed);
-    let mut stdout = std::io::stdout().lock();
-    let mut write_error = None;
-    let done = chat.answer(engine, line, max_tokens, sampling, |text| {
-        if let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-            write_error = Some(error);
-            return ControlFlow::Break(());
-        }
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
-    if let Some(error) = write_error {
-        return Err(error).context(STDOUT);
-    }
-    writeln!(stdout).context(STDOUT)?;
+    let mut stream = TextStream::new(interrupted);
+    let done = chat.answer(engine, line, max_tokens, sampling, |text| stream.push(text))?;
+    stream.finish()?;
     Ok(done)
 }
 

@@ -1,6 +1,6 @@
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
-use crate::output::{STDOUT, bytes};
+use crate::output::{STDOUT, TextStream, bytes};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
@@ -32,23 +32,21 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     announce(&scheme);
 
     let interrupted = interrupt_flag()?;
-    let streams = !args.json && args.prompts.is_none();
-    let mut stdout = std::io::stdout().lock();
-    let mut write_error = None;
-    if streams {
-        write!(stdout, "{}", prompts[0]).and_then(|()| stdout.flush()).context(STDOUT)?;
-    }
-    let completions = engine.generate(&requests, |_, text| {
-        if streams && let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-            write_error = Some(error);
-            return ControlFlow::Break(());
-        }
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
-    if let Some(error) = write_error {
-        return Err(error).context(STDOUT);
-    }
+    let completions = if args.json || args.prompts.is_some() {
+        engine.generate(&requests, |_, _| match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })?
+    } else {
+        let mut stream = TextStream::new(&interrupted);
+        // Where this fails, the first piece of the answer finds out.
+        let _ = stream.push(&prompts[0]);
+        let completions = engine.generate(&requests, |_, text| stream.push(text))?;
+        stream.finish()?;
+        completions
+    };
 
+    let mut stdout = std::io::stdout().lock();
     if args.json {
         let all: Vec<Value> =
             prompts.iter().zip(&completions).map(|(p, c)| to_json(p, c, &pretrained, &scheme.name, sampling)).collect();
@@ -58,8 +56,6 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
         for (index, (prompt, completion)) in prompts.iter().zip(&completions).enumerate() {
             writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
-    } else {
-        writeln!(stdout).context(STDOUT)?;
     }
     summary(&pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);

@@ -10,6 +10,18 @@ use dibit_model::{Checkpoint, ModelConfig, ModelFiles};
 use serde_json::{Value, json};
 use std::io::Write;
 
+/// All that is shown.
+struct Report {
+    files: ModelFiles,
+    config: ModelConfig,
+    options: Options,
+    /// Bytes of the weights.
+    weights: usize,
+    /// Bytes of memory that are free.
+    available: usize,
+    rows: Vec<Row>,
+}
+
 /// What one scheme takes.
 struct Row {
     scheme: String,
@@ -37,12 +49,12 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     };
     let free = available.saturating_sub(weights);
     let rows = schemes.iter().map(|scheme| row(scheme, &config, options, free)).collect::<Result<Vec<_>>>()?;
+    let report = Report { files, config, options, weights, available, rows };
     let mut stdout = std::io::stdout().lock();
     if args.json {
-        let value = to_json(&files, &config, options, weights, available, &rows);
-        writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&report.to_json())?).context(STDOUT)?;
     } else {
-        write!(stdout, "{}", render(&files, &config, options, weights, available, &rows)).context(STDOUT)?;
+        write!(stdout, "{}", report.render()).context(STDOUT)?;
     }
     Ok(Outcome::Done)
 }
@@ -77,94 +89,84 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> 
     })
 }
 
-fn render(
-    files: &ModelFiles,
-    config: &ModelConfig,
-    options: Options,
-    weights: usize,
-    available: usize,
-    rows: &[Row],
-) -> String {
-    let header = [
-        "scheme",
-        "per token",
-        "cache",
-        "of fp16",
-        "bits",
-        "allocated",
-        "prefill pass",
-        "tokens that fit",
-        "batch that fits",
-    ];
-    let cells: Vec<Vec<String>> = rows
-        .iter()
-        .map(|row| {
-            vec![
-                row.scheme.clone(),
-                bytes(row.token_bytes.round() as usize),
-                bytes(row.plan.cache_bytes),
-                format!("1/{:.2}", row.plan.half_bytes as f64 / row.plan.cache_bytes as f64),
-                format!("{:.2}", row.bits.0),
-                format!("{:.2}", row.bits.1),
-                format!("{} in {}", row.plan.pass_rows, bytes(row.plan.pass_bytes)),
-                format!("{}", row.fitting_tokens),
-                format!("{}", row.fitting_batch),
-            ]
-        })
-        .collect();
-    let limit = config.max_position_embeddings;
-    let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
-    format!(
-        "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
-         weights {}; memory available {}; context {} tokens{beyond}, batch {}\n\n{}",
-        files.origin,
-        config.architecture.name(),
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.vocab_size,
-        bytes(weights),
-        bytes(available),
-        options.context,
-        options.sequences,
-        table(&header, &cells)
-    )
-}
-
-fn to_json(
-    files: &ModelFiles,
-    config: &ModelConfig,
-    options: Options,
-    weights: usize,
-    available: usize,
-    rows: &[Row],
-) -> Value {
-    let schemes: Vec<Value> = rows
-        .iter()
-        .map(|row| {
-            json!({
-                "scheme": row.scheme,
-                "bytes_per_token": row.token_bytes,
-                "cache_bytes": row.plan.cache_bytes,
-                "fp16_bytes": row.plan.half_bytes,
-                "bits": row.bits.0,
-                "allocated_bits": row.bits.1,
-                "pass_rows": row.plan.pass_rows,
-                "pass_bytes": row.plan.pass_bytes,
-                "tokens_that_fit": row.fitting_tokens,
-                "batch_that_fits": row.fitting_batch,
+impl Report {
+    fn render(&self) -> String {
+        let Report { files, config, options, weights, available, rows } = self;
+        let header = [
+            "scheme",
+            "per token",
+            "cache",
+            "of fp16",
+            "bits",
+            "allocated",
+            "prefill pass",
+            "tokens that fit",
+            "batch that fits",
+        ];
+        let cells: Vec<Vec<String>> = rows
+            .iter()
+            .map(|row| {
+                vec![
+                    row.scheme.clone(),
+                    bytes(row.token_bytes.round() as usize),
+                    bytes(row.plan.cache_bytes),
+                    format!("1/{:.2}", row.plan.half_bytes as f64 / row.plan.cache_bytes as f64),
+                    format!("{:.2}", row.bits.0),
+                    format!("{:.2}", row.bits.1),
+                    format!("{} in {}", row.plan.pass_rows, bytes(row.plan.pass_bytes)),
+                    format!("{}", row.fitting_tokens),
+                    format!("{}", row.fitting_batch),
+                ]
             })
+            .collect();
+        let limit = config.max_position_embeddings;
+        let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
+        format!(
+            "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
+         weights {}; memory available {}; context {} tokens{beyond}, batch {}\n\n{}",
+            files.origin,
+            config.architecture.name(),
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.vocab_size,
+            bytes(*weights),
+            bytes(*available),
+            options.context,
+            options.sequences,
+            table(&header, &cells)
+        )
+    }
+
+    fn to_json(&self) -> Value {
+        let Report { files, config, options, weights, available, rows } = self;
+        let schemes: Vec<Value> = rows
+            .iter()
+            .map(|row| {
+                json!({
+                    "scheme": row.scheme,
+                    "bytes_per_token": row.token_bytes,
+                    "cache_bytes": row.plan.cache_bytes,
+                    "fp16_bytes": row.plan.half_bytes,
+                    "bits": row.bits.0,
+                    "allocated_bits": row.bits.1,
+                    "pass_rows": row.plan.pass_rows,
+                    "pass_bytes": row.plan.pass_bytes,
+                    "tokens_that_fit": row.fitting_tokens,
+                    "batch_that_fits": row.fitting_batch,
+                })
+            })
+            .collect();
+        json!({
+            "model": files.origin,
+            "architecture": config.architecture.name(),
+            "parameters": config.num_parameters(),
+            "weights_bytes": weights,
+            "available_bytes": available,
+            "context": options.context,
+            "batch": options.sequences,
+            "schemes": schemes,
         })
-        .collect();
-    json!({
-        "model": files.origin,
-        "architecture": config.architecture.name(),
-        "parameters": config.num_parameters(),
-        "weights_bytes": weights,
-        "available_bytes": available,
-        "context": options.context,
-        "batch": options.sequences,
-        "schemes": schemes,
-    })
+    }
 }
