@@ -215,10 +215,14 @@ impl CacheLayout {
         rings * (self.key_ring_len() + self.value_ring_len()) * HALF_BYTES
     }
 
-    /// Bytes allocated for one sequence of `len` tokens: blocks, rings and block table.
-    pub fn planned_bytes(&self, len: usize) -> usize {
-        let blocks = self.window.blocks(len);
+    /// Bytes allocated for one sequence that holds `blocks` blocks: these, its rings and its block table.
+    pub fn allocated_bytes(&self, blocks: usize) -> usize {
         blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes()
+    }
+
+    /// Bytes allocated for one sequence of `len` tokens.
+    pub fn planned_bytes(&self, len: usize) -> usize {
+        self.allocated_bytes(self.window.blocks(len))
     }
 }
 

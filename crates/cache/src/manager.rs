@@ -67,11 +67,6 @@ impl CacheManager {
         self.num_blocks
     }
 
-    /// Sequences that the cache was planned for.
-    pub fn num_sequences(&self) -> usize {
-        self.num_sequences
-    }
-
     /// Blocks that nobody holds.
     pub fn free_blocks(&self) -> usize {
         self.free_blocks.len()

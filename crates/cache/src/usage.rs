@@ -14,7 +14,7 @@ pub struct Usage {
     /// Bytes allocated for them: whole blocks, whole rings and block tables.
     pub allocated_bytes: usize,
     /// Bytes that the same tokens take in 16 bit.
-    pub half_bytes: usize,
+    pub fp16_bytes: usize,
 }
 
 impl Usage {
@@ -42,7 +42,7 @@ impl std::ops::Add for Usage {
             scalars: self.scalars + other.scalars,
             used_bytes: self.used_bytes + other.used_bytes,
             allocated_bytes: self.allocated_bytes + other.allocated_bytes,
-            half_bytes: self.half_bytes + other.half_bytes,
+            fp16_bytes: self.fp16_bytes + other.fp16_bytes,
         }
     }
 }
@@ -62,8 +62,8 @@ impl CacheLayout {
             tokens: len,
             scalars,
             used_bytes: heads * (packed + window),
-            allocated_bytes: blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes(),
-            half_bytes: scalars * 2,
+            allocated_bytes: self.allocated_bytes(blocks),
+            fp16_bytes: scalars * 2,
         }
     }
 
@@ -108,7 +108,7 @@ mod tests {
     fn sixteen_bit_takes_sixteen_bits() {
         let usage = used("fp16", 8192);
         assert_eq!(usage.bits(), 16.0);
-        assert_eq!(usage.used_bytes, usage.half_bytes);
+        assert_eq!(usage.used_bytes, usage.fp16_bytes);
     }
 
     #[test]

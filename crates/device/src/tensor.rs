@@ -82,7 +82,11 @@ impl<T: bytemuck::Pod> Storage<T> {
         let raw = &bytes[offset..offset + len];
         match bytemuck::try_cast_slice::<u8, T>(raw) {
             Ok(_) => Storage::Shared { bytes: bytes.clone(), offset, len },
-            Err(_) => Storage::Owned(Arc::new(bytemuck::pod_collect_to_vec(raw))),
+            Err(_) => {
+                let copy = Storage::Owned(Arc::new(bytemuck::pod_collect_to_vec(raw)));
+                bytes.release(offset..offset + len);
+                copy
+            }
         }
     }
 

@@ -15,7 +15,7 @@ Examples:
   dibit inspect --model meta-llama/Llama-3.1-8B --context 131072 --kv fp16,kvlinc
 
 Without --model, the bundled model runs: 16 M parameters, for trying things out.
-RUST_LOG=debug shows more of what happens.")]
+RUST_LOG chooses what is logged, as in RUST_LOG=warn.")]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -100,6 +100,12 @@ pub struct SamplingArgs {
     /// Sample from this many most likely tokens, 0 for all [default: the model's]
     #[arg(long, allow_negative_numbers = true)]
     pub top_k: Option<usize>,
+    /// Leave out tokens less likely than this share of the most likely one [default: the model's]
+    #[arg(long, allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Divide the logits of tokens that have occurred, 1 for none [default: the model's]
+    #[arg(long, allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
     /// Seed of the random numbers [default: from the clock]
     #[arg(long, allow_negative_numbers = true)]
     pub seed: Option<u64>,
@@ -111,7 +117,7 @@ pub struct CacheArgs {
     #[arg(long, default_value = "kvlinc", value_name = "SCHEME")]
     pub kv: String,
     /// Context that the cache is planned for, in tokens
-    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     pub context: Option<u32>,
     /// Prompt tokens that are prefilled together [default: as many as fit a fixed budget]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -217,10 +223,10 @@ pub struct InspectArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Context of a sequence, in tokens [default: the model's]
-    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     pub context: Option<u32>,
     /// Sequences at once
-    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub batch: u32,
     /// Cache schemes, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]

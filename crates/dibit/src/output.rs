@@ -22,6 +22,26 @@ pub fn bytes(count: usize) -> String {
     format!("{value:.1} TiB")
 }
 
+/// Says something on stderr, dimmed on a terminal. Where nobody can read it, it is not worth failing for.
+pub fn note(text: &str) {
+    let dim = anstyle::Style::new().dimmed();
+    writeln!(anstream::stderr(), "{dim}{text}{dim:#}").ok();
+}
+
+/// A stderr for logs that never fails.
+pub struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        std::io::stderr().write_all(bytes).ok();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Text that goes to stdout as it comes, until that fails or Ctrl-C is pressed.
 pub struct TextStream<'a> {
     stdout: StdoutLock<'static>,
@@ -86,17 +106,22 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Checks that a file can be written there, before long work begins. Nothing is left behind.
 pub fn check_writable(path: &Path) -> Result<()> {
-    beside(path).map(drop)
+    if is_stream(path) { Ok(()) } else { beside(path).map(drop) }
+}
+
+/// A pipe or a device.
+fn is_stream(path: &Path) -> bool {
+    path.exists() && !path.is_file() && !path.is_dir()
 }
 
 /// Writes a file that appears only once it is complete. A link is followed, and what is no file (a pipe, a device)
 /// is written as it is.
 pub fn write_complete(path: &Path, contents: &[u8]) -> Result<()> {
     let problem = || format!("cannot write {}; is the disk full?", path.display());
-    let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    if path.exists() && !path.is_file() {
+    if is_stream(path) {
         return std::fs::write(path, contents).with_context(problem);
     }
+    let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let mut file = beside(path)?;
     file.write_all(contents).with_context(problem)?;
     file.as_file().sync_all().with_context(problem)?;

@@ -1,32 +1,48 @@
 //! From `--model` to a loaded model.
 
 use crate::args::{LoadFormat, ModelArgs};
-use crate::bundled;
+use crate::output::bytes;
+use crate::{bundled, memory};
 use anyhow::{Result, bail};
+use dibit_device::DType;
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
 use std::path::{Path, PathBuf};
 
 /// Seed of dummy weights; a constant, so that everyone measures the same.
 const DUMMY_SEED: u64 = 0;
 
-/// The files that the arguments name.
-pub fn files(args: &ModelArgs) -> Result<ModelFiles> {
+/// What describes the model that the arguments name, and its weights where they lie on this machine.
+pub fn describe(args: &ModelArgs) -> Result<ModelFiles> {
     let Some(model) = &args.model else { return Ok(bundled::files()) };
-    let directory = locate(model, args.load_format)?;
-    let files = match args.load_format {
-        LoadFormat::Auto => ModelFiles::open(&directory)?,
-        LoadFormat::Dummy => ModelFiles::without_weights(&directory)?,
+    let local = local(model, args.load_format)?;
+    let files = match (&local, args.load_format) {
+        (Some(directory), LoadFormat::Auto) => ModelFiles::open(directory)?,
+        (Some(path), LoadFormat::Dummy) => ModelFiles::without_weights(path)?,
+        (None, _) => ModelFiles::without_weights(&download(model, false)?)?,
     };
     Ok(ModelFiles { origin: model.clone(), ..files })
 }
 
 /// Loads a model with its weights.
 pub fn load(args: &ModelArgs) -> Result<Pretrained> {
-    let files = files(args)?;
+    let mut files = describe(args)?;
     let source = match args.load_format {
         LoadFormat::Auto => WeightSource::Checkpoint,
         LoadFormat::Dummy => WeightSource::Dummy { seed: DUMMY_SEED },
     };
+    // What is not supported is said before anything large is downloaded or made up.
+    let config = config(&files)?;
+    if source == WeightSource::Checkpoint && files.weights.is_empty() {
+        let directory = download(&files.origin, true)?;
+        files = ModelFiles { origin: files.origin, ..ModelFiles::open(&directory)? };
+    }
+    if args.load_format == LoadFormat::Dummy {
+        let needed = config.num_parameters() * args.dtype.dtype().or(config.dtype).unwrap_or(DType::Bf16).size();
+        let available = memory::available();
+        if needed > available {
+            bail!("dummy weights of this shape take {}, and {} of memory are free", bytes(needed), bytes(available));
+        }
+    }
     let pretrained = Pretrained::load(&files, source, args.dtype.dtype())?;
     if args.load_format == LoadFormat::Dummy {
         tracing::info!("dummy weights: the text means nothing");
@@ -44,7 +60,8 @@ pub fn config(files: &ModelFiles) -> Result<ModelConfig> {
     Ok(ModelConfig::parse(&files.config, &format!("config.json of {}", files.origin))?)
 }
 
-fn locate(model: &str, format: LoadFormat) -> Result<PathBuf> {
+/// The directory or file that `model` names on this machine; `None` for a hub id.
+fn local(model: &str, format: LoadFormat) -> Result<Option<PathBuf>> {
     let path = Path::new(model);
     if path.is_file() && format == LoadFormat::Auto {
         bail!(
@@ -53,22 +70,22 @@ fn locate(model: &str, format: LoadFormat) -> Result<PathBuf> {
         );
     }
     if path.exists() {
-        return Ok(path.to_owned());
+        return Ok(Some(path.to_owned()));
     }
     if !is_hub_id(model) {
         bail!("no model at {model}: the directory does not exist, and a hub id has the form org/name[@revision]");
     }
-    download(model)
+    Ok(None)
 }
 
 #[cfg(feature = "hub")]
-fn download(id: &str) -> Result<PathBuf> {
+fn download(id: &str, weights: bool) -> Result<PathBuf> {
     use std::io::IsTerminal;
-    Ok(dibit_model::download(id, std::io::stderr().is_terminal())?)
+    Ok(dibit_model::download(id, weights, std::io::stderr().is_terminal())?)
 }
 
 #[cfg(not(feature = "hub"))]
-fn download(id: &str) -> Result<PathBuf> {
+fn download(id: &str, _weights: bool) -> Result<PathBuf> {
     bail!("{id} is not a directory, and this build has no hub support (feature `hub`)");
 }
 

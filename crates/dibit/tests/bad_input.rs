@@ -198,3 +198,37 @@ fn a_read_only_directory_is_noticed() {
     run(&options).fails_with(&["cannot write", "locked/out.json", "Permission denied"]);
     assert_eq!(std::fs::read_dir(folder.file("locked")).unwrap().count(), 0);
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_an_error() {
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = std::process::Command::new(common::program().get_program())
+        .args(["generate", "-n", "2", "--temperature", "0", "Hello"])
+        .stdout(full())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cannot write to standard output") && !stderr.contains("panicked"), "{stderr}");
+
+    let folder = Folder::new();
+    folder.write("text.txt", "Some words of a text. ".repeat(40));
+    let text = folder.file("text.txt");
+    let arguments =
+        ["perplexity", "--kv", "fp16", "--context", "64", "--windows", "1", "--text", &text, "--json", "/dev/full"];
+    run(&arguments).fails_with(&["cannot write /dev/full", "disk full"]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_closed_stderr_is_no_reason_to_fail() {
+    let output = std::process::Command::new("sh")
+        .arg("-c")
+        .arg("exec \"$0\" generate -n 2 --temperature 0 Hello 2>/dev/full")
+        .arg(common::program().get_program())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stdout.starts_with(b"Hello"));
+}

@@ -15,6 +15,8 @@ pub struct Chat {
     rendered: String,
     /// Generated ids that are not cached yet.
     pending: Vec<u32>,
+    /// All ids since the sequence was empty.
+    history: Vec<u32>,
 }
 
 impl Chat {
@@ -27,7 +29,14 @@ impl Chat {
         let template =
             pretrained.chat_template()?.ok_or_else(|| EngineError::NoChatTemplate(pretrained.name.clone()))?;
         let sequence = engine.open()?;
-        let mut chat = Chat { template, messages: Vec::new(), sequence, rendered: String::new(), pending: Vec::new() };
+        let mut chat = Chat {
+            template,
+            messages: Vec::new(),
+            sequence,
+            rendered: String::new(),
+            pending: Vec::new(),
+            history: Vec::new(),
+        };
         chat.messages.extend(system.map(|content| message("system", content)));
         Ok(chat)
     }
@@ -53,7 +62,8 @@ impl Chat {
         engine.close(self.sequence);
     }
 
-    /// Answers the user. A cancelled answer stays in the conversation as far as it came.
+    /// Answers the user. A cancelled answer stays in the conversation as far as it came; cancelled before its first
+    /// token, or of no tokens, it is as if nothing had been asked.
     ///
     /// # Errors
     /// Those of [`Engine::check`] and of the template. The conversation is then as it was before.
@@ -68,8 +78,11 @@ impl Chat {
         self.messages.push(message("user", user));
         let result = self.run(engine, max_tokens, sampling, on_text);
         match &result {
-            Ok(completion) => self.messages.push(message("assistant", &completion.text)),
-            Err(_) => {
+            Ok(completion) if !completion.tokens.is_empty() => {
+                self.messages.push(message("assistant", &completion.text));
+            }
+            // Nothing was answered, so nothing was asked.
+            _ => {
                 self.messages.pop();
             }
         }
@@ -90,7 +103,8 @@ impl Chat {
             Some(new) => ([self.pending.clone(), encode(new)?].concat(), false),
             None => (encode(&full)?, true),
         };
-        let request = Request { prompt, max_tokens, sampling, stop: Vec::new() };
+        let history = if fresh { Vec::new() } else { self.history.clone() };
+        let request = Request { prompt, history, max_tokens, sampling, stop: Vec::new() };
         engine.check(&request, if fresh { 0 } else { self.sequence.len() })?;
         if fresh && !self.sequence.is_empty() {
             tracing::info!("the template rewrote earlier turns; the conversation is read again");
@@ -99,12 +113,16 @@ impl Chat {
             self.forget(engine);
         }
         let done = engine.continue_sequence(&mut self.sequence, &request, on_text);
-        let Ok(completion) = done else {
-            // What was cached of the failed turn is not known any more.
-            self.forget(engine);
-            return done;
+        let completion = match done {
+            Ok(completion) if !completion.tokens.is_empty() => completion,
+            // The prompt was not read to its end.
+            other => {
+                self.forget(engine);
+                return other;
+            }
         };
         self.rendered = full + &completion.text;
+        self.history.extend(request.prompt.iter().chain(&completion.tokens));
         let ended = completion.tokens.last().is_some_and(|id| engine.pretrained().eos_token_ids().contains(id));
         self.pending = match completion.tokens.last() {
             Some(&id) if !ended => vec![id],
@@ -118,6 +136,7 @@ impl Chat {
         engine.clear(&mut self.sequence);
         self.rendered.clear();
         self.pending.clear();
+        self.history.clear();
     }
 }
 

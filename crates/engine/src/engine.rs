@@ -36,10 +36,10 @@ struct Active<'a, S> {
 }
 
 impl<S: BorrowMut<Sequence>> Active<'_, S> {
-    /// Passes text on; true where the caller has had enough.
+    /// Passes text on, which may be empty; true where the caller has had enough.
     fn show(&mut self, text: &str, on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>) -> bool {
         self.done.text.push_str(text);
-        !text.is_empty() && on_text(self.index, text).is_break()
+        on_text(self.index, text).is_break()
     }
 
     /// Ends the text; what was held back of it comes out.
@@ -48,18 +48,15 @@ impl<S: BorrowMut<Sequence>> Active<'_, S> {
         reason: FinishReason,
         on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
-        let (text, stopped) = self.stop.push(&self.stream.finish()?);
-        self.show(&text, on_text);
+        let (mut text, stopped) = self.stop.push(&self.stream.finish()?);
         if !stopped {
-            let held = self.stop.finish();
-            self.show(&held, on_text);
+            text += &self.stop.finish();
         }
-        self.finish = Some(reason);
+        if !text.is_empty() {
+            self.show(&text, on_text);
+        }
+        self.finish = Some(if stopped { FinishReason::Stop } else { reason });
         Ok(())
-    }
-
-    fn completion(&mut self) -> Completion {
-        Completion { finish: self.finish.unwrap_or(FinishReason::Cancelled), ..self.done.clone() }
     }
 }
 
@@ -77,6 +74,9 @@ impl<'a, D: Device> Engine<'a, D> {
     ) -> Result<Self, EngineError> {
         let config = &pretrained.config;
         let layout = CacheLayout::new(scheme, config.cache_shape())?;
+        if options.sequences == 0 || options.context == 0 {
+            return Err(EngineError::NoRoom);
+        }
         let (context, limit) = (options.context, config.max_position_embeddings);
         if context > limit {
             return Err(EngineError::ContextTooLong { context, limit });
@@ -183,9 +183,9 @@ impl<'a, D: Device> Engine<'a, D> {
                     i += 1;
                     continue;
                 }
-                let mut ended = active.remove(i);
-                finished[ended.index] = Some(ended.completion());
-                self.manager.close(ended.sequence);
+                let Active { index, sequence, finish, done, .. } = active.remove(i);
+                finished[index] = Some(Completion { finish: finish.unwrap_or(done.finish), ..done });
+                self.manager.close(sequence);
             }
         }
         Ok(())
@@ -195,7 +195,7 @@ impl<'a, D: Device> Engine<'a, D> {
     /// is not cached: it belongs to the next prompt, unless it ended the text.
     ///
     /// # Errors
-    /// As [`Engine::generate`]; the sequence then keeps what was cached.
+    /// As [`Engine::generate`]. A request that is refused leaves the sequence as it was; a pass that fails empties it.
     pub fn continue_sequence(
         &mut self,
         sequence: &mut Sequence,
@@ -204,12 +204,18 @@ impl<'a, D: Device> Engine<'a, D> {
     ) -> Result<Completion, EngineError> {
         self.check(request, sequence.len())?;
         let mut on_text = |_: usize, text: &str| on_text(text);
-        let mut active = [self.activate(0, sequence, request)];
-        self.prefill(&mut active[0], &request.prompt, &mut on_text)?;
-        while active[0].finish.is_none() {
-            self.step(&mut active, &[0], &mut on_text)?;
+        let mut active = [self.activate(0, &mut *sequence, request)];
+        let mut result = self.prefill(&mut active[0], &request.prompt, &mut on_text);
+        while result.is_ok() && active[0].finish.is_none() {
+            result = self.step(&mut active, &[0], &mut on_text);
         }
-        Ok(active[0].completion())
+        let [Active { finish, done, .. }] = active;
+        if let Err(error) = result {
+            // A pass that failed half-way has overwritten parts of the window.
+            self.manager.clear(sequence);
+            return Err(error);
+        }
+        Ok(Completion { finish: finish.unwrap_or(done.finish), ..done })
     }
 
     /// Checks a request for a sequence that holds `cached` tokens.
@@ -229,7 +235,7 @@ impl<'a, D: Device> Engine<'a, D> {
         Active {
             index,
             sequence,
-            sampler: Sampler::new(request.sampling),
+            sampler: Sampler::new(request.sampling, request.history.iter().chain(&request.prompt).copied()),
             stream: self.pretrained.tokenizer.stream(&request.prompt),
             stop: StopFilter::new(&request.stop),
             max_tokens: request.max_tokens,
@@ -263,6 +269,9 @@ impl<'a, D: Device> Engine<'a, D> {
             );
         }
         for chunk in prompt.chunks(self.plan.pass_rows) {
+            if active.show("", on_text) {
+                return active.end(FinishReason::Cancelled, on_text);
+            }
             self.pass(&mut [(active.sequence.borrow_mut(), chunk)])?;
         }
         let last = (prompt.len() - 1) % self.plan.pass_rows;

@@ -3,6 +3,9 @@ use thiserror::Error;
 /// Why a request cannot be served.
 #[derive(Debug, Error)]
 pub enum EngineError {
+    /// The engine was planned for nothing.
+    #[error("an engine needs room for at least one sequence of one token")]
+    NoRoom,
     /// There is nothing to continue.
     #[error("the prompt is empty; give at least one token")]
     EmptyPrompt,

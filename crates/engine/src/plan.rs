@@ -1,11 +1,10 @@
 //! How much memory a run takes, known before it starts.
 
 use dibit_cache::CacheLayout;
-use dibit_device::Cpu;
-use dibit_model::{ModelConfig, Workspace};
+use dibit_model::{ModelConfig, pass_bytes, pass_row_bytes};
 
 /// Memory that the rows of a pass may take. Prompts are prefilled exactly in passes of as many tokens as fit.
-const PASS_BYTES: usize = 24 << 20;
+const PASS_BYTES: usize = 20 << 20;
 
 /// Rows of a pass at least, however wide the model is.
 const MIN_PASS_ROWS: usize = 256;
@@ -31,10 +30,10 @@ pub struct MemoryPlan {
     /// Cache of all sequences.
     pub cache_bytes: usize,
     /// What all sequences would take in 16 bit.
-    pub half_bytes: usize,
+    pub fp16_bytes: usize,
     /// Prompt tokens of a sequence that are prefilled in one pass.
     pub pass_rows: usize,
-    /// What a pass in flight takes: residual stream, rotary angles, keys and values of one layer.
+    /// What a pass takes besides the cache.
     pub pass_bytes: usize,
 }
 
@@ -42,17 +41,16 @@ impl MemoryPlan {
     /// Plans a run. A context longer than the model supports can be planned, but not run.
     pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options) -> Self {
         let Options { context, sequences, prefill_chunk } = options;
-        let row_bytes = Workspace::<Cpu>::row_bytes(config);
-        let fitting = (PASS_BYTES / row_bytes).max(MIN_PASS_ROWS);
+        let fitting = (PASS_BYTES / pass_row_bytes(config)).max(MIN_PASS_ROWS);
         let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1));
         let sequence_bytes = layout.planned_bytes(context);
         MemoryPlan {
             sequence_bytes,
             sequence_blocks: layout.window.blocks(context),
             cache_bytes: sequences * sequence_bytes,
-            half_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
+            fp16_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
             pass_rows,
-            pass_bytes: pass_rows.max(sequences) * row_bytes,
+            pass_bytes: pass_bytes(config, pass_rows.max(sequences)),
         }
     }
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 pub struct Request {
     /// Token ids of the prompt.
     pub prompt: Vec<u32>,
+    /// Token ids that the sequence already holds; only a repetition penalty looks at them.
+    pub history: Vec<u32>,
     /// Tokens to generate at most.
     pub max_tokens: usize,
     /// How they are chosen.

@@ -19,7 +19,7 @@ fn engine<'a>(cpu: &'a Cpu, model: &'a Pretrained, scheme: &str, sequences: usiz
 
 fn request(seed: u32, prompt_tokens: u32, max_tokens: usize, sampling: Sampling) -> Request {
     let prompt = (0..prompt_tokens).map(|i| 5 + (seed * 131 + i * i * 7 + i) % 379).collect();
-    Request { prompt, max_tokens, sampling, stop: Vec::new() }
+    Request { prompt, history: Vec::new(), max_tokens, sampling, stop: Vec::new() }
 }
 
 fn go_on(_: usize, _: &str) -> ControlFlow<()> {
@@ -34,7 +34,7 @@ fn answer(completion: &Completion) -> (&str, &[u32], FinishReason, dibit_cache::
 #[test]
 fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
     let model = pretrained("llama32-old-bf16");
-    let warm = Sampling { temperature: 1.5, top_p: 0.95, top_k: 50, seed: 3 };
+    let warm = Sampling { temperature: 1.5, top_p: 0.95, top_k: 50, min_p: 0.01, repetition_penalty: 1.1, seed: 3 };
     let requests: Vec<Request> = [(1, 5, 300), (2, 400, 20), (3, 129, 1), (4, 255, 40), (5, 1, 150)]
         .into_iter()
         .enumerate()

@@ -1,5 +1,7 @@
 //! Next-token distributions, from logits.
 
+use dibit_model::argmax;
+
 /// A distribution over the vocabulary.
 pub(crate) struct Distribution<'a> {
     logits: &'a [f32],
@@ -11,12 +13,7 @@ pub(crate) struct Distribution<'a> {
 
 impl<'a> Distribution<'a> {
     pub(crate) fn new(logits: &'a [f32]) -> Self {
-        let mut top = 0;
-        for (id, logit) in logits.iter().enumerate() {
-            if *logit > logits[top] {
-                top = id;
-            }
-        }
+        let top = argmax(logits);
         let largest = logits[top];
         let total: f64 = logits.iter().map(|logit| f64::from((logit - largest).exp())).sum();
         Distribution { logits, log_total: f64::from(largest) + total.ln(), top }
@@ -34,7 +31,9 @@ impl<'a> Distribution<'a> {
             let weight = f64::from(((f64::from(*p) - self.log_total) as f32).exp());
             weight * (f64::from(p - q) + offset)
         });
-        terms.sum::<f64>().max(0.0)
+        let sum: f64 = terms.sum();
+        // Rounding can make a divergence of nothing slightly negative.
+        if sum < 0.0 { 0.0 } else { sum }
     }
 }
 

@@ -29,6 +29,12 @@ pub enum EvalError {
         /// The model's `max_position_embeddings`.
         limit: usize,
     },
+    /// The model computed something that is no number.
+    #[error("the logits of scheme {scheme} are not finite; the weights are damaged, or need --dtype f32")]
+    NotFinite {
+        /// Name of the scheme.
+        scheme: String,
+    },
     /// The model failed.
     #[error(transparent)]
     Model(#[from] dibit_model::ModelError),

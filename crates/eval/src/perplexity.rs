@@ -68,6 +68,8 @@ pub struct Progress<'a> {
     pub window: usize,
     /// Windows in all.
     pub windows: usize,
+    /// Forward passes of a window: one for each scheme, the reference included.
+    pub schemes: usize,
     /// Scheme whose forward pass comes next.
     pub scheme: &'a str,
 }
@@ -106,8 +108,9 @@ pub fn perplexity<D: Device>(
     let windows = windows(ids, config.bos_token_id, context, options.windows)?;
     let mut runners = runners(device, pretrained, schemes, context)?;
     for (index, window) in windows.iter().enumerate() {
+        let schemes = runners.len();
         for runner in &mut runners {
-            progress(Progress { window: index, windows: windows.len(), scheme: &runner.scheme.name });
+            progress(Progress { window: index, windows: windows.len(), schemes, scheme: &runner.scheme.name });
             runner.forward(device, window)?;
         }
         // The last token of a window predicts nothing that is in it.
@@ -119,9 +122,9 @@ pub fn perplexity<D: Device>(
                 model.logits(device, workspace, &rows, logits)?;
             }
             let (reference, others) = runners.split_first_mut().expect("the reference is there");
-            reference.score(device, None, targets, config.vocab_size);
+            reference.score(device, None, targets, config.vocab_size)?;
             for runner in others {
-                runner.score(device, Some(&reference.logits), targets, config.vocab_size);
+                runner.score(device, Some(&reference.logits), targets, config.vocab_size)?;
             }
         }
     }
@@ -133,7 +136,8 @@ pub fn perplexity<D: Device>(
     })
 }
 
-fn is_reference(scheme: &Scheme) -> bool {
+/// Whether nothing is ever packed, so that a window can be evaluated as one exact prefill.
+fn is_exact(scheme: &Scheme) -> bool {
     scheme.keys == Side::Half && scheme.values == Side::Half
 }
 
@@ -148,7 +152,7 @@ fn runners<D: Device>(
     let mut rotated: Option<Arc<Model<D>>> = None;
     let reference = Scheme::load("fp16")?;
     let mut runners = Vec::new();
-    for scheme in std::iter::once(&reference).chain(schemes.iter().filter(|scheme| !is_reference(scheme))) {
+    for scheme in std::iter::once(&reference).chain(schemes.iter().filter(|scheme| **scheme != reference)) {
         let layout = CacheLayout::new(scheme, pretrained.config.cache_shape())?;
         let model = match (scheme.value_transform, &rotated) {
             (ValueTransform::None, _) => plain.clone(),
@@ -178,14 +182,20 @@ impl<D: Device> Runner<D> {
     fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
         let mut sequence = self.manager.open()?;
         self.manager.reserve(&mut sequence, window.len())?;
-        let mut batch = Batch::new(if is_reference(&self.scheme) { Mode::Chunk } else { Mode::Streaming });
+        let mut batch = Batch::new(if is_exact(&self.scheme) { Mode::Chunk } else { Mode::Streaming });
         batch.push(&sequence, window.len(), self.manager.layout().window);
         let result = self.model.forward(device, &mut self.workspace, &mut self.store, &batch, window);
         self.manager.close(sequence);
         Ok(result?)
     }
 
-    fn score(&mut self, device: &D, reference: Option<&[f32]>, targets: &[u32], vocab_size: usize) {
+    fn score(
+        &mut self,
+        device: &D,
+        reference: Option<&[f32]>,
+        targets: &[u32],
+        vocab_size: usize,
+    ) -> Result<(), EvalError> {
         let rows: Vec<(f32, f32, bool)> = device.scope(|| {
             self.logits
                 .par_chunks(vocab_size)
@@ -201,10 +211,14 @@ impl<D: Device> Runner<D> {
                 .collect()
         });
         for (nll, kl, agrees) in rows {
+            if !(nll.is_finite() && kl.is_finite()) {
+                return Err(EvalError::NotFinite { scheme: self.scheme.name.clone() });
+            }
             self.nll.push(nll);
             self.kl.push(kl);
             self.agreements += usize::from(agrees);
         }
+        Ok(())
     }
 
     fn result(self, context: usize) -> SchemeResult {

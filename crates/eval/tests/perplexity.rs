@@ -1,7 +1,7 @@
 //! The evaluation on checkpoints: against independent figures, and against itself.
 
 use dibit_cache::Scheme;
-use dibit_device::{Cpu, DType};
+use dibit_device::{Cpu, DType, Tensor};
 use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity, windows};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
 use std::path::{Path, PathBuf};
@@ -95,4 +95,15 @@ fn texts_and_windows_that_do_not_suit_are_refused() {
         assert!(matches!(run(&[5; 2000], context), EvalError::Context { limit: 1024, .. }));
     }
     assert_eq!(windows(&[7; 200], Some(0), 101, None).unwrap().len(), 2);
+}
+
+#[test]
+fn damaged_weights_are_no_agreement() {
+    let mut model = load(&repository().join("fixtures/llama32-old-bf16"));
+    let width = model.config.hidden_size;
+    model.weights.norm = Tensor::from_f32(vec![f32::NAN; width], DType::F32, 1, width);
+    let cpu = Cpu::new(Some(1)).unwrap();
+    let options = PerplexityOptions { context: 50, windows: Some(1) };
+    let error = perplexity(&cpu, &model, &[], &[7; 100], options, |_| {}).unwrap_err();
+    assert!(matches!(error, EvalError::NotFinite { .. }), "{error}");
 }

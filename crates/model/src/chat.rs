@@ -4,7 +4,9 @@ use crate::ModelError;
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
+use serde_json::ser::Formatter;
 use std::fmt::Write;
+use std::io;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,16 +91,37 @@ fn embedded(config: &serde_json::Value) -> Option<&str> {
     })
 }
 
-/// JSON without the escapes for HTML that minijinja's own filter adds.
+/// JSON as Python's `json.dumps` writes it, without the escapes for HTML that minijinja's own filter adds.
 fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    let invalid = |error: serde_json::Error| Error::new(ErrorKind::InvalidOperation, error.to_string());
-    let Some(indent) = indent else { return serde_json::to_string(&value).map_err(invalid) };
-    let indent = " ".repeat(indent);
     let mut out = Vec::new();
-    let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-    value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(invalid)?;
-    String::from_utf8(out).map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))
+    let written = match indent.map(|width| " ".repeat(width)) {
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)),
+        Some(indent) => {
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
+        }
+    };
+    let invalid = |error: String| Error::new(ErrorKind::InvalidOperation, error);
+    written.map_err(|error| invalid(error.to_string()))?;
+    String::from_utf8(out).map_err(|error| invalid(error.to_string()))
+}
+
+/// `", "` between entries and `": "` behind keys.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.begin_array_value(writer, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
 }
 
 fn strftime_now(format: String) -> Result<String, Error> {
@@ -143,8 +166,8 @@ mod tests {
 
     #[test]
     fn helpers_of_hugging_face_exist() {
-        let text = "{{ {'a': ['<b>']} | tojson }} {{ strftime_now('%Y') | length }}";
+        let text = "{{ {'a': ['<b>', 1]} | tojson }} {{ strftime_now('%Y') | length }}{% for i in [1, 2] %}{% break %}{% endfor %}";
         let template = ChatTemplate::parse(None, Some(text), "m").unwrap().unwrap();
-        assert_eq!(template.render(&[], true).unwrap(), r#"{"a":["<b>"]} 4"#);
+        assert_eq!(template.render(&[], true).unwrap(), r#"{"a": ["<b>", 1]} 4"#);
     }
 }

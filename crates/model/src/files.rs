@@ -10,6 +10,15 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Names of a model's files; only the configuration must be there.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const SINGLE_WEIGHTS: &str = "model.safetensors";
+pub(crate) const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
+
 /// One safetensors file.
 #[derive(Clone)]
 pub struct WeightFile {
@@ -61,26 +70,26 @@ impl ModelFiles {
         let (directory, config) = if path.is_file() {
             (path.parent().unwrap_or(Path::new(".")), path.to_owned())
         } else {
-            (path, path.join("config.json"))
+            (path, path.join(CONFIG))
         };
         let origin = path.display().to_string();
         let not_found = |reason: &str| ModelError::NotFound { path: origin.clone(), reason: reason.to_owned() };
-        if !directory.as_os_str().is_empty() && !directory.exists() {
+        if !directory.as_os_str().is_empty() && !exists(directory)? {
             return Err(not_found("the directory does not exist"));
         }
-        if !config.exists() {
+        if !exists(&config)? {
             return Err(not_found("there is no config.json; give the directory of a Hugging Face checkpoint"));
         }
         let text = |name: &str| optional(&directory.join(name));
         Ok(ModelFiles {
             config: utf8(&config, read(&config)?)?.into(),
-            generation_config: text("generation_config.json")?,
-            tokenizer: match directory.join("tokenizer.json") {
-                path if path.exists() => Some(read(&path)?.into()),
+            generation_config: text(GENERATION_CONFIG)?,
+            tokenizer: match directory.join(TOKENIZER) {
+                path if exists(&path)? => Some(read(&path)?.into()),
                 _ => None,
             },
-            tokenizer_config: text("tokenizer_config.json")?,
-            chat_template: text("chat_template.jinja")?,
+            tokenizer_config: text(TOKENIZER_CONFIG)?,
+            chat_template: text(CHAT_TEMPLATE)?,
             weights: Vec::new(),
             origin,
         })
@@ -89,6 +98,11 @@ impl ModelFiles {
 
 fn read_error(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
     |source| ModelError::Read { path: path.display().to_string(), source }
+}
+
+/// Whether there is such a file; not being allowed to know is an error.
+fn exists(path: &Path) -> Result<bool, ModelError> {
+    path.try_exists().map_err(read_error(path))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
@@ -101,7 +115,7 @@ fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, ModelError> {
 }
 
 fn optional(path: &Path) -> Result<Option<Cow<'static, str>>, ModelError> {
-    if !path.exists() {
+    if !exists(path)? {
         return Ok(None);
     }
     Ok(Some(utf8(path, read(path)?)?.into()))
@@ -116,13 +130,13 @@ fn map(path: &Path) -> Result<Mmap, ModelError> {
 
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 fn weight_paths(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
-    let single = directory.join("model.safetensors");
-    if single.exists() {
+    let single = directory.join(SINGLE_WEIGHTS);
+    if exists(&single)? {
         return Ok(vec![single]);
     }
     let origin = directory.display().to_string();
-    let index = directory.join("model.safetensors.index.json");
-    if !index.exists() {
+    let index = directory.join(WEIGHTS_INDEX);
+    if !exists(&index)? {
         let has = |extension: &str| {
             std::fs::read_dir(directory).is_ok_and(|mut entries| {
                 entries.any(|e| e.is_ok_and(|e| e.path().extension().is_some_and(|x| x == extension)))
@@ -139,22 +153,23 @@ fn weight_paths(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
     }
     let malformed = |reason: String| ModelError::Malformed { path: index.display().to_string(), reason };
     let json: Value = serde_json::from_slice(&read(&index)?).map_err(|error| malformed(error.to_string()))?;
-    let names: BTreeSet<&str> = json
-        .get("weight_map")
-        .and_then(Value::as_object)
-        .map(|map| map.values().filter_map(Value::as_str).collect())
-        .ok_or_else(|| malformed("it has no weight_map".into()))?;
+    let names = shard_names(&json).ok_or_else(|| malformed("it has no weight_map".into()))?;
     let mut paths = Vec::new();
     for name in names {
         if Path::new(name).components().count() != 1 || name.starts_with("..") {
             return Err(malformed(format!("shard '{name}' is not a plain file name")));
         }
         let path = directory.join(name);
-        if !path.exists() {
+        if !exists(&path)? {
             let reason = format!("shard {name} is missing; download the checkpoint again");
             return Err(ModelError::NotFound { path: origin, reason });
         }
         paths.push(path);
     }
     Ok(paths)
+}
+
+/// The files that a `model.safetensors.index.json` names.
+pub(crate) fn shard_names(index: &Value) -> Option<BTreeSet<&str>> {
+    Some(index.get("weight_map")?.as_object()?.values().filter_map(Value::as_str).collect())
 }

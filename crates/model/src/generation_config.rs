@@ -7,7 +7,7 @@ use serde::Deserialize;
 /// Sampling defaults of a model. What is `None` is not said.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationConfig {
-    /// False asks for greedy decoding.
+    /// True asks for sampling; without it, decoding is greedy.
     pub do_sample: Option<bool>,
     /// Divisor of the logits.
     pub temperature: Option<f32>,
@@ -15,6 +15,10 @@ pub struct GenerationConfig {
     pub top_p: Option<f32>,
     /// Number of tokens that are sampled from.
     pub top_k: Option<usize>,
+    /// Share of the most likely token below which tokens are not sampled.
+    pub min_p: Option<f32>,
+    /// Penalty on tokens that have occurred.
+    pub repetition_penalty: Option<f32>,
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,
 }
@@ -25,6 +29,8 @@ struct Raw {
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<usize>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
     #[serde(default)]
     eos_token_id: Ids,
 }
@@ -42,6 +48,8 @@ impl GenerationConfig {
             temperature: raw.temperature,
             top_p: raw.top_p,
             top_k: raw.top_k,
+            min_p: raw.min_p,
+            repetition_penalty: raw.repetition_penalty,
             eos_token_ids: raw.eos_token_id.into_vec(),
         })
     }

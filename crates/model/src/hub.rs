@@ -1,15 +1,15 @@
 //! Models of the Hugging Face hub, through its local cache.
 
 use crate::ModelError;
+use crate::files::{
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, SINGLE_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS_INDEX, shard_names,
+};
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use std::path::PathBuf;
 
 /// Files that are taken where they exist.
-const OPTIONAL: [&str; 4] =
-    ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+const OPTIONAL: [&str; 4] = [GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE];
 
 /// Splits `org/name[@revision]`.
 fn parse(id: &str) -> (String, String) {
@@ -24,29 +24,30 @@ fn offline() -> bool {
 }
 
 /// The local directory of `org/name[@revision]`, downloaded where it is not in the cache yet. Honours `HF_HOME`,
-/// `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`; `progress` shows bars on stderr.
+/// `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`; `progress` shows bars on stderr. Without `weights`, only what describes
+/// the model is downloaded.
 ///
 /// # Errors
 /// [`ModelError::Hub`] with the cause: offline and not cached, no network, no access, no such model.
-pub fn download(id: &str, progress: bool) -> Result<PathBuf, ModelError> {
+pub fn download(id: &str, weights: bool, progress: bool) -> Result<PathBuf, ModelError> {
     let (name, revision) = parse(id);
     let failed = |reason: String| ModelError::Hub { model: id.to_owned(), reason };
     let repo = Repo::with_revision(name, RepoType::Model, revision);
     let cache = Cache::from_env();
     if offline() {
-        return cached(&cache.repo(repo)).ok_or_else(|| {
+        return cached(&cache.repo(repo), weights).ok_or_else(|| {
             failed("HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download".into())
         });
     }
     let mut builder = ApiBuilder::from_env().with_progress(progress);
-    if let Ok(token) = std::env::var("HF_TOKEN") {
+    if let Some(token) = std::env::var("HF_TOKEN").ok().filter(|token| !token.is_empty()) {
         builder = builder.with_token(Some(token));
     }
     let api = builder.build().map_err(|error| failed(explain(&error)))?.repo(repo.clone());
-    match fetch(&api) {
+    match fetch(&api, weights) {
         Ok(directory) => Ok(directory),
         // A machine without a network still runs what it has.
-        Err(error) => match cached(&cache.repo(repo)) {
+        Err(error) => match cached(&cache.repo(repo), weights) {
             Some(directory) => {
                 tracing::warn!("{}; using the copy in the local cache", explain(&error));
                 Ok(directory)
@@ -57,37 +58,42 @@ pub fn download(id: &str, progress: bool) -> Result<PathBuf, ModelError> {
 }
 
 /// The directory of a complete copy in the cache.
-fn cached(repo: &CacheRepo) -> Option<PathBuf> {
-    let config = repo.get("config.json")?;
-    repo.get(SINGLE).or_else(|| repo.get(INDEX))?;
+fn cached(repo: &CacheRepo, weights: bool) -> Option<PathBuf> {
+    let config = repo.get(CONFIG)?;
+    if weights {
+        repo.get(SINGLE_WEIGHTS).or_else(|| repo.get(WEIGHTS_INDEX))?;
+    }
     Some(config.parent()?.to_owned())
 }
 
-fn fetch(api: &ApiRepo) -> Result<PathBuf, ApiError> {
+fn fetch(api: &ApiRepo, weights: bool) -> Result<PathBuf, ApiError> {
     let info = api.info()?;
     let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
-    let config = api.get("config.json")?;
+    let config = api.get(CONFIG)?;
     for name in OPTIONAL.into_iter().filter(|name| has(name)) {
         api.get(name)?;
     }
-    if has(INDEX) {
-        api.get(INDEX)?;
-        let shard = |name: &str| name.ends_with(".safetensors") && !name.contains('/') && name.contains("-of-");
-        for file in info.siblings.iter().filter(|file| shard(&file.rfilename)) {
-            api.get(&file.rfilename)?;
+    if weights && has(WEIGHTS_INDEX) && !has(SINGLE_WEIGHTS) {
+        let index = std::fs::read(api.get(WEIGHTS_INDEX)?)?;
+        // A malformed index is reported when the directory is opened.
+        let json = serde_json::from_slice(&index).unwrap_or_default();
+        for name in shard_names(&json).unwrap_or_default() {
+            api.get(name)?;
         }
-    } else {
-        api.get(SINGLE)?;
+    } else if weights {
+        api.get(SINGLE_WEIGHTS)?;
     }
     Ok(config.parent().map(PathBuf::from).unwrap_or_default())
 }
 
 fn explain(error: &ApiError) -> String {
     let text = error.to_string();
-    if text.contains("401") || text.contains("403") {
+    let status =
+        |code: &str| text.contains(&format!("status: {code}")) || text.contains(&format!("status code {code}"));
+    if status("401") || status("403") {
         return format!("access is denied; accept the model's licence on the hub and set HF_TOKEN ({text})");
     }
-    if text.contains("404") {
+    if status("404") {
         return format!("there is no such model, revision or file with safetensors weights ({text})");
     }
     format!("{text}; check the network, or give a local directory")

@@ -26,9 +26,9 @@ pub use files::{ModelFiles, WeightFile};
 pub use generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
 pub use hub::download;
-pub use model::Model;
+pub use model::{Model, argmax};
 pub use pretrained::Pretrained;
 pub use rope::{Rope, RopeScaling};
 pub use tokenizer::{TextStream, Tokenizer};
-pub use weights::{LayerWeights, WeightSource, Weights};
-pub use workspace::Workspace;
+pub use weights::{LayerWeights, LinearWeights, WeightSource, Weights};
+pub use workspace::{Workspace, pass_bytes, pass_row_bytes};

@@ -2,13 +2,23 @@
 
 use crate::rotation::{self, RotatedLayer};
 use crate::weights::LinearWeights;
-use crate::workspace::TILE_ROWS;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
 use dibit_cache::ValueTransform;
 use dibit_device::{Batch, Device, Output, Tensor};
 use dibit_quant::Hadamard;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Index of the largest number, the first of equals; 0 where there is none.
+pub fn argmax(values: &[f32]) -> usize {
+    let mut best = 0;
+    for (index, value) in values.iter().enumerate() {
+        if *value > values[best] {
+            best = index;
+        }
+    }
+    best
+}
 
 struct Linear<D: Device> {
     weight: D::Matrix,
@@ -141,7 +151,8 @@ impl<D: Device> Model<D> {
         };
         Ok(Model {
             embed: self.embed.clone(),
-            layers: self.layers.iter().zip(&weights.layers).enumerate().map(layer).collect::<Result<_, _>>()?,
+            layers: device
+                .scope(|| self.layers.iter().zip(&weights.layers).enumerate().map(layer).collect::<Result<_, _>>())?,
             norm: self.norm.clone(),
             lm_head: self.lm_head.clone(),
             inv_freq: self.inv_freq.clone(),
@@ -190,10 +201,10 @@ impl<D: Device> Model<D> {
             device.rope_table(&self.inv_freq, &ws.positions, &mut ws.rope);
             device.embed(&self.embed, ids, &mut ws.hidden);
             for (index, layer) in self.layers.iter().enumerate() {
-                for first in (0..ids.len()).step_by(TILE_ROWS) {
-                    let tile = first..ids.len().min(first + TILE_ROWS);
+                for first in (0..ids.len()).step_by(ws.tile_rows) {
+                    let tile = first..ids.len().min(first + ws.tile_rows);
                     self.attention_block(device, ws, store, batch, index, layer, tile.clone())?;
-                    self.gated_block(device, ws, layer, tile);
+                    self.mlp_block(device, ws, layer, tile);
                 }
                 device.commit(store, index, batch)?;
             }
@@ -259,7 +270,7 @@ impl<D: Device> Model<D> {
         Ok(())
     }
 
-    fn gated_block(&self, device: &D, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
+    fn mlp_block(&self, device: &D, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
         let ModelConfig { hidden_size, intermediate_size, rms_norm_eps: eps, .. } = self.config;
         let rows = tile.len();
         device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.post_norm, eps, &mut ws.normed);

@@ -24,8 +24,12 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Malformed`] and [`ModelError::Vocabulary`].
     pub fn parse(bytes: &[u8], vocab_size: usize, origin: &str) -> Result<Self, ModelError> {
-        let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() })?;
+        let malformed =
+            |error: tokenizers::Error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() };
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
+        // Left over from training in some files; a prompt is neither cut nor filled up.
+        inner.with_truncation(None).map_err(malformed)?;
+        inner.with_padding(None);
         let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize);
         if largest >= vocab_size {
             return Err(ModelError::Vocabulary { tokenizer: largest, model: vocab_size });

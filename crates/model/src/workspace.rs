@@ -1,12 +1,28 @@
 use crate::{ModelConfig, ModelError};
 use dibit_device::Device;
+use std::ops::Range;
 
-/// Rows that pass through a layer together; activations inside a layer are no larger than this.
-pub(crate) const TILE_ROWS: usize = 128;
+/// Rows that pass through a layer together, at most and at least. Activations inside a layer are no larger than that.
+const TILE_ROWS: Range<usize> = 16..128;
+
+/// Memory that the activations inside a layer may take.
+const TILE_BYTES: usize = 8 << 20;
+
+/// Numbers that a row takes inside a layer.
+fn tile_width(config: &ModelConfig) -> usize {
+    let heads = config.num_attention_heads + config.num_key_value_heads;
+    config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+}
+
+/// Rows that pass through a layer together.
+fn tile_rows(config: &ModelConfig) -> usize {
+    (TILE_BYTES / size_of::<f32>() / tile_width(config)).clamp(TILE_ROWS.start, TILE_ROWS.end)
+}
 
 /// Everything a forward pass writes besides the cache, allocated once.
 pub struct Workspace<D: Device> {
     pub(crate) max_rows: usize,
+    pub(crate) tile_rows: usize,
     pub(crate) max_outputs: usize,
     /// Residual stream `[max_rows, hidden_size]`.
     pub(crate) hidden: D::Buffer,
@@ -41,11 +57,12 @@ impl<D: Device> Workspace<D> {
     /// # Errors
     /// [`ModelError::Device`] where memory is short.
     pub fn new(device: &D, config: &ModelConfig, max_rows: usize, max_outputs: usize) -> Result<Self, ModelError> {
-        let tile = max_rows.min(TILE_ROWS);
+        let tile = max_rows.min(tile_rows(config));
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         Ok(Workspace {
             max_rows,
+            tile_rows: tile,
             max_outputs,
             hidden: device.buffer(max_rows * config.hidden_size)?,
             rope: device.buffer(max_rows * config.head_dim)?,
@@ -67,11 +84,16 @@ impl<D: Device> Workspace<D> {
     pub fn max_rows(&self) -> usize {
         self.max_rows
     }
+}
 
-    /// Bytes that a row of a pass takes: its residual stream, its rotary angles and its keys and values of one
-    /// layer, in flight.
-    pub fn row_bytes(config: &ModelConfig) -> usize {
-        let kv = 2 * config.num_key_value_heads * config.head_dim;
-        (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
-    }
+/// Bytes that a row of a pass takes: its residual stream, its rotary angles and its keys and values of one layer, in
+/// flight.
+pub fn pass_row_bytes(config: &ModelConfig) -> usize {
+    let kv = 2 * config.num_key_value_heads * config.head_dim;
+    (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
+}
+
+/// Bytes that a pass of `rows` rows takes: its rows, and the activations inside a layer.
+pub fn pass_bytes(config: &ModelConfig, rows: usize) -> usize {
+    rows * pass_row_bytes(config) + rows.min(tile_rows(config)) * tile_width(config) * size_of::<f32>()
 }

@@ -187,3 +187,18 @@ fn text_comes_out_of_a_stream_as_it_went_in() {
     assert_eq!(out + &stream.finish().unwrap(), text);
     assert!(Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 383, "m").is_err());
 }
+
+#[test]
+fn prompts_are_neither_cut_nor_filled_up() {
+    let path = repository().join("fixtures/qwen2-bias-bf16/tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let text = "A sentence of some more than eight tokens, to be cut or filled up.";
+    let ids =
+        |json: &Value| Tokenizer::parse(json.to_string().as_bytes(), 384, "m").unwrap().encode(text, true).unwrap();
+    let expected = ids(&json);
+    json["truncation"] =
+        serde_json::json!({"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0});
+    json["padding"] = serde_json::json!({"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 2, "pad_type_id": 0, "pad_token": "<|pad|>"});
+    assert_eq!(ids(&json), expected);
+}

@@ -175,8 +175,9 @@ fn scheme(name: &str) -> Scheme {
 
 fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> Scheme {
     let side = |bits| if bits == 16 { "bits = 16".to_owned() } else { format!("bits = {bits}\ngroup = {group}") };
-    let text =
-        format!("name = \"custom\"\n[keys]\n{}\n[values]\n{}\n[window]\n{window}\n", side(key_bits), side(value_bits));
+    let window = if window.is_empty() { String::new() } else { format!("[window]\n{window}\n") };
+    let (keys, values) = (side(key_bits), side(value_bits));
+    let text = format!("name = \"custom\"\n[keys]\n{keys}\n[values]\n{values}\n{window}");
     Scheme::parse(&text, "custom").unwrap()
 }
 
@@ -195,6 +196,7 @@ fn every_scheme_and_head_size_equals_the_reference() {
         custom(4, 2, 32, "tokens = 100\nschedule = \"guaranteed\""),
         custom(16, 8, 64, "tokens = 256\nschedule = \"kivi\""),
         custom(2, 16, 64, "tokens = 0\nschedule = \"guaranteed\""),
+        custom(16, 4, 32, ""),
     ];
     for head_dim in [64, 80, 96, 128, 256] {
         for scheme in schemes.clone() {

@@ -1,6 +1,6 @@
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::ChatArgs;
-use crate::output::TextStream;
+use crate::output::{TextStream, note};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
 use dibit_cache::Scheme;
@@ -28,12 +28,12 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     };
     let mut engine = Engine::new(&cpu, &pretrained, &scheme, options)?;
     let mut chat = Chat::new(&mut engine, args.system.as_deref())?;
-    let dim = anstyle::Style::new().dimmed();
-    anstream::eprintln!("{dim}{}\n{HELP}{dim:#}", model_line(&pretrained, &cpu.describe()));
+    note(&format!("{}\n{HELP}", model_line(&pretrained, &cpu.describe())));
 
     announce(&scheme);
-    let interrupted = interrupt_flag()?;
+    // The editor takes SIGINT for itself when it is made; an answer needs it.
     let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
+    let interrupted = interrupt_flag(false)?;
     loop {
         let line = match editor.readline("> ") {
             Ok(line) => line,
@@ -46,23 +46,20 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
             "/quit" | "/exit" => break,
             "/reset" => {
                 chat.reset(&mut engine);
-                anstream::eprintln!("{dim}forgotten{dim:#}");
+                note("forgotten");
             }
             "/stats" => {
                 let usage = chat.usage(&engine);
                 let (turns, context) = (chat.messages().len(), engine.context());
-                anstream::eprintln!(
-                    "{dim}{turns} messages, {} of {context} tokens\n{}{dim:#}",
-                    usage.tokens,
-                    cache_line(&scheme.name, &usage)
-                );
+                let cache = cache_line(&scheme.name, &usage);
+                note(&format!("{turns} messages, {} of {context} tokens\n{cache}", usage.tokens));
             }
-            command if command.starts_with('/') => anstream::eprintln!("{dim}unknown command; {HELP}{dim:#}"),
+            command if command.starts_with('/') => note(&format!("unknown command; {HELP}")),
             _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, sampling, &interrupted) {
-                Ok(done) => anstream::eprintln!("{dim}{}{dim:#}", turn_line(&done)),
+                Ok(done) => note(&turn_line(&done)),
                 // The conversation is as it was: a person can go on, or /reset.
                 Err(error) if std::io::stdin().is_terminal() && error.downcast_ref::<std::io::Error>().is_none() => {
-                    anstream::eprintln!("error: {error:#}");
+                    note(&format!("error: {error:#}"));
                 }
                 Err(error) => return Err(error),
             },

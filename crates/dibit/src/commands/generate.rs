@@ -1,6 +1,6 @@
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
-use crate::output::{STDOUT, TextStream, bytes};
+use crate::output::{STDOUT, TextStream, bytes, note};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
@@ -31,7 +32,8 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     }
     announce(&scheme);
 
-    let interrupted = interrupt_flag()?;
+    let interrupted = interrupt_flag(true)?;
+    let start = Instant::now();
     let completions = if args.json || args.prompts.is_some() {
         engine.generate(&requests, |_, _| match interrupted.load(Ordering::Relaxed) {
             true => ControlFlow::Break(()),
@@ -46,6 +48,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
         completions
     };
 
+    let elapsed = start.elapsed();
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let all: Vec<Value> =
@@ -57,7 +60,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
             writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     }
-    summary(&pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions);
+    summary(&pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
 }
@@ -80,7 +83,9 @@ fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
         }
         let mut bytes = Vec::new();
         std::io::stdin().read_to_end(&mut bytes).context("cannot read the prompt from stdin")?;
-        vec![String::from_utf8(bytes).context("the prompt on stdin is not UTF-8 text; convert it first")?]
+        let prompt = String::from_utf8(bytes).context("the prompt on stdin is not UTF-8 text; convert it first")?;
+        // The line's end belongs to `echo`, not to the prompt.
+        vec![prompt.strip_suffix('\n').map(str::to_owned).unwrap_or(prompt)]
     };
     if prompts.iter().any(String::is_empty) {
         return Err(EngineError::EmptyPrompt.into());
@@ -96,7 +101,7 @@ fn requests(
 ) -> Result<Vec<Request>> {
     let request = |prompt: &String| -> Result<Request> {
         let prompt = pretrained.tokenizer.encode(prompt, true)?;
-        Ok(Request { prompt, max_tokens: args.max_tokens, sampling, stop: args.stop.clone() })
+        Ok(Request { prompt, history: Vec::new(), max_tokens: args.max_tokens, sampling, stop: args.stop.clone() })
     };
     prompts.iter().map(request).collect()
 }
@@ -122,6 +127,8 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
             "temperature": shortest(sampling.temperature),
             "top_p": shortest(sampling.top_p),
             "top_k": sampling.top_k,
+            "min_p": shortest(sampling.min_p),
+            "repetition_penalty": shortest(sampling.repetition_penalty),
             "seed": sampling.seed,
         },
         "timings": {
@@ -137,7 +144,7 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
             "allocated_bits": usage.allocated_bits(),
             "used_bytes": usage.used_bytes,
             "allocated_bytes": usage.allocated_bytes,
-            "fp16_bytes": usage.half_bytes,
+            "fp16_bytes": usage.fp16_bytes,
         },
         "memory": {
             "weights_bytes": pretrained.weights.num_bytes(),
@@ -151,6 +158,7 @@ fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or_else(|_| f64::from(value))
 }
 
+#[allow(clippy::too_many_arguments)]
 fn summary(
     pretrained: &Pretrained,
     device: &str,
@@ -159,25 +167,27 @@ fn summary(
     options: Options,
     sampling: Sampling,
     completions: &[Completion],
+    elapsed: Duration,
 ) {
-    let dim = anstyle::Style::new().dimmed();
     let total = |of: fn(&Completion) -> usize| completions.iter().map(of).sum::<usize>();
     let rates = match completions {
         [one] => format!("{:.1} tokens/s prompt, {:.1} tokens/s decode", one.prefill_rate(), one.decode_rate()),
-        all => {
-            let slowest = all.iter().map(|c| c.timings.prefill + c.timings.decode).max().unwrap_or_default();
-            format!(
-                "{:.1} tokens/s decoded together",
-                total(|c| c.tokens.len()) as f64 / slowest.as_secs_f64().max(1e-9)
-            )
-        }
+        _ => format!(
+            "{:.1} generated tokens/s in all",
+            total(|c| c.tokens.len()) as f64 / elapsed.as_secs_f64().max(1e-9)
+        ),
     };
     let chosen = if sampling.temperature == 0.0 {
-        "greedy".to_owned()
+        format!("greedy, repetition penalty {}", sampling.repetition_penalty)
     } else {
         format!(
-            "temperature {}, top-p {}, top-k {}, seed {}",
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed
+            "temperature {}, top-p {}, top-k {}, min-p {}, repetition penalty {}, seed {}",
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.seed
         )
     };
     let weights = bytes(pretrained.weights.num_bytes());
@@ -197,17 +207,17 @@ fn summary(
     } else {
         String::new()
     };
-    anstream::eprintln!(
-        "{dim}
+    note(&format!(
+        "
 model    {}
 speed    {} prompt + {} generated tokens; {rates}
 sampling {chosen}
 context  {context}{pass}
 cache    {}
-memory   {weights} of weights{peak}{dim:#}",
+memory   {weights} of weights{peak}",
         model_line(pretrained, device),
         total(|c| c.prompt_tokens),
         total(|c| c.tokens.len()),
         cache_line(scheme, &usage)
-    );
+    ));
 }

@@ -1,5 +1,5 @@
 use super::schemes;
-use crate::args::{InspectArgs, LoadFormat};
+use crate::args::InspectArgs;
 use crate::output::{STDOUT, bytes, table};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
@@ -38,7 +38,7 @@ struct Row {
 
 pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
-    let files = source::files(&args.model)?;
+    let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
     let weights = weight_bytes(args, &files, &config)?;
     let available = memory::available();
@@ -61,10 +61,10 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
 
 fn weight_bytes(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Result<usize> {
     let of_dtype = |dtype: DType| config.num_parameters() * dtype.size();
-    Ok(match (args.model.dtype.dtype(), args.model.load_format) {
-        (Some(dtype), _) => of_dtype(dtype),
-        (None, LoadFormat::Dummy) => of_dtype(config.dtype.unwrap_or(DType::Bf16)),
-        (None, LoadFormat::Auto) => {
+    Ok(match args.model.dtype.dtype() {
+        Some(dtype) => of_dtype(dtype),
+        None if files.weights.is_empty() => of_dtype(config.dtype.unwrap_or(DType::Bf16)),
+        None => {
             // Opening checks the headers, so that a damaged checkpoint is known here already.
             Checkpoint::open(&files.weights)?;
             files.weights.iter().map(|file| file.bytes.len()).sum()
@@ -110,7 +110,7 @@ impl Report {
                     row.scheme.clone(),
                     bytes(row.token_bytes.round() as usize),
                     bytes(row.plan.cache_bytes),
-                    format!("1/{:.2}", row.plan.half_bytes as f64 / row.plan.cache_bytes as f64),
+                    format!("1/{:.2}", row.plan.fp16_bytes as f64 / row.plan.cache_bytes as f64),
                     format!("{:.2}", row.bits.0),
                     format!("{:.2}", row.bits.1),
                     format!("{} in {}", row.plan.pass_rows, bytes(row.plan.pass_bytes)),
@@ -148,7 +148,7 @@ impl Report {
                     "scheme": row.scheme,
                     "bytes_per_token": row.token_bytes,
                     "cache_bytes": row.plan.cache_bytes,
-                    "fp16_bytes": row.plan.half_bytes,
+                    "fp16_bytes": row.plan.fp16_bytes,
                     "bits": row.bits.0,
                     "allocated_bits": row.bits.1,
                     "pass_rows": row.plan.pass_rows,

@@ -32,28 +32,28 @@ fn cpu(args: &RunArgs) -> Result<Cpu> {
     Ok(Cpu::new(args.threads.map(usize::from))?)
 }
 
-/// What the user says, else what the model's makers say, else plain sampling.
+/// What the user says, else what the model's makers say. As with Hugging Face, a model whose makers do not ask for
+/// sampling decodes greedily; who gives a sampling option asks for it, too.
 fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
-    let greedy = model.do_sample == Some(false);
+    let asked = args.top_p.is_some() || args.top_k.is_some() || args.min_p.is_some() || args.seed.is_some();
+    let samples = asked || model.do_sample == Some(true);
     let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::from(d.subsec_nanos()));
     Sampling {
-        temperature: args.temperature.or(model.temperature.filter(|_| !greedy)).unwrap_or(if greedy {
-            0.0
-        } else {
-            1.0
-        }),
+        temperature: args.temperature.unwrap_or(if samples { model.temperature.unwrap_or(1.0) } else { 0.0 }),
         top_p: args.top_p.or(model.top_p).unwrap_or(1.0),
         top_k: args.top_k.or(model.top_k).unwrap_or(0),
+        min_p: args.min_p.or(model.min_p).unwrap_or(0.0),
+        repetition_penalty: args.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
         seed: args.seed.unwrap_or_else(clock),
     }
 }
 
-/// A flag that Ctrl-C sets from now on, instead of ending the program. While it is set, Ctrl-C ends the program.
-fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+/// A flag that Ctrl-C sets from now on, instead of ending the program; with `twice_ends` the second one ends it.
+fn interrupt_flag(twice_ends: bool) -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
+        if seen.swap(true, Ordering::Relaxed) && twice_ends {
             std::process::exit(i32::from(crate::INTERRUPTED));
         }
     })?;
@@ -83,6 +83,6 @@ fn cache_line(scheme: &str, usage: &Usage) -> String {
         usage.allocated_bits(),
         output::bytes(usage.used_bytes),
         output::bytes(usage.allocated_bytes),
-        output::bytes(usage.half_bytes)
+        output::bytes(usage.fp16_bytes)
     )
 }

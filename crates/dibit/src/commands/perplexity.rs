@@ -20,13 +20,15 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     let bar = bar(0);
     let mut steps = 0;
     let report = perplexity(&cpu, &pretrained, &schemes, &ids, options, |progress| {
-        let runs = 1 + schemes.iter().filter(|scheme| scheme.name != "fp16").count();
-        bar.set_length((progress.windows * runs) as u64);
+        bar.set_length((progress.windows * progress.schemes) as u64);
         bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
         bar.set_position(steps);
         steps += 1;
     })?;
     bar.finish_and_clear();
+    if let Some(asked) = options.windows.filter(|asked| *asked > report.windows) {
+        tracing::warn!("the text fills {} windows, fewer than the {asked} asked for", report.windows);
+    }
     if let Some(path) = &args.json {
         let mut value = serde_json::to_value(&report)?;
         value["model"] = pretrained.name.clone().into();
