@@ -159,10 +159,40 @@ impl Tensor {
     /// If there are not `rows * cols` values.
     pub fn from_f32(values: Vec<f32>, dtype: DType, rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "values of a {rows} x {cols} matrix");
+        if dtype == DType::F32 {
+            return Tensor { rows, cols, data: Data::F32(Storage::Owned(Arc::new(values))) };
+        }
+        Tensor::from_blocks(dtype, rows, cols, rows.max(1), |_, block| block.copy_from_slice(&values))
+    }
+
+    /// A matrix made of blocks of `block_rows` rows, the last one shorter where they do not divide the rows:
+    /// `fill(first_row, block)` writes each in f32. Besides the matrix, one block is held in memory.
+    pub fn from_blocks(
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+        block_rows: usize,
+        mut fill: impl FnMut(usize, &mut [f32]),
+    ) -> Self {
+        fn collect<T>(
+            [rows, cols, block_rows]: [usize; 3],
+            fill: &mut dyn FnMut(usize, &mut [f32]),
+            round: impl Fn(f32) -> T,
+        ) -> Storage<T> {
+            let mut values = Vec::with_capacity(rows * cols);
+            let mut block = vec![0.0; block_rows.min(rows) * cols];
+            for first in (0..rows).step_by(block_rows) {
+                let block = &mut block[..(rows - first).min(block_rows) * cols];
+                fill(first, block);
+                values.extend(block.iter().map(|value| round(*value)));
+            }
+            Storage::Owned(Arc::new(values))
+        }
+        let shape = [rows, cols, block_rows];
         let data = match dtype {
-            DType::F32 => Data::F32(Storage::Owned(Arc::new(values))),
-            DType::F16 => Data::F16(Storage::Owned(Arc::new(values.into_iter().map(f16::from_f32).collect()))),
-            DType::Bf16 => Data::Bf16(Storage::Owned(Arc::new(values.into_iter().map(bf16::from_f32).collect()))),
+            DType::F32 => Data::F32(collect(shape, &mut fill, |value| value)),
+            DType::F16 => Data::F16(collect(shape, &mut fill, f16::from_f32)),
+            DType::Bf16 => Data::Bf16(collect(shape, &mut fill, bf16::from_f32)),
         };
         Tensor { rows, cols, data }
     }
@@ -228,13 +258,11 @@ impl Tensor {
             let sum: i32 = (0..4).map(|part| i32::from((bits >> (16 * part)) as u16)).sum();
             (sum - 2 * i32::from(u16::MAX)) as f32 * scale
         };
-        let len = rows * cols;
-        let data = match dtype {
-            DType::F32 => Data::F32(Storage::Owned(Arc::new((0..len).map(number).collect()))),
-            DType::F16 => Data::F16(Storage::Owned(Arc::new((0..len).map(|i| f16::from_f32(number(i))).collect()))),
-            DType::Bf16 => Data::Bf16(Storage::Owned(Arc::new((0..len).map(|i| bf16::from_f32(number(i))).collect()))),
-        };
-        Tensor { rows, cols, data }
+        Tensor::from_blocks(dtype, rows, cols, 1, |row, block| {
+            for (col, value) in block.iter_mut().enumerate() {
+                *value = number(row * cols + col);
+            }
+        })
     }
 
     pub(crate) fn values(&self) -> Values<'_> {
@@ -262,7 +290,10 @@ impl Tensor {
 
     /// The same matrix in another storage type; nothing is copied where it has that type.
     pub fn cast(&self, dtype: DType) -> Tensor {
-        if dtype == self.dtype() { self.clone() } else { Tensor::from_f32(self.to_f32(), dtype, self.rows, self.cols) }
+        if dtype == self.dtype() {
+            return self.clone();
+        }
+        Tensor::from_blocks(dtype, self.rows, self.cols, 1, |row, block| block.copy_from_slice(&self.row(row)))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The engine: a model, its cache and the sequences that run on them.
 
 use crate::{Completion, EngineError, FinishReason, MemoryPlan, Options, Request, Sampler, StopFilter, Timings};
-use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence, Usage, ValueTransform};
+use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence, Usage};
 use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Model, Pretrained, TextStream, Workspace};
 use std::borrow::BorrowMut;
@@ -61,31 +61,32 @@ impl<S: BorrowMut<Sequence>> Active<'_, S> {
 }
 
 impl<'a, D: Device> Engine<'a, D> {
-    /// Puts a model on a device and plans its cache.
+    /// Puts a model on a device and plans its cache. What the scheme fuses into the weights is fused into those of
+    /// `pretrained`, so that no second copy stays in memory: engines of schemes that differ in it need models of their
+    /// own.
     ///
     /// # Errors
     /// [`EngineError::ContextTooLong`], a scheme that does not suit the model, a failed self-test of the value
     /// rotation, or a lack of memory.
     pub fn new(
         device: &'a D,
-        pretrained: &'a Pretrained,
+        pretrained: &'a mut Pretrained,
         scheme: &Scheme,
         options: Options,
     ) -> Result<Self, EngineError> {
-        let config = &pretrained.config;
-        let layout = CacheLayout::new(scheme, config.cache_shape())?;
+        let layout = CacheLayout::new(scheme, pretrained.config.cache_shape())?;
         if options.sequences == 0 || options.context == 0 {
             return Err(EngineError::NoRoom);
         }
-        let (context, limit) = (options.context, config.max_position_embeddings);
+        let (context, limit) = (options.context, pretrained.config.max_position_embeddings);
         if context > limit {
             return Err(EngineError::ContextTooLong { context, limit });
         }
+        pretrained.weights.transform_values(device, layout.shape.head_dim, scheme.value_transform)?;
+        let pretrained: &'a Pretrained = pretrained;
+        let config = &pretrained.config;
         let plan = MemoryPlan::new(config, &layout, options);
-        let mut model = Model::new(device, config, &pretrained.weights)?;
-        if scheme.value_transform != ValueTransform::None {
-            model = model.transformed(device, &pretrained.weights, scheme.value_transform)?;
-        }
+        let model = Model::new(device, config, &pretrained.weights)?;
         let blocks = plan.sequence_blocks * options.sequences;
         // A decoding step has a row for each sequence.
         let max_rows = plan.pass_rows.max(options.sequences);

@@ -12,7 +12,7 @@ fn pretrained(name: &str) -> Pretrained {
     Pretrained::load(&ModelFiles::open(&directory).unwrap(), WeightSource::Checkpoint, None).unwrap()
 }
 
-fn engine<'a>(cpu: &'a Cpu, model: &'a Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
+fn engine<'a>(cpu: &'a Cpu, model: &'a mut Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
     let options = Options { context: 1024, sequences, prefill_chunk: None };
     Engine::new(cpu, model, &Scheme::load(scheme).unwrap(), options).unwrap()
 }
@@ -33,7 +33,6 @@ fn answer(completion: &Completion) -> (&str, &[u32], FinishReason, dibit_cache::
 
 #[test]
 fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
-    let model = pretrained("llama32-old-bf16");
     let warm = Sampling { temperature: 1.5, top_p: 0.95, top_k: 50, min_p: 0.01, repetition_penalty: 1.1, seed: 3 };
     let requests: Vec<Request> = [(1, 5, 300), (2, 400, 20), (3, 129, 1), (4, 255, 40), (5, 1, 150)]
         .into_iter()
@@ -41,14 +40,15 @@ fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
         .map(|(i, (seed, prompt, max))| request(seed, prompt, max, if i % 2 == 0 { warm } else { Sampling::GREEDY }))
         .collect();
     for scheme in Scheme::built_in() {
+        let mut model = pretrained("llama32-old-bf16");
         let single = Cpu::new(Some(1)).unwrap();
         let alone: Vec<Completion> = requests
             .iter()
-            .map(|r| engine(&single, &model, scheme, 1).generate(std::slice::from_ref(r), go_on).unwrap().remove(0))
+            .map(|r| engine(&single, &mut model, scheme, 1).generate(std::slice::from_ref(r), go_on).unwrap().remove(0))
             .collect();
         for (threads, sequences) in [(1, 5), (3, 2)] {
             let cpu = Cpu::new(Some(threads)).unwrap();
-            let together = engine(&cpu, &model, scheme, sequences).generate(&requests, go_on).unwrap();
+            let together = engine(&cpu, &mut model, scheme, sequences).generate(&requests, go_on).unwrap();
             for (alone, together) in alone.iter().zip(&together) {
                 assert_eq!(answer(alone), answer(together), "{scheme}, {threads} threads, {sequences} at once");
             }
@@ -58,8 +58,8 @@ fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
 
 #[test]
 fn an_engine_gives_back_what_its_requests_took() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &model, "kvlinc", 2);
+    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &mut model, "kvlinc", 2);
     let requests = [request(1, 300, 5, Sampling::GREEDY), request(2, 20, 5, Sampling::GREEDY)];
     let first = engine.generate(&requests, go_on).unwrap();
     // A request that is ended at once leaves nothing behind either.
@@ -73,8 +73,8 @@ fn an_engine_gives_back_what_its_requests_took() {
 
 #[test]
 fn texts_end_for_the_reason_they_say() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &model, "fp16", 1);
+    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &mut model, "fp16", 1);
     let mut run = |request: &Request| engine.generate(std::slice::from_ref(request), go_on).unwrap().remove(0);
     let plain = run(&request(1, 10, 8, Sampling::GREEDY));
     assert_eq!((plain.finish, plain.tokens.len(), plain.usage.tokens), (FinishReason::Length, 8, 17));
@@ -89,8 +89,8 @@ fn texts_end_for_the_reason_they_say() {
 
 #[test]
 fn impossible_requests_are_refused_before_anything_runs() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
     let good = request(1, 10, 2, Sampling::GREEDY);
     for (bad, expected) in [
         (request(1, 0, 2, Sampling::GREEDY), "empty"),
@@ -103,17 +103,20 @@ fn impossible_requests_are_refused_before_anything_runs() {
         assert_eq!(engine.generate(std::slice::from_ref(&good), go_on).unwrap().len(), 1);
     }
     let options = Options { context: 1025, sequences: 1, prefill_chunk: None };
-    let error = Engine::new(&cpu, &model, &Scheme::load("kivi").unwrap(), options).err().unwrap();
-    assert!(matches!(error, EngineError::ContextTooLong { context: 1025, limit: 1024 }));
+    let mut model = pretrained("qwen2-bias-bf16");
+    let mut refused = |options| Engine::new(&cpu, &mut model, &Scheme::load("kivi").unwrap(), options).err().unwrap();
+    assert!(matches!(refused(options), EngineError::ContextTooLong { context: 1025, limit: 1024 }));
+    assert!(matches!(refused(Options { context: 8, sequences: 0, prefill_chunk: None }), EngineError::NoRoom));
 }
 
 #[test]
 fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
-    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("llama32-old-bf16"));
+    let cpu = Cpu::new(Some(2)).unwrap();
     let request = request(7, 700, 10, Sampling::GREEDY);
     let run = |scheme: &str, prefill_chunk| {
+        let mut model = pretrained("llama32-old-bf16");
         let options = Options { context: 1024, sequences: 1, prefill_chunk };
-        let mut engine = Engine::new(&cpu, &model, &Scheme::load(scheme).unwrap(), options).unwrap();
+        let mut engine = Engine::new(&cpu, &mut model, &Scheme::load(scheme).unwrap(), options).unwrap();
         engine.generate(std::slice::from_ref(&request), go_on).unwrap().remove(0)
     };
     let (whole, parts) = (run("kvlinc", None), run("kvlinc", Some(100)));
@@ -124,8 +127,8 @@ fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
 
 #[test]
 fn a_conversation_feeds_only_what_is_new() {
-    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let (cpu, mut model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
     let mut chat = Chat::new(&mut engine, Some("Be brief.")).unwrap();
     let mut fed = Vec::new();
     for text in ["Hello there, how are you?", "And now?", "A third thing."] {
@@ -150,8 +153,8 @@ fn a_conversation_feeds_only_what_is_new() {
 
 #[test]
 fn a_cancelled_answer_stays_as_far_as_it_came() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
     let mut chat = Chat::new(&mut engine, None).unwrap();
     let mut pieces = 0;
     let done = chat
@@ -173,7 +176,7 @@ fn a_cancelled_answer_stays_as_far_as_it_came() {
 
 #[test]
 fn a_model_without_a_template_cannot_chat() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama2-linear-f16"));
-    let mut engine = engine(&cpu, &model, "kvlinc", 1);
+    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama2-linear-f16"));
+    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
     assert!(matches!(Chat::new(&mut engine, None).err(), Some(EngineError::NoChatTemplate(_))));
 }

@@ -148,7 +148,10 @@ fn runners<D: Device>(
     schemes: &[Scheme],
     context: usize,
 ) -> Result<Vec<Runner<D>>, EvalError> {
-    let plain = Arc::new(Model::new(device, &pretrained.config, &pretrained.weights)?);
+    let mut weights = pretrained.weights.clone();
+    // Refuses weights that are transformed already.
+    weights.transform_values(device, pretrained.config.head_dim, ValueTransform::None)?;
+    let plain = Arc::new(Model::new(device, &pretrained.config, &weights)?);
     let mut rotated: Option<Arc<Model<D>>> = None;
     let reference = Scheme::load("fp16")?;
     let mut runners = Vec::new();
@@ -158,8 +161,9 @@ fn runners<D: Device>(
             (ValueTransform::None, _) => plain.clone(),
             (ValueTransform::Hadamard, Some(rotated)) => rotated.clone(),
             (ValueTransform::Hadamard, None) => {
-                let model = plain.transformed(device, &pretrained.weights, ValueTransform::Hadamard)?;
-                rotated.insert(Arc::new(model)).clone()
+                let mut weights = weights.clone();
+                weights.transform_values(device, pretrained.config.head_dim, ValueTransform::Hadamard)?;
+                rotated.insert(Arc::new(Model::new(device, &pretrained.config, &weights)?)).clone()
             }
         };
         let blocks = layout.window.blocks(context);

@@ -1,11 +1,8 @@
 //! The forward pass.
 
-use crate::rotation::{self, RotatedLayer};
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
-use dibit_cache::ValueTransform;
 use dibit_device::{Batch, Device, Output, Tensor};
-use dibit_quant::Hadamard;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -47,17 +44,12 @@ pub struct Model<D: Device> {
     norm: Arc<D::Buffer>,
     lm_head: D::Matrix,
     inv_freq: Vec<f32>,
-    value_transform: ValueTransform,
 }
 
 impl<D: Device> Linear<D> {
     fn new(device: &D, weights: &LinearWeights) -> Result<Self, ModelError> {
         let bias = weights.bias.as_ref().map(|bias| upload(device, bias)).transpose()?;
         Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
-    }
-
-    fn share(&self) -> Self {
-        Linear { weight: self.weight.clone(), bias: self.bias.clone() }
     }
 
     fn run(&self, device: &D, x: &D::Buffer, rows: usize, out: &mut D::Buffer, output: Output) {
@@ -86,22 +78,6 @@ impl<D: Device> Layer<D> {
             down: Linear::new(device, &weights.down)?,
         })
     }
-
-    fn rotated(&self, device: &D, rotated: &RotatedLayer) -> Result<Self, ModelError> {
-        Ok(Layer {
-            input_norm: self.input_norm.clone(),
-            q: self.q.share(),
-            k: self.k.share(),
-            v: Linear::new(device, &rotated.v)?,
-            o: Linear::new(device, &rotated.o)?,
-            q_norm: self.q_norm.clone(),
-            k_norm: self.k_norm.clone(),
-            post_norm: self.post_norm.clone(),
-            gate: self.gate.share(),
-            up: self.up.share(),
-            down: self.down.share(),
-        })
-    }
 }
 
 impl<D: Device> Model<D> {
@@ -116,48 +92,7 @@ impl<D: Device> Model<D> {
             norm: upload(device, &weights.norm)?,
             lm_head: device.matrix(weights.lm_head.clone())?,
             inv_freq: config.rope.inv_freq(config.head_dim),
-            value_transform: ValueTransform::None,
             config: config.clone(),
-        })
-    }
-
-    /// The same model with its values transformed as a scheme asks for. Everything but the value and output
-    /// projections is shared with `self`. The fused weights are checked by a self-test.
-    ///
-    /// # Errors
-    /// [`ModelError::RotationTest`] and [`ModelError::Device`].
-    ///
-    /// # Panics
-    /// If `self` is already transformed, or no Hadamard matrix has the order of a head, which
-    /// [`dibit_cache::CacheLayout::new`] refuses.
-    pub fn transformed(&self, device: &D, weights: &Weights, transform: ValueTransform) -> Result<Self, ModelError> {
-        assert_eq!(self.value_transform, ValueTransform::None, "values are transformed once");
-        let hadamard = match transform {
-            ValueTransform::None => None,
-            ValueTransform::Hadamard => Some(Hadamard::new(self.config.head_dim).expect("checked with the layout")),
-        };
-        let layer = |(index, (layer, weights)): (usize, (&Layer<D>, &LayerWeights))| {
-            let rotated = match &hadamard {
-                None => RotatedLayer { v: weights.v.clone(), o: weights.o.clone() },
-                Some(hadamard) => {
-                    let rotated = rotation::rotate(weights, hadamard);
-                    rotation::self_test(device, index, weights, &rotated, hadamard)?;
-                    weights.v.weight.release();
-                    weights.o.weight.release();
-                    rotated
-                }
-            };
-            layer.rotated(device, &rotated)
-        };
-        Ok(Model {
-            embed: self.embed.clone(),
-            layers: device
-                .scope(|| self.layers.iter().zip(&weights.layers).enumerate().map(layer).collect::<Result<_, _>>())?,
-            norm: self.norm.clone(),
-            lm_head: self.lm_head.clone(),
-            inv_freq: self.inv_freq.clone(),
-            value_transform: transform,
-            config: self.config.clone(),
         })
     }
 

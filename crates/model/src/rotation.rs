@@ -26,19 +26,22 @@ pub(crate) fn rotate(layer: &LayerWeights, hadamard: &Hadamard) -> RotatedLayer 
 
 /// `W <- W H` for each head's columns.
 fn rotate_inputs(weight: &Tensor, hadamard: &Hadamard) -> Tensor {
-    let mut values = weight.to_f32();
-    for head in values.chunks_exact_mut(hadamard.order()) {
-        hadamard.apply(head);
-    }
-    Tensor::from_f32(values, weight.dtype(), weight.rows(), weight.cols())
+    Tensor::from_blocks(weight.dtype(), weight.rows(), weight.cols(), 1, |row, block| {
+        block.copy_from_slice(&weight.row(row));
+        for head in block.chunks_exact_mut(hadamard.order()) {
+            hadamard.apply(head);
+        }
+    })
 }
 
 /// `W <- H^T W` for each head's rows, so that `x W^T` becomes `x W^T H`.
 fn rotate_outputs(weight: &Tensor, hadamard: &Hadamard) -> Tensor {
     let (d, cols) = (hadamard.order(), weight.cols());
-    let mut values = weight.to_f32();
     let mut column = vec![0.0; d];
-    for head in values.chunks_exact_mut(d * cols) {
+    Tensor::from_blocks(weight.dtype(), weight.rows(), cols, d, |first, head| {
+        for (i, row) in head.chunks_exact_mut(cols).enumerate() {
+            row.copy_from_slice(&weight.row(first + i));
+        }
         for c in 0..cols {
             for (i, value) in column.iter_mut().enumerate() {
                 *value = head[i * cols + c];
@@ -48,8 +51,7 @@ fn rotate_outputs(weight: &Tensor, hadamard: &Hadamard) -> Tensor {
                 head[i * cols + c] = *value;
             }
         }
-    }
-    Tensor::from_f32(values, weight.dtype(), weight.rows(), cols)
+    })
 }
 
 /// Checks on numbers of its own that the rotated projections compute what the plain ones do.

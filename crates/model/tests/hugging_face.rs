@@ -40,6 +40,11 @@ fn load(cpu: &Cpu, directory: &Path, dtype: Option<DType>) -> Loaded {
     Loaded { config, weights, model }
 }
 
+fn rotated(cpu: &Cpu, config: &ModelConfig, mut weights: Weights) -> Model<Cpu> {
+    weights.transform_values(cpu, config.head_dim, dibit_cache::ValueTransform::Hadamard).unwrap();
+    Model::new(cpu, config, &weights).unwrap()
+}
+
 /// Logits of all `ids`, fed in passes of these lengths.
 fn logits(cpu: &Cpu, model: &Model<Cpu>, scheme: &str, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
     let config = model.config();
@@ -109,8 +114,8 @@ fn fused_value_rotation_changes_nothing_but_rounding() {
     for directory in fixtures() {
         let (ids, ..) = expected(&directory);
         let ids = &ids[..200];
-        let Loaded { weights, model, .. } = load(&cpu, &directory, Some(DType::F32));
-        let rotated = model.transformed(&cpu, &weights, dibit_cache::ValueTransform::Hadamard).unwrap();
+        let Loaded { config, weights, model } = load(&cpu, &directory, Some(DType::F32));
+        let rotated = rotated(&cpu, &config, weights);
         let plain = logits(&cpu, &model, "fp16", Mode::Chunk, ids, &[200]);
         let rotated = logits(&cpu, &rotated, "fp16", Mode::Chunk, ids, &[200]);
         for (at, (a, b)) in plain.iter().zip(&rotated).enumerate() {
@@ -127,8 +132,8 @@ fn streaming_in_one_pass_is_decoding_token_by_token() {
         let directory = repository().join("fixtures").join(name);
         let (ids, ..) = expected(&directory);
         let ids: Vec<u32> = ids.iter().copied().cycle().take(512).collect();
-        let Loaded { weights, model, .. } = load(&cpu, &directory, None);
-        let rotated = model.transformed(&cpu, &weights, dibit_cache::ValueTransform::Hadamard).unwrap();
+        let Loaded { config, weights, model } = load(&cpu, &directory, None);
+        let rotated = rotated(&cpu, &config, weights);
         for (scheme, model) in [("fp16", &model), ("kivi", &model), ("kivi-paper", &model), ("kvlinc", &rotated)] {
             let one_pass = logits(&cpu, model, scheme, Mode::Streaming, &ids, &[200, 312]);
             let decoded = logits(&cpu, model, scheme, Mode::Chunk, &ids, &[1; 512]);

@@ -16,7 +16,7 @@ const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /qu
 
 pub fn run(args: &ChatArgs) -> Result<Outcome> {
     let scheme = Scheme::load(&args.cache.kv)?;
-    let pretrained = source::load(&args.run.model)?;
+    let mut pretrained = source::load(&args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let cpu = cpu(&args.run)?;
@@ -26,9 +26,10 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
         sequences: 1,
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(&cpu, &pretrained, &scheme, options)?;
+    let mut engine = Engine::new(&cpu, &mut pretrained, &scheme, options)?;
+    let pretrained = engine.pretrained();
     let mut chat = Chat::new(&mut engine, args.system.as_deref())?;
-    note(&format!("{}\n{HELP}", model_line(&pretrained, &cpu.describe())));
+    note(&format!("{}\n{HELP}", model_line(pretrained, &cpu.describe())));
 
     announce(&scheme);
     // The editor takes SIGINT for itself when it is made; an answer needs it.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
     let scheme = Scheme::load(&args.cache.kv)?;
-    let pretrained = source::load(&args.run.model)?;
+    let mut pretrained = source::load(&args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let requests = requests(args, &pretrained, &prompts, sampling)?;
@@ -26,7 +26,8 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
         sequences: requests.len().min(usize::from(args.parallel)),
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(&cpu, &pretrained, &scheme, options)?;
+    let mut engine = Engine::new(&cpu, &mut pretrained, &scheme, options)?;
+    let pretrained = engine.pretrained();
     for request in &requests {
         engine.check(request, 0)?;
     }
@@ -52,7 +53,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let all: Vec<Value> =
-            prompts.iter().zip(&completions).map(|(p, c)| to_json(p, c, &pretrained, &scheme.name, sampling)).collect();
+            prompts.iter().zip(&completions).map(|(p, c)| to_json(p, c, pretrained, &scheme.name, sampling)).collect();
         let value = if args.prompts.is_some() { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
         writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
     } else if args.prompts.is_some() {
@@ -60,7 +61,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
             writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     }
-    summary(&pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions, elapsed);
+    summary(pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
 }
