@@ -4,6 +4,7 @@ use dibit_cache::Scheme;
 use dibit_device::{Cpu, DType, Tensor};
 use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity, windows};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 fn repository() -> PathBuf {
@@ -38,7 +39,7 @@ const ANCHORS: [Anchor; 2] = [
 fn figures_of_the_reference_models_are_those_of_an_independent_implementation() {
     let shared = repository().join("../shared");
     let Ok(text) = std::fs::read_to_string(shared.join("data/wikitext2/wiki.test.raw")) else {
-        println!("skipped: the reference models and WikiText-2 are not here");
+        writeln!(std::io::stderr(), "skipped: the reference models and WikiText-2 are not here").unwrap();
         return;
     };
     for anchor in ANCHORS {

@@ -4,6 +4,7 @@ use dibit_cache::{CacheLayout, CacheManager, Scheme};
 use dibit_device::{Batch, Cpu, DType, Device, Mode};
 use dibit_model::{ChatTemplate, Message, Model, ModelConfig, ModelFiles, Tokenizer, WeightSource, Weights, Workspace};
 use serde_json::Value;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const TOLERANCE: f64 = 1e-3;
@@ -17,7 +18,7 @@ fn fixtures() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     for folder in [repository().join("fixtures"), repository().join("../shared/fixtures")] {
         let Ok(entries) = std::fs::read_dir(&folder) else {
-            println!("skipped: {} is not here", folder.display());
+            writeln!(std::io::stderr(), "skipped: {} is not here", folder.display()).unwrap();
             continue;
         };
         found.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.join("expected.json").exists()));

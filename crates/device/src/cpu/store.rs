@@ -54,9 +54,13 @@ impl CpuStore {
             Ok(Rows { side, slots, ring, incoming: vec![0.0; row_count] })
         };
         let lanes = PAGE_TOKENS.max(shape.head_dim);
+        let pages = map("cache blocks", num_blocks * layout.block_bytes())?;
+        // Advice: a kernel without huge pages is slower and nothing else.
+        #[cfg(target_os = "linux")]
+        pages.advise(memmap2::Advice::HugePage).ok();
         Ok(CpuStore {
             layout: layout.clone(),
-            pages: map("cache blocks", num_blocks * layout.block_bytes())?,
+            pages,
             keys: rows("key", layout.window.key_slots())?,
             values: rows("value", layout.window.value_slots())?,
             scratch: Scratch { wide: vec![0.0; lanes * PAGE_TOKENS], codes: vec![0; lanes] },
