@@ -18,7 +18,8 @@ fn fixtures() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     for folder in [repository().join("fixtures"), repository().join("../shared/fixtures")] {
         let Ok(entries) = std::fs::read_dir(&folder) else {
-            writeln!(std::io::stderr(), "skipped: {} is not here", folder.display()).unwrap();
+            let line = format!("skipped: {} is not here\n", folder.display());
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
             continue;
         };
         found.extend(entries.map(|entry| entry.unwrap().path()).filter(|path| path.join("expected.json").exists()));
