@@ -28,8 +28,10 @@ struct Row {
     plan: MemoryPlan,
     /// Bytes that each further token takes once the window is full.
     token_bytes: f64,
-    /// Bits in use, and allocated, for a scalar at the whole context.
-    bits: (f64, f64),
+    /// Bits in use for a scalar at the whole context.
+    bits: f64,
+    /// Bits allocated for it.
+    allocated_bits: f64,
     /// Tokens of one sequence that fit beside the weights.
     fitting_tokens: usize,
     /// Sequences of the whole context that fit beside the weights.
@@ -83,7 +85,8 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> 
         scheme: scheme.name.clone(),
         plan,
         token_bytes,
-        bits: (usage.bits(), usage.allocated_bits()),
+        bits: usage.bits(),
+        allocated_bits: usage.allocated_bits(),
         fitting_tokens: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
         fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
     })
@@ -111,8 +114,8 @@ impl Report {
                     bytes(row.token_bytes.round() as usize),
                     bytes(row.plan.cache_bytes),
                     format!("1/{:.2}", row.plan.fp16_bytes as f64 / row.plan.cache_bytes as f64),
-                    format!("{:.2}", row.bits.0),
-                    format!("{:.2}", row.bits.1),
+                    format!("{:.2}", row.bits),
+                    format!("{:.2}", row.allocated_bits),
                     format!("{} in {}", row.plan.pass_rows, bytes(row.plan.pass_bytes)),
                     format!("{}", row.fitting_tokens),
                     format!("{}", row.fitting_batch),
@@ -149,8 +152,8 @@ impl Report {
                     "bytes_per_token": row.token_bytes,
                     "cache_bytes": row.plan.cache_bytes,
                     "fp16_bytes": row.plan.fp16_bytes,
-                    "bits": row.bits.0,
-                    "allocated_bits": row.bits.1,
+                    "bits": row.bits,
+                    "allocated_bits": row.allocated_bits,
                     "pass_rows": row.plan.pass_rows,
                     "pass_bytes": row.plan.pass_bytes,
                     "tokens_that_fit": row.fitting_tokens,
