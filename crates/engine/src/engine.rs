@@ -30,8 +30,8 @@ struct Active<'a, S> {
     stream: TextStream<'a>,
     stop: StopFilter,
     max_tokens: usize,
-    /// Set once the text has ended.
-    finish: Option<FinishReason>,
+    /// Whether the text has ended, for the reason that `done` has.
+    ended: bool,
     done: Completion,
 }
 
@@ -55,8 +55,14 @@ impl<S: BorrowMut<Sequence>> Active<'_, S> {
         if !text.is_empty() {
             self.show(&text, on_text);
         }
-        self.finish = Some(if stopped { FinishReason::Stop } else { reason });
+        self.close(if stopped { FinishReason::Stop } else { reason });
         Ok(())
+    }
+
+    /// Ends the text as it stands.
+    fn close(&mut self, reason: FinishReason) {
+        self.ended = true;
+        self.done.finish = reason;
     }
 }
 
@@ -176,16 +182,15 @@ impl<'a, D: Device> Engine<'a, D> {
                 let new = active.len() - 1;
                 self.prefill(&mut active[new], &requests[index].prompt, on_text)?;
             }
-            let decode: Vec<usize> = (0..active.len()).filter(|&i| active[i].finish.is_none()).collect();
-            self.step(active, &decode, on_text)?;
+            self.step(active, on_text)?;
             let mut i = 0;
             while i < active.len() {
-                if active[i].finish.is_none() {
+                if !active[i].ended {
                     i += 1;
                     continue;
                 }
-                let Active { index, sequence, finish, done, .. } = active.remove(i);
-                finished[index] = Some(Completion { finish: finish.unwrap_or(done.finish), ..done });
+                let Active { index, sequence, done, .. } = active.remove(i);
+                finished[index] = Some(done);
                 self.manager.close(sequence);
             }
         }
@@ -207,16 +212,16 @@ impl<'a, D: Device> Engine<'a, D> {
         let mut on_text = |_: usize, text: &str| on_text(text);
         let mut active = [self.activate(0, &mut *sequence, request)];
         let mut result = self.prefill(&mut active[0], &request.prompt, &mut on_text);
-        while result.is_ok() && active[0].finish.is_none() {
-            result = self.step(&mut active, &[0], &mut on_text);
+        while result.is_ok() && !active[0].ended {
+            result = self.step(&mut active, &mut on_text);
         }
-        let [Active { finish, done, .. }] = active;
+        let [Active { done, .. }] = active;
         if let Err(error) = result {
             // A pass that failed half-way has overwritten parts of the window.
             self.manager.clear(sequence);
             return Err(error);
         }
-        Ok(Completion { finish: finish.unwrap_or(done.finish), ..done })
+        Ok(done)
     }
 
     /// Checks a request for a sequence that holds `cached` tokens.
@@ -240,7 +245,7 @@ impl<'a, D: Device> Engine<'a, D> {
             stream: self.pretrained.tokenizer.stream(&request.prompt),
             stop: StopFilter::new(&request.stop),
             max_tokens: request.max_tokens,
-            finish: None,
+            ended: false,
             done: Completion {
                 text: String::new(),
                 tokens: Vec::new(),
@@ -289,32 +294,32 @@ impl<'a, D: Device> Engine<'a, D> {
         Ok(())
     }
 
-    /// Decodes one token of each of these sequences.
+    /// Decodes one token of each sequence that has not ended.
     fn step<S: BorrowMut<Sequence>>(
         &mut self,
         active: &mut [Active<'a, S>],
-        which: &[usize],
         on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
-        if which.is_empty() {
+        let mut running: Vec<&mut Active<'a, S>> = active.iter_mut().filter(|active| !active.ended).collect();
+        if running.is_empty() {
             return Ok(());
         }
         let start = Instant::now();
         let mut rows: Vec<(&mut Sequence, &[u32])> = Vec::new();
-        for (_, active) in active.iter_mut().enumerate().filter(|(i, _)| which.contains(i)) {
+        for active in &mut running {
             let last = active.done.tokens.len() - 1;
             rows.push((active.sequence.borrow_mut(), &active.done.tokens[last..]));
         }
         self.pass(&mut rows)?;
-        let outputs: Vec<usize> = (0..which.len()).collect();
+        let outputs: Vec<usize> = (0..running.len()).collect();
         self.model.logits(self.device, &mut self.workspace, &outputs, &mut self.logits)?;
         let elapsed = start.elapsed();
         let logits = std::mem::take(&mut self.logits);
         let vocab_size = self.pretrained.config.vocab_size;
-        for (&i, logits) in which.iter().zip(logits.chunks_exact(vocab_size)) {
-            active[i].done.timings.decode += elapsed;
-            self.take(&mut active[i], logits, on_text)?;
-            active[i].done.usage = self.usage(active[i].sequence.borrow());
+        for (active, logits) in running.into_iter().zip(logits.chunks_exact(vocab_size)) {
+            active.done.timings.decode += elapsed;
+            self.take(active, logits, on_text)?;
+            active.done.usage = self.usage(active.sequence.borrow());
         }
         self.logits = logits;
         Ok(())
@@ -356,7 +361,7 @@ impl<'a, D: Device> Engine<'a, D> {
         let (text, stopped) = active.stop.push(&piece);
         let cancelled = active.show(&text, on_text);
         if stopped {
-            active.finish = Some(FinishReason::Stop);
+            active.close(FinishReason::Stop);
             Ok(())
         } else if cancelled {
             active.end(FinishReason::Cancelled, on_text)

@@ -104,8 +104,8 @@ impl<D: Device> Model<D> {
     /// Runs the new tokens `ids` of a batch through the layers and stores their keys and values.
     /// [`Model::logits`] then reads the rows that are wanted.
     ///
-    /// On an error the sequences of the batch must not be advanced: what was stored for them is overwritten by
-    /// the next pass.
+    /// On an error the sequences of the batch must be cleared or closed: a pass that fails half-way has overwritten
+    /// parts of their windows.
     ///
     /// # Errors
     /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::Device`].
