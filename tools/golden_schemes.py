@@ -172,7 +172,6 @@ def cases():
     yield case("B", "kivi2-sinks", channel(2), token(2), first=4)
     yield case("C", "kivi2-g32", channel(2, 32), token(2, 32))
     yield case("C", "kivi2-schedule-sinks", channel(2, 64), token(2, 64), KIVI, first=4)
-    yield case("C", "kivi2-r32", channel(2, 32), token(2, 32), KIVI | {"tokens": 32})
     yield case("A", "kvlinc", channel(2), token(2, **H))
     yield case("C", "kvlinc-sinks", channel(2), token(2, **H), first=4)
     yield case("B", "mixed-4-2", channel(4), token(2))

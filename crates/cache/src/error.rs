@@ -41,6 +41,22 @@ pub enum SchemeError {
         /// What could be chosen instead.
         supported: String,
     },
+    /// The scheme needs a calibration and none was given.
+    #[error(
+        "scheme {0} needs a calibration of this model; make one with \
+         `dibit calibrate --kv {0} --model MODEL --text FILE --out FILE.safetensors` and pass it with --calibration"
+    )]
+    Uncalibrated(String),
+    /// A calibration does not suit the model.
+    #[error(
+        "the calibration of scheme {name} does not suit the model: {problem}; make it again with `dibit calibrate`"
+    )]
+    Calibration {
+        /// Name of the scheme.
+        name: String,
+        /// What does not fit.
+        problem: String,
+    },
 }
 
 /// Why a sequence cannot be held in the cache.

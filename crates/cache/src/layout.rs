@@ -4,11 +4,12 @@
 //! same 128 tokens form a **block**, the unit that the pool hands out, so that one block table serves
 //! the whole model. Order within a block: layer, then KV head.
 
-use crate::{Axis, PAGE_TOKENS, Packed, Scheme, SchemeError, Side, Window};
-use dibit_quant::{Bits, packed_len};
-use std::ops::Range;
+use crate::{Calibration, PackedSide, Scheme, SchemeError, Side, Sinks, Tables, Transform, Window};
+use crate::{PAGE_TOKENS, Permutation, PreRope, Sees};
+use dibit_quant::Hadamard;
+use std::sync::Arc;
 
-const HALF_BYTES: usize = 2;
+pub(crate) const HALF_BYTES: usize = 2;
 
 /// Shape of the model's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,82 +29,8 @@ impl CacheShape {
     }
 }
 
-/// Codes and parameters of one packed side of a page. All offsets are bytes from the page's start.
-///
-/// Codes are `rows` rows of `lanes` codes. Along [`Axis::Channel`] a row is a channel and its lanes are the
-/// 128 tokens; along [`Axis::Token`] a row is a token and its lanes are the channels. A row is the concatenation of its groups,
-/// each packed by [`dibit_quant::pack`]. Parameters are fp16: all scales, then all minimums, both in the
-/// order \[group\]\[row\].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PackedSide {
-    /// Whether a row is a channel or a token.
-    pub axis: Axis,
-    /// Bits of a code.
-    pub bits: Bits,
-    /// Lanes that share a scale and a minimum.
-    pub group: usize,
-    /// Number of packed rows.
-    pub rows: usize,
-    /// Codes in a row.
-    pub lanes: usize,
-    /// Bytes of a packed row.
-    pub row_bytes: usize,
-    /// Offset of the first row.
-    pub codes: usize,
-    /// Offset of the scales.
-    pub scales: usize,
-    /// Offset of the minimums.
-    pub mins: usize,
-}
-
-impl PackedSide {
-    fn new(packed: Packed, axis: Axis, head_dim: usize, offset: usize) -> Self {
-        let (rows, lanes) = match axis {
-            Axis::Channel => (head_dim, PAGE_TOKENS),
-            Axis::Token => (PAGE_TOKENS, head_dim),
-        };
-        let bits = packed.bits;
-        let group = packed.group.min(lanes);
-        let mut side = PackedSide { axis, bits, group, rows, lanes, row_bytes: 0, codes: offset, scales: 0, mins: 0 };
-        side.row_bytes = side.group_spans().map(|span| span.bytes.len()).sum();
-        side.scales = offset + rows * side.row_bytes;
-        side.mins = side.scales + side.groups() * rows * HALF_BYTES;
-        side
-    }
-
-    /// Groups of a row; the last one is shorter where the group does not divide the lanes.
-    pub fn groups(&self) -> usize {
-        self.lanes.div_ceil(self.group)
-    }
-
-    /// Lanes and bytes of each group within a row.
-    pub fn group_spans(&self) -> impl Iterator<Item = GroupSpan> + use<> {
-        let Self { bits, group, lanes, .. } = *self;
-        (0..lanes).step_by(group).enumerate().map(move |(index, start)| {
-            let end = lanes.min(start + group);
-            let first_byte = index * packed_len(bits, group);
-            GroupSpan { index, lanes: start..end, bytes: first_byte..first_byte + packed_len(bits, end - start) }
-        })
-    }
-
-    fn bytes(&self) -> usize {
-        self.rows * self.row_bytes + 2 * self.groups() * self.rows * HALF_BYTES
-    }
-}
-
-/// Where one group lies in a packed row.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GroupSpan {
-    /// Number of the group.
-    pub index: usize,
-    /// Its lanes.
-    pub lanes: Range<usize>,
-    /// Its bytes, from the row's start.
-    pub bytes: Range<usize>,
-}
-
 /// One side (keys or values) of a page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum SideLayout {
     /// fp16 rows of `head_dim` numbers, one for each token, from this byte offset on.
     Half {
@@ -115,16 +42,34 @@ pub enum SideLayout {
 }
 
 impl SideLayout {
+    fn new(side: Side, tokens_are_lanes: bool, head_dim: usize, offset: usize) -> Result<Self, (String, String)> {
+        Ok(match side {
+            Side::Half => SideLayout::Half { rows: offset },
+            Side::Packed(packed) => SideLayout::Packed(PackedSide::new(packed, tokens_are_lanes, head_dim, offset)?),
+        })
+    }
+
     fn bytes(&self, head_dim: usize) -> usize {
         match self {
             SideLayout::Half { .. } => PAGE_TOKENS * head_dim * HALF_BYTES,
             SideLayout::Packed(side) => side.bytes(),
         }
     }
+
+    /// Makes room for the factors of a chunk at `offset`; returns the bytes that they take.
+    fn place_chunk(&mut self, head_dim: usize, offset: usize) -> usize {
+        match self {
+            SideLayout::Packed(PackedSide { factors: Some(factors), .. }) => {
+                factors.chunk = offset;
+                head_dim * factors.rank * HALF_BYTES
+            }
+            _ => 0,
+        }
+    }
 }
 
 /// The bytes of one page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PageLayout {
     /// The keys.
     pub keys: SideLayout,
@@ -134,54 +79,146 @@ pub struct PageLayout {
     pub key_bytes: usize,
     /// Bytes of the values of a whole page, parameters included.
     pub value_bytes: usize,
-    /// Bytes from one page to the next: keys and values, rounded up to a multiple of 64.
+    /// Bytes of what a chunk of pages shares; it lies in the chunk's first page.
+    pub chunk_bytes: usize,
+    /// Bytes from one page to the next: all of the above, rounded up to a multiple of 64.
     pub stride: usize,
 }
 
 impl PageLayout {
-    fn new(scheme: &Scheme, head_dim: usize) -> Self {
-        let keys = match scheme.keys {
-            Side::Half => SideLayout::Half { rows: 0 },
-            Side::Packed(packed) => SideLayout::Packed(PackedSide::new(packed, Axis::Channel, head_dim, 0)),
-        };
+    fn new(keys: Side, values: Side, head_dim: usize) -> Result<Self, (String, String)> {
+        let mut keys = SideLayout::new(keys, true, head_dim, 0)?;
         let key_bytes = keys.bytes(head_dim);
-        let values = match scheme.values {
-            Side::Half => SideLayout::Half { rows: key_bytes },
-            Side::Packed(packed) => SideLayout::Packed(PackedSide::new(packed, Axis::Token, head_dim, key_bytes)),
-        };
+        let mut values = SideLayout::new(values, false, head_dim, key_bytes)?;
         let value_bytes = values.bytes(head_dim);
-        PageLayout { keys, values, key_bytes, value_bytes, stride: (key_bytes + value_bytes).next_multiple_of(64) }
+        let mut chunk_bytes = keys.place_chunk(head_dim, key_bytes + value_bytes);
+        chunk_bytes += values.place_chunk(head_dim, key_bytes + value_bytes + chunk_bytes);
+        let stride = (key_bytes + value_bytes + chunk_bytes).next_multiple_of(64);
+        Ok(PageLayout { keys, values, key_bytes, value_bytes, chunk_bytes, stride })
+    }
+}
+
+/// One layer of the cache.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerLayout {
+    /// One page of any KV head.
+    pub page: PageLayout,
+    /// Offset of the layer's first page in a block.
+    pub offset: usize,
+    /// What happens to keys before they are stored.
+    pub keys: Transform,
+    /// What happens to values before they are stored.
+    pub values: Transform,
+    /// Adjacent KV heads whose keys are rotated together before RoPE.
+    pub rotated_heads: usize,
+    /// Adjacent KV heads that can only be read together: those that share a rotation or a permutation.
+    pub frame: usize,
+}
+
+impl LayerLayout {
+    fn new(keys: Side, values: Side, shape: CacheShape, offset: usize) -> Result<Self, (String, String)> {
+        let heads = shape.num_key_value_heads;
+        let (mut rotated_heads, mut frame) = (1, 1);
+        let order = |what: &str, order: usize| {
+            Hadamard::new(order).map(drop).map_err(|error| (format!("{what} of order {order}"), error.to_string()))
+        };
+        match keys.transform() {
+            Transform::PreRope(PreRope { heads: wanted, permutation, .. }) => {
+                while rotated_heads * 2 <= wanted && heads.is_multiple_of(rotated_heads * 2) {
+                    rotated_heads *= 2;
+                }
+                if wanted > 0 {
+                    order("keys rotated by a Hadamard matrix", rotated_heads * shape.head_dim)?;
+                }
+                frame = if permutation == Permutation::Global { heads } else { rotated_heads };
+            }
+            Transform::Hadamard => order("keys.transform = \"hadamard\"", shape.head_dim)?,
+            _ => {}
+        }
+        if values.transform() == Transform::Hadamard {
+            order("values.transform = \"hadamard\"", shape.head_dim)?;
+        }
+        let page = PageLayout::new(keys, values, shape.head_dim)?;
+        Ok(LayerLayout { page, offset, keys: keys.transform(), values: values.transform(), rotated_heads, frame })
     }
 }
 
 /// The layout of a whole cache: a scheme compiled for a model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CacheLayout {
     /// The model's side of it.
     pub shape: CacheShape,
-    /// One page of any layer and KV head.
-    pub page: PageLayout,
+    /// Every layer.
+    pub layers: Vec<LayerLayout>,
     /// The window of recent tokens.
     pub window: Window,
+    /// Other tokens in 16 bit.
+    pub sinks: Sinks,
+    /// What the tokens of a pass see of each other.
+    pub sees: Sees,
+    block_bytes: usize,
+    calibration: Option<Arc<Calibration>>,
+    tables: Option<Arc<Tables>>,
     name: String,
+    pub(crate) origin: String,
 }
 
 impl CacheLayout {
     /// Compiles a scheme for a model.
     ///
     /// # Errors
-    /// [`SchemeError::Unsupported`] where the scheme rotates values by a Hadamard matrix whose order the
-    /// head size does not have.
+    /// [`SchemeError::Unsupported`] where the scheme does not suit the model's shape: no Hadamard matrix has that
+    /// order, or its layers are fewer.
     pub fn new(scheme: &Scheme, shape: CacheShape) -> Result<Self, SchemeError> {
-        if scheme.value_transform == crate::ValueTransform::Hadamard {
-            dibit_quant::Hadamard::new(shape.head_dim).map_err(|error| SchemeError::Unsupported {
-                name: scheme.name.clone(),
-                problem: format!("values.transform = \"hadamard\" with head_dim {}", shape.head_dim),
-                supported: error.to_string(),
-            })?;
+        let error = |(problem, supported)| SchemeError::Unsupported { name: scheme.origin.clone(), problem, supported };
+        if let Some(own) = scheme.layers.iter().find(|own| own.layers.end > shape.num_layers) {
+            return Err(error((
+                format!("layers {}..{} of a model with {}", own.layers.start, own.layers.end, shape.num_layers),
+                format!("ranges within 0..{}", shape.num_layers),
+            )));
         }
-        let page = PageLayout::new(scheme, shape.head_dim);
-        Ok(CacheLayout { shape, page, window: scheme.window, name: scheme.name.clone() })
+        let mut layers = Vec::with_capacity(shape.num_layers);
+        let mut block_bytes = 0;
+        for layer in 0..shape.num_layers {
+            let (keys, values) = scheme.sides(layer);
+            let layer = LayerLayout::new(keys, values, shape, block_bytes).map_err(error)?;
+            block_bytes += shape.num_key_value_heads * layer.page.stride;
+            layers.push(layer);
+        }
+        Ok(CacheLayout {
+            shape,
+            layers,
+            window: scheme.window,
+            sinks: scheme.sinks,
+            sees: scheme.sees,
+            block_bytes,
+            calibration: scheme.calibration.clone(),
+            tables: None,
+            name: scheme.name.clone(),
+            origin: scheme.origin.clone(),
+        })
+    }
+
+    /// The layout with the numbers that its transforms need: the model's rotary frequencies, `head_dim / 2`, and the
+    /// scheme's calibration. A layout without them can be planned with, but holds nothing.
+    ///
+    /// # Errors
+    /// [`SchemeError::Uncalibrated`], [`SchemeError::Calibration`].
+    pub fn with_tables(mut self, inv_freq: Vec<f32>) -> Result<Self, SchemeError> {
+        let tables = Tables { inv_freq, calibration: self.calibration.clone() };
+        tables.check(&self)?;
+        self.tables = Some(Arc::new(tables));
+        Ok(self)
+    }
+
+    /// The numbers that transforms need, where they have been given.
+    pub fn tables(&self) -> Option<&Arc<Tables>> {
+        self.tables.as_ref()
+    }
+
+    /// For each layer, whether a Hadamard rotation of its values belongs into the projections.
+    pub fn rotated_values(&self) -> Vec<bool> {
+        self.layers.iter().map(|layer| layer.values == Transform::Hadamard).collect()
     }
 
     /// Name of the scheme.
@@ -191,33 +228,38 @@ impl CacheLayout {
 
     /// Bytes of a block: 128 tokens of every layer and KV head.
     pub fn block_bytes(&self) -> usize {
-        self.shape.num_layers * self.shape.num_key_value_heads * self.page.stride
+        self.block_bytes
     }
 
     /// Offset of a page in the arena.
     pub fn page_offset(&self, block: u32, layer: usize, kv_head: usize) -> usize {
-        block as usize * self.block_bytes() + (layer * self.shape.num_key_value_heads + kv_head) * self.page.stride
+        let own = &self.layers[layer];
+        block as usize * self.block_bytes + own.offset + kv_head * own.page.stride
     }
 
-    /// fp16 numbers in the key ring of one (sequence, layer, KV head).
-    pub fn key_ring_len(&self) -> usize {
-        self.window.key_slots() * self.shape.head_dim
-    }
-
-    /// fp16 numbers in the value ring of one (sequence, layer, KV head).
-    pub fn value_ring_len(&self) -> usize {
-        self.window.value_slots() * self.shape.head_dim
+    /// Bytes of one fp16 row of every layer and KV head.
+    fn row_bytes(&self) -> usize {
+        self.shape.scalars_per_token() / 2 * HALF_BYTES
     }
 
     /// Bytes of the window rings of one sequence.
     pub fn window_bytes(&self) -> usize {
-        let rings = self.shape.num_layers * self.shape.num_key_value_heads;
-        rings * (self.key_ring_len() + self.value_ring_len()) * HALF_BYTES
+        self.row_bytes() * (self.window.key_slots() + self.window.value_slots())
     }
 
-    /// Bytes allocated for one sequence that holds `blocks` blocks: these, its rings and its block table.
+    /// Bytes of the sinks of one sequence, keys, values and positions.
+    pub fn sink_bytes(&self) -> usize {
+        self.sinks.capacity() * (2 * self.row_bytes() + self.shape.num_layers * size_of::<u32>())
+    }
+
+    /// Bytes that a chunk of pages shares, in all layers and KV heads.
+    pub fn chunk_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.page.chunk_bytes * self.shape.num_key_value_heads).sum()
+    }
+
+    /// Bytes allocated for one sequence that holds `blocks` blocks: these, its rings and sinks and its block table.
     pub fn allocated_bytes(&self, blocks: usize) -> usize {
-        blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes()
+        blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes() + self.sink_bytes()
     }
 
     /// Bytes allocated for one sequence of `len` tokens.
@@ -237,27 +279,27 @@ mod tests {
 
     #[test]
     fn a_two_bit_page_of_128_channels_takes_9216_bytes() {
-        let page = layout("kvlinc", 128).page;
+        let page = layout("kvlinc", 128).layers[0].page;
         assert_eq!((page.key_bytes, page.value_bytes, page.stride), (4608, 4608, 9216));
-        assert_eq!(layout("fp16", 128).page.stride, 65536);
+        assert_eq!(layout("fp16", 128).layers[1].page.stride, 65536);
     }
 
     #[test]
     fn sections_follow_each_other_without_overlap() {
         for head_dim in [64, 80, 96, 128, 256] {
             for name in ["kivi", "kvlinc"] {
-                let page = layout(name, head_dim).page;
+                let page = layout(name, head_dim).layers[2].page;
                 let (SideLayout::Packed(keys), SideLayout::Packed(values)) = (page.keys, page.values) else {
                     panic!("{name} packs both sides")
                 };
                 assert_eq!(keys.codes, 0);
                 assert_eq!(keys.scales, head_dim * 32);
-                assert_eq!(keys.mins - keys.scales, keys.groups() * head_dim * 2);
-                assert_eq!(values.codes, keys.mins + keys.groups() * head_dim * 2);
+                assert_eq!(keys.zeros - keys.scales, keys.num_parameters() * 2);
+                assert_eq!(values.codes, keys.zeros + keys.num_parameters() * 2);
                 assert_eq!(values.scales - values.codes, 128 * head_dim / 4);
                 assert_eq!(values.group, head_dim.min(128));
-                assert_eq!(page.key_bytes + page.value_bytes, values.mins + values.groups() * 256);
-                for offset in [keys.scales, keys.mins, values.codes, values.scales, values.mins] {
+                assert_eq!(page.key_bytes + page.value_bytes, values.zeros + values.num_parameters() * 2);
+                for offset in [keys.scales, keys.zeros, values.codes, values.scales, values.zeros] {
                     assert_eq!(offset % 16, 0, "head_dim {head_dim}");
                 }
             }
@@ -276,23 +318,41 @@ mod tests {
             }
         }
         for (i, offset) in offsets.iter().enumerate() {
-            assert_eq!(*offset, i * layout.page.stride);
+            assert_eq!(*offset, i * layout.layers[0].page.stride);
         }
-        assert_eq!(layout.block_bytes(), 6 * layout.page.stride);
-    }
-
-    #[test]
-    fn groups_that_do_not_divide_a_head_end_short() {
-        let side = PackedSide::new(Packed { bits: Bits::Two, group: 32 }, Axis::Token, 80, 0);
-        let spans: Vec<_> = side.group_spans().map(|span| (span.lanes, span.bytes)).collect();
-        assert_eq!(spans, [(0..32, 0..8), (32..64, 8..16), (64..80, 16..20)]);
-        assert_eq!((side.groups(), side.row_bytes), (3, 20));
+        assert_eq!(layout.block_bytes(), 6 * layout.layers[0].page.stride);
     }
 
     #[test]
     fn a_rotation_needs_a_matrix() {
         let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim: 72 };
         let error = CacheLayout::new(&Scheme::load("kvlinc").unwrap(), shape).unwrap_err().to_string();
-        assert!(error.contains("head_dim 72") && error.contains("20*2^k"), "{error}");
+        assert!(error.contains("order 72") && error.contains("20*2^k"), "{error}");
+    }
+
+    #[test]
+    fn heads_are_rotated_together_as_far_as_they_go() {
+        for (heads, rotated) in [(8, 4), (4, 4), (2, 2), (3, 1), (6, 2), (1, 1)] {
+            let shape = CacheShape { num_layers: 1, num_key_value_heads: heads, head_dim: 64 };
+            let layer = |name: &str| CacheLayout::new(&Scheme::load(name).unwrap(), shape).unwrap().layers[0].clone();
+            let (local, global) = (layer("rotatekv"), layer("rotatekv-paper"));
+            assert_eq!((local.rotated_heads, local.frame), (rotated, rotated), "{heads} heads");
+            assert_eq!((global.rotated_heads, global.frame), (rotated, heads));
+        }
+    }
+
+    #[test]
+    fn layers_may_differ() {
+        let text = "name = \"mixed\"\n[keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\n\
+            schedule = \"guaranteed\"\n[layers.0]\nkeys = { bits = 4 }\nvalues = { bits = 16 }\n";
+        let scheme = Scheme::parse(text, "mixed").unwrap();
+        let shape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim: 128 };
+        let layout = CacheLayout::new(&scheme, shape).unwrap();
+        let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.page.stride).collect();
+        assert_eq!(strides, [128 * 64 + 512 + 32768, 9216, 9216]);
+        assert_eq!(layout.layers[2].offset, 2 * (strides[0] + strides[1]));
+        assert_eq!(layout.page_offset(1, 1, 1), layout.block_bytes() + 2 * strides[0] + strides[1]);
+        let shape = CacheShape { num_layers: 0, ..shape };
+        assert!(CacheLayout::new(&scheme, shape).unwrap_err().to_string().contains("layers 0..1 of a model with 0"));
     }
 }

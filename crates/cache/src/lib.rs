@@ -9,14 +9,21 @@ mod error;
 mod layout;
 mod manager;
 mod scheme;
+mod side;
+mod tables;
 mod usage;
 mod window;
 
 pub use error::{CacheError, SchemeError};
-pub use layout::{CacheLayout, CacheShape, GroupSpan, PackedSide, PageLayout, SideLayout};
+pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
 pub use manager::{CacheManager, Sequence};
-pub use scheme::{Axis, Correction, Packed, Scheme, Side, ValueTransform};
-pub use usage::Usage;
+pub use scheme::{
+    Axis, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Scheme, Sees, Side, Sinks, Statistic,
+    Transform,
+};
+pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide};
+pub use tables::{Calibration, LayerCalibration, Tables};
+pub use usage::{Extras, Usage};
 pub use window::{Schedule, Window};
 
 /// Token slots of a page, and the spacing of the absolute grid on which pages begin.

@@ -47,29 +47,57 @@ impl std::ops::Add for Usage {
     }
 }
 
+/// What a sequence holds beside pages and window. It depends on the tokens and on how they came in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// Tokens kept as sinks, summed over the layers.
+    pub sinks: usize,
+    /// Chunks of pages that share factors.
+    pub chunks: usize,
+}
+
 impl CacheLayout {
+    /// What a sequence of `len` tokens may hold beside pages and window, where its tokens came in as one prompt.
+    pub fn planned_extras(&self, len: usize) -> Extras {
+        let packed = self.window.packed_keys(len);
+        Extras {
+            sinks: self.shape.num_layers * self.sinks.capacity().min(packed),
+            chunks: usize::from(self.chunk_bytes() > 0 && packed > 0),
+        }
+    }
+
     /// What `len` tokens of one sequence take while it holds `blocks` blocks.
-    pub fn usage(&self, len: usize, blocks: usize) -> Usage {
-        let heads = self.shape.num_layers * self.shape.num_key_value_heads;
+    pub fn usage(&self, len: usize, blocks: usize, extras: Extras) -> Usage {
+        let heads = self.shape.num_key_value_heads;
         let row = 2 * self.shape.head_dim;
         let keys = self.window.packed_keys(len);
         let values = self.window.packed_values(len);
         // Both divisions are exact: a page's bytes are a multiple of its 128 tokens, or the count is one of 128.
-        let packed = keys * self.page.key_bytes / PAGE_TOKENS + values * self.page.value_bytes / PAGE_TOKENS;
-        let window = (len - keys) * row + (len - values) * row;
+        let packed: usize = self
+            .layers
+            .iter()
+            .map(|layer| keys * layer.page.key_bytes / PAGE_TOKENS + values * layer.page.value_bytes / PAGE_TOKENS)
+            .sum();
+        let window = self.shape.num_layers * ((len - keys) * row + (len - values) * row);
+        let sinks = extras.sinks * (heads * 2 * row + size_of::<u32>());
         let scalars = len * self.shape.scalars_per_token();
         Usage {
             tokens: len,
             scalars,
-            used_bytes: heads * (packed + window),
+            used_bytes: heads * (packed + window) + sinks + extras.chunks * self.chunk_bytes(),
             allocated_bytes: self.allocated_bytes(blocks),
             fp16_bytes: scalars * 2,
         }
     }
 
-    /// What a sequence takes.
-    pub fn sequence_usage(&self, sequence: &Sequence) -> Usage {
-        self.usage(sequence.len(), sequence.blocks().len())
+    /// What a sequence takes that holds this beside pages and window.
+    pub fn sequence_usage(&self, sequence: &Sequence, extras: Extras) -> Usage {
+        self.usage(sequence.len(), sequence.blocks().len(), extras)
+    }
+
+    /// What a prompt of `len` tokens will take, as far as its length tells.
+    pub fn planned_usage(&self, len: usize) -> Usage {
+        self.usage(len, self.window.blocks(len), self.planned_extras(len))
     }
 }
 
@@ -88,7 +116,8 @@ mod tests {
         let mut sequence = manager.open().unwrap();
         manager.reserve(&mut sequence, len).unwrap();
         manager.advance(&mut sequence, len);
-        manager.layout().sequence_usage(&sequence)
+        let layout = manager.layout();
+        layout.sequence_usage(&sequence, layout.planned_extras(len))
     }
 
     #[test]
@@ -120,6 +149,20 @@ mod tests {
 
     #[test]
     fn before_the_first_token_there_are_no_bits() {
-        assert_eq!(layout("kivi", 64).usage(0, 0).bits(), 0.0);
+        assert_eq!(layout("kivi", 64).planned_usage(0).bits(), 0.0);
+    }
+
+    #[test]
+    fn bits_at_8192_tokens_are_those_of_the_papers() {
+        let bits = |scheme: &str| used(scheme, 8192).bits();
+        let base = 2.25 * 63.0 / 64.0 + 0.25;
+        // METHODS 13.1, n being the packed tokens of the prompt: QuaRot, ResQ and GEAR-L with groups of 128 and of 64.
+        let factors = |n: f64| 16.0 * 2.0 * (1.0 / 128.0 + 1.0 / n) * 63.0 / 64.0;
+        assert!((bits("quarot") - base).abs() < 1e-9);
+        assert!((bits("resq") - (2.6875 * 63.0 / 64.0 + 0.25)).abs() < 1e-9);
+        assert!((bits("gear-l") - (base + factors(8064.0))).abs() < 1e-9, "{}", bits("gear-l"));
+        assert!((bits("gear-l") - 2.72).abs() < 0.01 && (bits("gear-l-paper") - 2.96).abs() < 0.01);
+        // Every packed token has a slot in its page, and sinks have 16 bit besides.
+        assert!((bits("rotatekv") - (2.25 + (16.0 * 20.0 + 32.0 * 20.0 / 512.0) / 8192.0)).abs() < 1e-6);
     }
 }

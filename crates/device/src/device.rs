@@ -1,5 +1,5 @@
 use crate::{Batch, DeviceError, Tensor};
-use dibit_cache::CacheLayout;
+use dibit_cache::{CacheLayout, Extras};
 use std::ops::Range;
 
 /// Where the result of [`Device::linear`] goes.
@@ -55,7 +55,7 @@ pub trait Device: Send + Sync {
     /// `max_rows` rows. Memory is taken as blocks are first written.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`].
+    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Tables`] where the layout's transforms need tables that it lacks.
     fn store(
         &self,
         layout: &CacheLayout,
@@ -107,6 +107,13 @@ pub trait Device: Send + Sync {
 
     /// `gate <- silu(gate) * up` for the first `len` numbers.
     fn silu_mul(&self, gate: &mut Self::Buffer, up: &Self::Buffer, len: usize);
+
+    /// Shows the residual stream that enters a layer, a row of `width` numbers for each row of the batch, to schemes
+    /// that choose by it which tokens of a prompt they protect. Comes before [`Device::write_kv`].
+    fn observe(&self, store: &mut Self::Store, layer: usize, batch: &Batch, hidden: &Self::Buffer, width: usize);
+
+    /// What a sequence, by its slot, holds beside pages and window once it has `len` tokens.
+    fn extras(&self, store: &Self::Store, sequence: u32, len: usize) -> Extras;
 
     /// Keeps the keys and values of rows `rows` of the batch as the pass in flight, which sees them exactly;
     /// fp16 must be able to hold them, for that is what the window stores.

@@ -74,15 +74,24 @@ fn a_scheme_file_that_cannot_be_used_says_why() {
     let base = "name = \"mine\"\n[keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\nschedule = \"kivi\"\n";
     run(&["generate", "--kv", &folder.file("nowhere.toml"), "Hello"]).fails_with(&["nowhere.toml", "No such file"]);
     let cases = [
-        (base.replacen("bits = 2", "bits = 3", 1), ["keys.bits = 3", "2, 4, 8, 16"]),
+        (base.replacen("bits = 2", "bits = 5", 1), ["keys.bits = 5", "2, 3, 4, 8, 16"]),
         (
-            base.replacen("bits = 2", "bits = 2\naxis = \"token\"", 1),
-            ["keys.axis = \"token\"", "supported: \"channel\""],
+            base.replacen("bits = 2", "bits = 2\nclip = 0.5", 1),
+            ["keys.clip", "supported: these with quantizer = \"integer-zero\""],
+        ),
+        (
+            format!("{base}[layers.\"0..99\"]\nkeys = {{ bits = 4 }}\n"),
+            ["layers 0..99 of a model with 6", "within 0..6"],
+        ),
+        (
+            base.replacen("bits = 2", "bits = 2\ntransform = \"basis\"", 1),
+            ["needs a calibration", "dibit calibrate --kv"],
         ),
         (base.replace("tokens = 128", "tokens = 100"), ["window.tokens = 100", "multiples of 128"]),
         (base.split("[window]").next().unwrap().to_owned(), ["without a [window]", "128 tokens"]),
         (base.replace("\"kivi\"", "\"lazy\""), ["unknown variant `lazy`", "`guaranteed`"]),
-        (format!("{base}[sinks]\n"), ["malformed", "unknown field `sinks`"]),
+        (format!("{base}[sink]\n"), ["malformed", "unknown field `sink`"]),
+        (format!("{base}[sinks]\nkind = \"first\"\ncount = 0\n"), ["sinks.count = 0", "1 to 1024"]),
         ("name = ".to_owned(), ["malformed", "line 1"]),
         (String::new(), ["malformed", "missing field `name`"]),
     ];

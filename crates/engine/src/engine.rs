@@ -1,7 +1,7 @@
 //! The engine: a model, its cache and the sequences that run on them.
 
 use crate::{Completion, EngineError, FinishReason, MemoryPlan, Options, Request, Sampler, StopFilter, Timings};
-use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence, Usage};
+use dibit_cache::{CacheManager, Scheme, Sequence, Usage};
 use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Model, Pretrained, TextStream, Workspace};
 use std::borrow::BorrowMut;
@@ -80,7 +80,7 @@ impl<'a, D: Device> Engine<'a, D> {
         scheme: &Scheme,
         options: Options,
     ) -> Result<Self, EngineError> {
-        let layout = CacheLayout::new(scheme, pretrained.config.cache_shape())?;
+        let layout = pretrained.config.cache_layout(scheme)?;
         if options.sequences == 0 || options.context == 0 {
             return Err(EngineError::NoRoom);
         }
@@ -88,7 +88,7 @@ impl<'a, D: Device> Engine<'a, D> {
         if context > limit {
             return Err(EngineError::ContextTooLong { context, limit });
         }
-        pretrained.weights.transform_values(device, layout.shape.head_dim, scheme.value_transform)?;
+        pretrained.weights.rotate_values(device, layout.shape.head_dim, &layout.rotated_values())?;
         let pretrained: &'a Pretrained = pretrained;
         let config = &pretrained.config;
         let plan = MemoryPlan::new(config, &layout, options);
@@ -137,7 +137,8 @@ impl<'a, D: Device> Engine<'a, D> {
 
     /// What a sequence takes in the cache.
     pub fn usage(&self, sequence: &Sequence) -> Usage {
-        self.manager.layout().sequence_usage(sequence)
+        let extras = self.device.extras(&self.store, sequence.slot(), sequence.len());
+        self.manager.layout().sequence_usage(sequence, extras)
     }
 
     /// Continues prompts, several at once where there is room and the rest as room comes free. `on_text` gets

@@ -6,7 +6,7 @@
 
 use crate::distribution::Distribution;
 use crate::{EvalError, windows};
-use dibit_cache::{CacheLayout, CacheManager, Scheme, Side, ValueTransform};
+use dibit_cache::{CacheManager, Scheme};
 use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Model, Pretrained, Workspace};
 use rayon::prelude::*;
@@ -132,13 +132,8 @@ pub fn perplexity<D: Device>(
         context,
         windows: windows.len(),
         tokens: windows.len() * (context - 1),
-        schemes: runners.into_iter().map(|runner| runner.result(context)).collect(),
+        schemes: runners.into_iter().map(|runner| runner.result(device, context)).collect(),
     })
-}
-
-/// Whether nothing is ever packed, so that a window can be evaluated as one exact prefill.
-fn is_exact(scheme: &Scheme) -> bool {
-    scheme.keys == Side::Half && scheme.values == Side::Half
 }
 
 /// A runner for each scheme, the reference first.
@@ -148,28 +143,28 @@ fn runners<D: Device>(
     schemes: &[Scheme],
     context: usize,
 ) -> Result<Vec<Runner<D>>, EvalError> {
-    let mut weights = pretrained.weights.clone();
-    // Refuses weights that are transformed already.
-    weights.transform_values(device, pretrained.config.head_dim, ValueTransform::None)?;
-    let plain = Arc::new(Model::new(device, &pretrained.config, &weights)?);
-    let mut rotated: Option<Arc<Model<D>>> = None;
+    let config = &pretrained.config;
+    // Schemes that rotate the same values share a model.
+    let mut models: Vec<(Vec<bool>, Arc<Model<D>>)> = Vec::new();
     let reference = Scheme::load("fp16")?;
     let mut runners = Vec::new();
     for scheme in std::iter::once(&reference).chain(schemes.iter().filter(|scheme| **scheme != reference)) {
-        let layout = CacheLayout::new(scheme, pretrained.config.cache_shape())?;
-        let model = match (scheme.value_transform, &rotated) {
-            (ValueTransform::None, _) => plain.clone(),
-            (ValueTransform::Hadamard, Some(rotated)) => rotated.clone(),
-            (ValueTransform::Hadamard, None) => {
-                let mut weights = weights.clone();
-                weights.transform_values(device, pretrained.config.head_dim, ValueTransform::Hadamard)?;
-                rotated.insert(Arc::new(Model::new(device, &pretrained.config, &weights)?)).clone()
+        let layout = config.cache_layout(scheme)?;
+        let rotated = layout.rotated_values();
+        let model = match models.iter().find(|(other, _)| *other == rotated) {
+            Some((_, model)) => model.clone(),
+            None => {
+                let mut weights = pretrained.weights.clone();
+                // Refuses weights that are rotated already where they should not be.
+                weights.rotate_values(device, config.head_dim, &rotated)?;
+                models.push((rotated, Arc::new(Model::new(device, config, &weights)?)));
+                models[models.len() - 1].1.clone()
             }
         };
         let blocks = layout.window.blocks(context);
         runners.push(Runner {
             store: device.store(&layout, blocks, 1, context)?,
-            workspace: Workspace::new(device, &pretrained.config, context, LOGIT_ROWS)?,
+            workspace: Workspace::new(device, config, context, LOGIT_ROWS)?,
             manager: CacheManager::new(layout, blocks, 1),
             scheme: scheme.clone(),
             model,
@@ -186,7 +181,7 @@ impl<D: Device> Runner<D> {
     fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
         let mut sequence = self.manager.open()?;
         self.manager.reserve(&mut sequence, window.len())?;
-        let mut batch = Batch::new(if is_exact(&self.scheme) { Mode::Chunk } else { Mode::Streaming });
+        let mut batch = Batch::new(if self.scheme.is_exact() { Mode::Chunk } else { Mode::Streaming });
         batch.push(&sequence, window.len(), self.manager.layout().window);
         let result = self.model.forward(device, &mut self.workspace, &mut self.store, &batch, window);
         self.manager.close(sequence);
@@ -225,9 +220,10 @@ impl<D: Device> Runner<D> {
         Ok(())
     }
 
-    fn result(self, context: usize) -> SchemeResult {
+    fn result(self, device: &D, context: usize) -> SchemeResult {
         let layout = self.manager.layout();
-        let usage = layout.usage(context, layout.window.blocks(context));
+        // Every window took the first of the sequence's slots, and left in it what the last one held.
+        let usage = layout.usage(context, layout.window.blocks(context), device.extras(&self.store, 0, context));
         SchemeResult {
             scheme: self.scheme.name,
             perplexity: mean(&self.nll).exp(),

@@ -1,7 +1,7 @@
 //! `config.json` of Hugging Face checkpoints.
 
 use crate::{ModelError, Rope};
-use dibit_cache::CacheShape;
+use dibit_cache::{CacheLayout, CacheShape, Scheme, SchemeError};
 use dibit_device::DType;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -210,6 +210,14 @@ impl ModelConfig {
             num_key_value_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
         }
+    }
+
+    /// A scheme's cache for this model, with all that it needs to hold tokens.
+    ///
+    /// # Errors
+    /// [`SchemeError`] where the scheme does not suit the model, or lacks its calibration.
+    pub fn cache_layout(&self, scheme: &Scheme) -> Result<CacheLayout, SchemeError> {
+        CacheLayout::new(scheme, self.cache_shape())?.with_tables(self.rope.inv_freq(self.head_dim))
     }
 
     /// Numbers in all weights.

@@ -136,6 +136,7 @@ impl<D: Device> Model<D> {
             device.rope_table(&self.inv_freq, &ws.positions, &mut ws.rope);
             device.embed(&self.embed, ids, &mut ws.hidden);
             for (index, layer) in self.layers.iter().enumerate() {
+                device.observe(store, index, batch, &ws.hidden, self.config.hidden_size);
                 for first in (0..ids.len()).step_by(ws.tile_rows) {
                     let tile = first..ids.len().min(first + ws.tile_rows);
                     self.attention_block(device, ws, store, batch, index, layer, tile.clone())?;

@@ -1,7 +1,6 @@
 //! The weights of a model on the host, checked against its configuration.
 
 use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, rotation};
-use dibit_cache::ValueTransform;
 use dibit_device::{DType, Device, Tensor};
 use dibit_quant::Hadamard;
 
@@ -64,8 +63,8 @@ pub struct Weights {
     pub norm: Tensor,
     /// `[vocab_size, hidden_size]`; the embedding itself where the two are tied.
     pub lm_head: Tensor,
-    /// Transform of the values that is fused into the value and output projections.
-    pub value_transform: ValueTransform,
+    /// For each layer, whether a Hadamard rotation of the values is fused into the value and output projections.
+    pub rotated_values: Vec<bool>,
 }
 
 struct Loader<'a> {
@@ -102,32 +101,31 @@ impl Weights {
         Ok(Weights {
             layers: (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
             norm: loader.norm("model.norm.weight", hidden)?,
-            value_transform: ValueTransform::None,
+            rotated_values: vec![false; config.num_hidden_layers],
             embed,
             lm_head,
         })
     }
 
-    /// Fuses a transform of the values into the value and output projections, layer by layer, and checks each by a
-    /// self-test on the device. The plain projections are given up. After an error the weights must not be used.
+    /// Fuses a Hadamard rotation of the values of these layers into their value and output projections, and checks each
+    /// by a self-test on the device. The plain projections are given up. After an error the weights must not be used.
     ///
     /// # Errors
-    /// [`ModelError::RotationTest`]; [`ModelError::Unsupported`] where another transform is fused already, or no
+    /// [`ModelError::RotationTest`]; [`ModelError::Unsupported`] where another layer is rotated already, or no
     /// Hadamard matrix has the order of a head.
-    pub fn transform_values<D: Device>(
-        &mut self,
-        device: &D,
-        head_dim: usize,
-        transform: ValueTransform,
-    ) -> Result<(), ModelError> {
-        if transform == self.value_transform {
-            return Ok(());
-        }
-        if transform == ValueTransform::None {
+    ///
+    /// # Panics
+    /// If there is not one choice for each layer.
+    pub fn rotate_values<D: Device>(&mut self, device: &D, head_dim: usize, layers: &[bool]) -> Result<(), ModelError> {
+        assert_eq!(layers.len(), self.layers.len(), "one choice for each layer");
+        if self.rotated_values.iter().zip(layers).any(|(is, wanted)| *is && !wanted) {
             return Err(ModelError::Unsupported {
                 what: "taking a fused value rotation back".into(),
                 supported: "loading the model again".into(),
             });
+        }
+        if self.rotated_values == layers {
+            return Ok(());
         }
         let hadamard = Hadamard::new(head_dim).map_err(|error| ModelError::Unsupported {
             what: format!("rotating values of head_dim {head_dim}"),
@@ -135,17 +133,19 @@ impl Weights {
         })?;
         device.scope(|| {
             for (index, layer) in self.layers.iter_mut().enumerate() {
+                if self.rotated_values[index] || !layers[index] {
+                    continue;
+                }
                 let rotated = rotation::rotate(layer, &hadamard);
                 rotation::self_test(device, index, layer, &rotated, &hadamard)?;
                 for (plain, rotated) in [(&mut layer.v, rotated.v), (&mut layer.o, rotated.o)] {
                     plain.weight.release();
                     *plain = rotated;
                 }
+                self.rotated_values[index] = true;
             }
             Ok::<(), ModelError>(())
-        })?;
-        self.value_transform = transform;
-        Ok(())
+        })
     }
 
     /// Bytes of the embedding, the output layer and all linear layers; norms are too small to count.

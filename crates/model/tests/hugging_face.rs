@@ -1,6 +1,6 @@
 //! Every token's negative log-likelihood against Hugging Face transformers in float32.
 
-use dibit_cache::{CacheLayout, CacheManager, Scheme};
+use dibit_cache::{CacheManager, Scheme};
 use dibit_device::{Batch, Cpu, DType, Device, Mode};
 use dibit_model::{ChatTemplate, Message, Model, ModelConfig, ModelFiles, Tokenizer, WeightSource, Weights, Workspace};
 use serde_json::Value;
@@ -43,14 +43,14 @@ fn load(cpu: &Cpu, directory: &Path, dtype: Option<DType>) -> Loaded {
 }
 
 fn rotated(cpu: &Cpu, config: &ModelConfig, mut weights: Weights) -> Model<Cpu> {
-    weights.transform_values(cpu, config.head_dim, dibit_cache::ValueTransform::Hadamard).unwrap();
+    weights.rotate_values(cpu, config.head_dim, &vec![true; config.num_hidden_layers]).unwrap();
     Model::new(cpu, config, &weights).unwrap()
 }
 
 /// Logits of all `ids`, fed in passes of these lengths.
 fn logits(cpu: &Cpu, model: &Model<Cpu>, scheme: &str, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
     let config = model.config();
-    let layout = CacheLayout::new(&Scheme::load(scheme).unwrap(), config.cache_shape()).unwrap();
+    let layout = config.cache_layout(&Scheme::load(scheme).unwrap()).unwrap();
     let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
     let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
     let mut workspace = Workspace::new(cpu, config, ids.len(), ids.len()).unwrap();

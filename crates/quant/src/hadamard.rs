@@ -39,7 +39,7 @@ impl Hadamard {
     /// # Panics
     /// If `row` is not [`Hadamard::order`] long.
     pub fn apply(&self, row: &mut [f32]) {
-        self.rotate(row, |signs, i, j, k| signs[i * k + j]);
+        self.apply_columns(row, 1);
     }
 
     /// Rotates `row` back in place: `row <- row H^T`, the inverse of [`Hadamard::apply`].
@@ -47,39 +47,56 @@ impl Hadamard {
     /// # Panics
     /// If `row` is not [`Hadamard::order`] long.
     pub fn apply_inverse(&self, row: &mut [f32]) {
-        self.rotate(row, |signs, i, j, k| signs[j * k + i]);
+        self.apply_inverse_columns(row, 1);
     }
 
-    fn rotate(&self, row: &mut [f32], sign: impl Fn(&[f32], usize, usize, usize) -> f32) {
-        assert_eq!(row.len(), self.order, "row of a rotation of order {}", self.order);
-        let inner = self.order / self.outer;
-        for block in row.chunks_exact_mut(inner) {
-            sylvester(block);
+    /// Rotates every column of a row-major matrix of `columns` columns, `X <- H^T X`: what [`Hadamard::apply`] does to
+    /// each column.
+    ///
+    /// # Panics
+    /// If the matrix does not have [`Hadamard::order`] rows.
+    pub fn apply_columns(&self, matrix: &mut [f32], columns: usize) {
+        self.rotate(matrix, columns, |signs, i, j, k| signs[i * k + j]);
+    }
+
+    /// The inverse of [`Hadamard::apply_columns`], `X <- H X`.
+    ///
+    /// # Panics
+    /// If the matrix does not have [`Hadamard::order`] rows.
+    pub fn apply_inverse_columns(&self, matrix: &mut [f32], columns: usize) {
+        self.rotate(matrix, columns, |signs, i, j, k| signs[j * k + i]);
+    }
+
+    fn rotate(&self, matrix: &mut [f32], columns: usize, sign: impl Fn(&[f32], usize, usize, usize) -> f32) {
+        assert_eq!(matrix.len(), self.order * columns, "rows of a rotation of order {}", self.order);
+        let inner = self.order / self.outer * columns;
+        for block in matrix.chunks_exact_mut(inner) {
+            sylvester(block, columns);
         }
         if self.outer > 1 {
             let mut column = [0f32; 20];
             for lane in 0..inner {
                 for (i, value) in column[..self.outer].iter_mut().enumerate() {
-                    *value = row[i * inner + lane];
+                    *value = matrix[i * inner + lane];
                 }
                 for j in 0..self.outer {
-                    row[j * inner + lane] =
+                    matrix[j * inner + lane] =
                         (0..self.outer).map(|i| column[i] * sign(&self.outer_signs, i, j, self.outer)).sum();
                 }
             }
         }
         let norm = 1.0 / (self.order as f32).sqrt();
-        for value in row {
+        for value in matrix {
             *value *= norm;
         }
     }
 }
 
-/// Unnormalised fast Walsh-Hadamard transform of a power-of-two length.
-fn sylvester(row: &mut [f32]) {
-    let mut half = 1;
-    while half < row.len() {
-        for pair in row.chunks_exact_mut(2 * half) {
+/// Unnormalised fast Walsh-Hadamard transform of every column of a power-of-two number of rows.
+fn sylvester(matrix: &mut [f32], columns: usize) {
+    let mut half = columns;
+    while half < matrix.len() {
+        for pair in matrix.chunks_exact_mut(2 * half) {
             let (low, high) = pair.split_at_mut(half);
             for (a, b) in low.iter_mut().zip(high) {
                 (*a, *b) = (*a + *b, *a - *b);
@@ -157,6 +174,23 @@ mod tests {
     fn other_orders_are_refused() {
         for order in [0, 3, 7, 28, 72, 112] {
             assert_eq!(Hadamard::new(order), Err(QuantError::HadamardOrder(order)));
+        }
+    }
+
+    #[test]
+    fn columns_are_rotated_as_rows_are() {
+        for order in [8, 24, 80] {
+            let hadamard = Hadamard::new(order).unwrap();
+            let original: Vec<f32> = (0..order * 3).map(|i| (i as f32 * 0.7).sin()).collect();
+            let mut matrix = original.clone();
+            hadamard.apply_columns(&mut matrix, 3);
+            for column in 0..3 {
+                let mut row: Vec<f32> = original[column..].iter().step_by(3).copied().collect();
+                hadamard.apply(&mut row);
+                assert_eq!(matrix[column..].iter().step_by(3).copied().collect::<Vec<_>>(), row, "order {order}");
+            }
+            hadamard.apply_inverse_columns(&mut matrix, 3);
+            assert!(matrix.iter().zip(&original).all(|(a, b)| (a - b).abs() < 1e-5));
         }
     }
 

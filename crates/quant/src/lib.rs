@@ -7,9 +7,13 @@
 mod affine;
 mod error;
 mod hadamard;
+mod low_rank;
 mod pack;
+mod quantizer;
 
 pub use affine::Affine;
 pub use error::QuantError;
 pub use hadamard::Hadamard;
-pub use pack::{Bits, pack, packed_len, unpack};
+pub use low_rank::{LowRank, low_rank};
+pub use pack::{Bits, Plane, get, pack, packed_len, put, unpack};
+pub use quantizer::{Parameters, Quantizer};

@@ -2,7 +2,8 @@
 //!
 //! A row of `n` lanes takes `stride = ceil(n / per_byte)` bytes. Lane `i` lies in byte `i % stride`,
 //! in the bit field number `i / stride` counted from the low end. Unpacking one bit field of
-//! consecutive bytes therefore yields consecutive lanes, with one shift and one mask.
+//! consecutive bytes therefore yields consecutive lanes, with one shift and one mask. Codes of three bits
+//! are a packed row of their two low bits, followed by a packed row of their high bit.
 
 use crate::QuantError;
 
@@ -11,17 +12,43 @@ use crate::QuantError;
 pub enum Bits {
     /// 2 bits, codes 0 to 3.
     Two,
+    /// 3 bits, codes 0 to 7.
+    Three,
     /// 4 bits, codes 0 to 15.
     Four,
     /// 8 bits, codes 0 to 255.
     Eight,
 }
 
+/// Some bits of every code of a row, packed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plane {
+    /// Bits of a code in this plane.
+    pub width: usize,
+    /// Lowest of these bits in the code.
+    pub shift: usize,
+}
+
+impl Plane {
+    /// Bytes of a row of `lanes` codes in this plane.
+    pub const fn stride(self, lanes: usize) -> usize {
+        lanes.div_ceil(8 / self.width)
+    }
+
+    const fn mask(self) -> u8 {
+        u8::MAX >> (8 - self.width)
+    }
+}
+
 impl Bits {
+    /// Every width.
+    pub const ALL: [Bits; 4] = [Bits::Two, Bits::Three, Bits::Four, Bits::Eight];
+
     /// Number of bits of one code.
     pub const fn count(self) -> usize {
         match self {
             Bits::Two => 2,
+            Bits::Three => 3,
             Bits::Four => 4,
             Bits::Eight => 8,
         }
@@ -29,16 +56,17 @@ impl Bits {
 
     /// Largest code, `2^bits - 1`.
     pub const fn max_code(self) -> u8 {
-        match self {
-            Bits::Two => 3,
-            Bits::Four => 15,
-            Bits::Eight => 255,
-        }
+        u8::MAX >> (8 - self.count())
     }
 
-    /// Codes in a byte.
-    pub const fn per_byte(self) -> usize {
-        8 / self.count()
+    /// The planes of a packed row, in their order.
+    pub const fn planes(self) -> &'static [Plane] {
+        match self {
+            Bits::Two => &[Plane { width: 2, shift: 0 }],
+            Bits::Three => &[Plane { width: 2, shift: 0 }, Plane { width: 1, shift: 2 }],
+            Bits::Four => &[Plane { width: 4, shift: 0 }],
+            Bits::Eight => &[Plane { width: 8, shift: 0 }],
+        }
     }
 }
 
@@ -46,18 +74,23 @@ impl TryFrom<u32> for Bits {
     type Error = QuantError;
 
     fn try_from(count: u32) -> Result<Self, QuantError> {
-        match count {
-            2 => Ok(Bits::Two),
-            4 => Ok(Bits::Four),
-            8 => Ok(Bits::Eight),
-            other => Err(QuantError::Bits(other)),
-        }
+        Bits::ALL.into_iter().find(|bits| bits.count() == count as usize).ok_or(QuantError::Bits(count))
     }
 }
 
 /// Bytes taken by a packed row of `lanes` codes.
-pub const fn packed_len(bits: Bits, lanes: usize) -> usize {
-    lanes.div_ceil(bits.per_byte())
+pub fn packed_len(bits: Bits, lanes: usize) -> usize {
+    bits.planes().iter().map(|plane| plane.stride(lanes)).sum()
+}
+
+/// The planes of a packed row, each with its bytes.
+fn planes(bits: Bits, lanes: usize) -> impl Iterator<Item = (Plane, std::ops::Range<usize>)> {
+    let mut start = 0;
+    bits.planes().iter().map(move |plane| {
+        let bytes = start..start + plane.stride(lanes);
+        start = bytes.end;
+        (*plane, bytes)
+    })
 }
 
 /// Packs `codes` into `out`, overwriting it. Codes above the maximum are masked to their low bits.
@@ -65,18 +98,43 @@ pub const fn packed_len(bits: Bits, lanes: usize) -> usize {
 /// # Panics
 /// If `out` is not exactly [`packed_len`] bytes long.
 pub fn pack(bits: Bits, codes: &[u8], out: &mut [u8]) {
-    let stride = packed_len(bits, codes.len());
-    assert_eq!(out.len(), stride, "packed row of {} codes", codes.len());
+    assert_eq!(out.len(), packed_len(bits, codes.len()), "packed row of {} codes", codes.len());
     out.fill(0);
-    if stride == 0 {
-        return;
-    }
-    for (field, lanes) in codes.chunks(stride).enumerate() {
-        let shift = field * bits.count();
-        for (byte, &code) in out.iter_mut().zip(lanes) {
-            *byte |= (code & bits.max_code()) << shift;
+    for (plane, bytes) in planes(bits, codes.len()).filter(|(_, bytes)| !bytes.is_empty()) {
+        let out = &mut out[bytes];
+        for (field, lanes) in codes.chunks(out.len()).enumerate() {
+            for (byte, &code) in out.iter_mut().zip(lanes) {
+                *byte |= ((code >> plane.shift) & plane.mask()) << (field * plane.width);
+            }
         }
     }
+}
+
+/// Writes the code of one lane into a packed row of `lanes` codes, and leaves the others as they are.
+///
+/// # Panics
+/// If `row` is not exactly [`packed_len`] bytes long, or has no such lane.
+pub fn put(bits: Bits, lanes: usize, lane: usize, code: u8, row: &mut [u8]) {
+    assert_eq!(row.len(), packed_len(bits, lanes), "packed row of {lanes} codes");
+    assert!(lane < lanes, "lane {lane} of {lanes}");
+    for (plane, bytes) in planes(bits, lanes) {
+        let shift = lane / bytes.len() * plane.width;
+        let byte = &mut row[bytes.start + lane % bytes.len()];
+        *byte = *byte & !(plane.mask() << shift) | ((code >> plane.shift) & plane.mask()) << shift;
+    }
+}
+
+/// The code of one lane of a packed row of `lanes` codes.
+///
+/// # Panics
+/// If `row` is not exactly [`packed_len`] bytes long, or has no such lane.
+pub fn get(bits: Bits, lanes: usize, lane: usize, row: &[u8]) -> u8 {
+    assert_eq!(row.len(), packed_len(bits, lanes), "packed row of {lanes} codes");
+    assert!(lane < lanes, "lane {lane} of {lanes}");
+    planes(bits, lanes).fold(0, |code, (plane, bytes)| {
+        let field = row[bytes.start + lane % bytes.len()] >> (lane / bytes.len() * plane.width);
+        code | (field & plane.mask()) << plane.shift
+    })
 }
 
 /// Unpacks `packed` into `codes`; the inverse of [`pack`].
@@ -84,15 +142,14 @@ pub fn pack(bits: Bits, codes: &[u8], out: &mut [u8]) {
 /// # Panics
 /// If `packed` is not exactly [`packed_len`] bytes long.
 pub fn unpack(bits: Bits, packed: &[u8], codes: &mut [u8]) {
-    let stride = packed_len(bits, codes.len());
-    assert_eq!(packed.len(), stride, "packed row of {} codes", codes.len());
-    if stride == 0 {
-        return;
-    }
-    for (field, lanes) in codes.chunks_mut(stride).enumerate() {
-        let shift = field * bits.count();
-        for (code, &byte) in lanes.iter_mut().zip(packed) {
-            *code = (byte >> shift) & bits.max_code();
+    assert_eq!(packed.len(), packed_len(bits, codes.len()), "packed row of {} codes", codes.len());
+    codes.fill(0);
+    for (plane, bytes) in planes(bits, codes.len()).filter(|(_, bytes)| !bytes.is_empty()) {
+        let packed = &packed[bytes];
+        for (field, lanes) in codes.chunks_mut(packed.len()).enumerate() {
+            for (code, &byte) in lanes.iter_mut().zip(packed) {
+                *code |= ((byte >> (field * plane.width)) & plane.mask()) << plane.shift;
+            }
         }
     }
 }
@@ -101,8 +158,6 @@ pub fn unpack(bits: Bits, packed: &[u8], codes: &mut [u8]) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    const ALL: [Bits; 3] = [Bits::Two, Bits::Four, Bits::Eight];
 
     #[test]
     fn planes_are_contiguous() {
@@ -115,7 +170,7 @@ mod tests {
 
     #[test]
     fn widths_come_from_numbers() {
-        for bits in ALL {
+        for bits in Bits::ALL {
             assert_eq!(Bits::try_from(bits.count() as u32), Ok(bits));
             assert_eq!(1usize << bits.count(), bits.max_code() as usize + 1);
         }
@@ -124,8 +179,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn unpack_inverts_pack(raw in prop::collection::vec(any::<u8>(), 0..300), which in 0usize..3) {
-            let bits = ALL[which];
+        fn unpack_inverts_pack(raw in prop::collection::vec(any::<u8>(), 0..300), which in 0usize..4) {
+            let bits = Bits::ALL[which];
             let codes: Vec<u8> = raw.iter().map(|c| c & bits.max_code()).collect();
             let mut packed = vec![0xa5; packed_len(bits, codes.len())];
             pack(bits, &codes, &mut packed);
@@ -133,5 +188,30 @@ mod tests {
             unpack(bits, &packed, &mut back);
             prop_assert_eq!(back, codes);
         }
+
+        #[test]
+        fn putting_lane_by_lane_is_packing(raw in prop::collection::vec(any::<u8>(), 1..200), which in 0usize..4) {
+            let bits = Bits::ALL[which];
+            let mut packed = vec![0; packed_len(bits, raw.len())];
+            pack(bits, &raw, &mut packed);
+            let mut put_in = vec![0x5a; packed.len()];
+            pack(bits, &vec![0; raw.len()], &mut put_in);
+            for (lane, &code) in raw.iter().enumerate().rev() {
+                put(bits, raw.len(), lane, code ^ bits.max_code(), &mut put_in);
+                put(bits, raw.len(), lane, code, &mut put_in);
+            }
+            for (lane, &code) in raw.iter().enumerate() {
+                prop_assert_eq!(get(bits, raw.len(), lane, &packed), code & bits.max_code());
+            }
+            prop_assert_eq!(put_in, packed);
+        }
+    }
+
+    #[test]
+    fn three_bits_are_a_plane_of_two_and_a_plane_of_one() {
+        let mut packed = [0u8; 3];
+        pack(Bits::Three, &[5, 2, 7, 0, 1, 4, 6, 3], &mut packed);
+        // Low bits 1,2,3,0,1,0,2,3 over two bytes; high bits 1,0,1,0,0,1,1,0 over one.
+        assert_eq!(packed, [0b10_01_11_01, 0b11_00_00_10, 0b0110_0101]);
     }
 }

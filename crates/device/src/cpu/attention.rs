@@ -2,9 +2,9 @@
 //!
 //! The visible tokens of a query are cut into blocks of up to 128: packed pages, what the window holds of a page's
 //! tokens, and the pass in flight. Each block yields logits and weighted values; an online softmax joins them. A
-//! packed block is never expanded: with `x^ = s c + z`, `q . k^ = (q s) . c + q . z` for keys and
-//! `p v^ = (p s) c + p z` for values, so scales and minimums are folded into the query and the weights once for
-//! each page and group, and the inner loop ([`mix_rows`]) sees codes only.
+//! packed block is read as it lies ([`super::page`]); only keys that are stored before RoPE are expanded, a page at a
+//! time, in a buffer that stays in cache. Protected tokens lie in slots of their own: their logits and values replace
+//! those of their place in a page.
 //!
 //! Long histories of single rows are cut into splits of a fixed number of tokens, which depend on nothing but the
 //! sequence's length, so that neither threads nor batches change a result.
@@ -12,12 +12,13 @@
 use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::exp::exp_shifted;
-use super::mix::{self, Codes, Plain, mix_rows};
+use super::mix::{self, Plain, mix_rows};
+use super::page::{Folding, Page, Sums, Weights};
 use super::simd::Isa;
 use super::store::CpuStore;
 use crate::Span;
 use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
-use dibit_quant::Bits;
+use dibit_quant::Hadamard;
 use half::f16;
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -44,10 +45,11 @@ impl Heads {
     }
 }
 
-/// Some query rows of one KV head against one split of their history.
+/// Some query rows of the KV heads of one frame against one split of their history.
 struct Item {
     span: usize,
-    kv_head: usize,
+    /// First KV head of the frame.
+    first_head: usize,
     /// Rows of the batch.
     rows: Range<usize>,
     /// Cached tokens that are looked at.
@@ -67,14 +69,19 @@ pub(super) struct Buffers {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Scratch {
-    /// `[query][head_dim]`, scaled by `1 / sqrt(head_dim)`.
+    /// `[kv head of the frame][query][head_dim]`, scaled by `1 / sqrt(head_dim)`.
     queries: Vec<f32>,
     /// `[query][128]`, logits and then weights.
     logits: Vec<f32>,
-    /// `[query][max(head_dim, 128)]`, queries or weights with scales folded in.
-    folded: Vec<f32>,
-    /// `[query][max(head_dim, 128)]`, weighted codes of one group.
-    mixed: Vec<f32>,
+    folding: Folding,
+    /// Keys of a page of a frame, `[channel][128]`, turned by the angles within the page.
+    expanded: Vec<f32>,
+    /// Queries turned back by the angle of the page.
+    turned: Vec<f32>,
+    codes: Vec<u8>,
+    row: Vec<f32>,
+    /// Protected tokens of the block: token within the block, and slot.
+    sinks: Vec<(usize, usize)>,
 }
 
 thread_local! {
@@ -91,14 +98,24 @@ pub(super) struct Call<'a> {
     pub heads: Heads,
     /// Tokens of a split.
     pub split_tokens: usize,
+    /// Whether the pass in flight is seen exactly. Where it is not, its tokens are stored already.
+    pub incoming: bool,
+}
+
+impl Call<'_> {
+    /// KV heads that are read together.
+    fn frame(&self) -> usize {
+        self.store.layout().layers[self.layer].frame
+    }
 }
 
 /// Attends rows `rows` of the batch; `q` and `out` begin at the first of them.
 pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &[f32], out: &mut [f32]) {
     let heads = call.heads;
-    let item_rows = (TASK_QUERIES / heads.per_key_value()).max(1).min(rows.len());
+    let (frame, shared) = (call.frame(), heads.per_key_value());
+    let item_rows = (TASK_QUERIES / (frame * shared)).max(1).min(rows.len());
     let stride = heads.dim + 2;
-    let item_len = item_rows * heads.per_key_value() * stride;
+    let item_len = item_rows * frame * shared * stride;
     let Buffers { items, partials } = buffers;
     plan(items, call, rows.clone(), item_rows);
     if partials.len() < items.len() * item_len {
@@ -106,22 +123,25 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
     }
     items.par_iter().zip(partials.par_chunks_mut(item_len)).for_each(|(item, partials)| {
         SCRATCH.with_borrow_mut(|scratch| {
-            load_queries(scratch, q, item, rows.start, heads);
+            load_queries(scratch, call, q, item, rows.start);
             run(call, item, scratch, partials);
         });
     });
     let width = heads.num * heads.dim;
     out[..rows.len() * width].par_chunks_mut(width).zip(rows).for_each(|(out, row)| {
-        for kv_head in 0..heads.num_key_value {
-            let own = |item: &&Item| item.kv_head == kv_head && item.rows.contains(&row);
+        for (kv_head, outs) in out.chunks_exact_mut(shared * heads.dim).enumerate() {
+            let own = |item: &&Item| item.first_head == kv_head / frame * frame && item.rows.contains(&row);
             let first = items.iter().position(|item| own(&item)).expect("every row is planned");
             let splits = items[first..].iter().take_while(own).count();
-            let row_offset = (row - items[first].rows.start) * heads.per_key_value() * stride;
+            let rows = &items[first].rows;
+            let query = (kv_head % frame * rows.len() + row - rows.start) * shared;
             let parts = partials[first * item_len..].chunks(item_len).take(splits);
-            let head_outs = out[kv_head * heads.per_key_value() * heads.dim..].chunks_exact_mut(heads.dim);
-            for (head, out) in head_outs.take(heads.per_key_value()).enumerate() {
-                let at = row_offset + head * stride;
+            for (head, out) in outs.chunks_exact_mut(heads.dim).enumerate() {
+                let at = (query + head) * stride;
                 join(parts.clone().map(|part| &part[at..at + stride]), out);
+                if let Some(rotation) = &call.store.frames(call.layer).values {
+                    SCRATCH.with_borrow_mut(|scratch| rotation.apply_inverse(kv_head, out, &mut scratch.row));
+                }
             }
         }
     });
@@ -133,15 +153,16 @@ fn plan(items: &mut Vec<Item>, call: Call, rows: Range<usize>, item_rows: usize)
     for (index, span) in call.spans.iter().enumerate() {
         let own = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
         let split = if span.rows.len() == 1 { call.split_tokens } else { usize::MAX };
-        for kv_head in 0..call.heads.num_key_value {
+        for first_head in (0..call.heads.num_key_value).step_by(call.frame()) {
             for first in own.clone().step_by(item_rows) {
                 let rows = first..own.end.min(first + item_rows);
                 let mut start = 0;
                 loop {
                     let end = span.cached.min(start + split.min(span.cached));
-                    let incoming = end == span.cached;
-                    items.push(Item { span: index, kv_head, rows: rows.clone(), tokens: start..end, incoming });
-                    if incoming {
+                    let last = end == span.cached;
+                    let incoming = last && call.incoming;
+                    items.push(Item { span: index, first_head, rows: rows.clone(), tokens: start..end, incoming });
+                    if last {
                         break;
                     }
                     start = end;
@@ -169,137 +190,184 @@ fn join<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, out: &mut [f32]) {
     }
 }
 
-fn load_queries(scratch: &mut Scratch, q: &[f32], item: &Item, first_row: usize, heads: Heads) {
-    let group = heads.per_key_value();
-    let queries = item.rows.len() * group;
-    let wide = heads.dim.max(PAGE_TOKENS);
-    let fit = |buffer: &mut Vec<f32>, len: usize| {
-        if buffer.len() < len {
-            buffer.resize(len, 0.0);
-        }
-    };
-    fit(&mut scratch.queries, queries * heads.dim);
-    fit(&mut scratch.logits, queries * PAGE_TOKENS);
-    fit(&mut scratch.folded, queries * wide);
-    fit(&mut scratch.mixed, queries * wide);
-    let scale = 1.0 / (heads.dim as f32).sqrt();
-    for (i, row) in item.rows.clone().enumerate() {
-        let at = (row - first_row) * heads.num * heads.dim + item.kv_head * group * heads.dim;
-        let target = &mut scratch.queries[i * group * heads.dim..][..group * heads.dim];
-        for (target, source) in target.iter_mut().zip(&q[at..]) {
-            *target = source * scale;
+fn load_queries(scratch: &mut Scratch, call: Call, q: &[f32], item: &Item, first_row: usize) {
+    let heads = call.heads;
+    let (d, shared) = (heads.dim, heads.per_key_value());
+    let scale = 1.0 / (d as f32).sqrt();
+    let rotation = &call.store.frames(call.layer).keys;
+    scratch.queries.clear();
+    for kv_head in item.first_head..item.first_head + call.frame() {
+        for row in item.rows.clone() {
+            let at = ((row - first_row) * heads.num + kv_head * shared) * d;
+            for query in q[at..at + shared * d].chunks_exact(d) {
+                let start = scratch.queries.len();
+                scratch.queries.extend(query.iter().map(|x| x * scale));
+                if let Some(rotation) = rotation {
+                    rotation.apply(kv_head, &mut scratch.queries[start..], &mut scratch.row);
+                }
+            }
         }
     }
+    let queries = item.rows.len() * shared;
+    scratch.logits.resize(queries * PAGE_TOKENS, 0.0);
 }
 
 fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
     let span = &call.spans[item.span];
-    let group = call.heads.per_key_value();
+    let (frame, shared) = (call.frame(), call.heads.per_key_value());
     let stride = call.heads.dim + 2;
-    let partials = &mut partials[..item.rows.len() * group * stride];
+    let queries = item.rows.len() * shared;
+    let partials = &mut partials[..frame * queries * stride];
     for state in partials.chunks_exact_mut(stride) {
         state.fill(0.0);
         state[0] = f32::NEG_INFINITY;
     }
     let window = call.store.layout().window;
     let (packed_keys, packed_values) = (window.packed_keys(span.cached), window.packed_values(span.cached));
-    let mut block = Block { call, kv_head: item.kv_head, queries: item.rows.len() * group, scratch, partials };
     let mut start = item.tokens.start;
     while start < item.tokens.end {
         let end = item.tokens.end.min(start / PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS);
         let tokens = start..end;
-        if end <= packed_keys {
-            block.page_logits(span, tokens.clone());
-        } else {
-            debug_assert!(start >= packed_keys, "the border of packed keys lies on the grid of pages");
-            let runs = call.store.ring_keys(span, call.layer, item.kv_head, tokens.clone());
-            block.plain_logits(runs);
-        }
-        block.softmax(tokens.len());
+        let in_page = end <= packed_keys;
+        debug_assert!(in_page || start >= packed_keys, "the border of packed keys lies on the grid of pages");
         let border = packed_values.clamp(start, end);
-        if border > start {
-            block.page_values(span, start..border);
+        if in_page {
+            expand(call, span, item.first_head, start, scratch);
         }
-        if end > border {
-            let runs = call.store.ring_values(span, call.layer, item.kv_head, border..end);
-            block.plain_values(runs, border - start);
+        for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
+            let kv_head = item.first_head + index;
+            let mut block = Block { call, span, kv_head, index, queries, scratch, partials };
+            block.find_sinks(start..end.min(packed_keys.max(border)));
+            if in_page {
+                block.page_logits(tokens.clone());
+            } else {
+                block.plain_logits(call.store.ring_keys(span, call.layer, kv_head, tokens.clone()));
+            }
+            block.softmax(tokens.len());
+            if border > start {
+                block.page_values(start..border);
+            }
+            if end > border {
+                let runs = call.store.ring_values(span, call.layer, kv_head, border..end);
+                block.plain_values(runs, border - start);
+            }
         }
         start = end;
     }
     if item.incoming {
         for first in (span.rows.start..item.rows.end).step_by(PAGE_TOKENS) {
             let rows = first..item.rows.end.min(first + PAGE_TOKENS);
-            block.plain_logits([call.store.incoming_keys(item.kv_head, rows.clone()), &[]]);
-            block.mask(item.rows.clone(), rows.clone(), group);
-            block.softmax(rows.len());
-            block.plain_values([call.store.incoming_values(item.kv_head, rows), &[]], 0);
+            for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
+                let kv_head = item.first_head + index;
+                let mut block = Block { call, span, kv_head, index, queries, scratch, partials };
+                block.plain_logits([call.store.incoming_keys(kv_head, rows.clone()), &[]]);
+                block.mask(item.rows.clone(), rows.clone(), shared);
+                block.softmax(rows.len());
+                block.plain_values([call.store.incoming_values(kv_head, rows.clone()), &[]], 0);
+            }
         }
     }
 }
 
-/// One block of up to 128 keys, seen by the queries of an item.
+/// Expands the keys of a page that are stored before RoPE, for all heads of a frame.
+fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mut Scratch) {
+    let Some(pre_rope) = &call.store.frames(call.layer).pre_rope else { return };
+    let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].page.keys else { return };
+    let d = call.heads.dim;
+    let Scratch { expanded, codes, .. } = scratch;
+    codes.resize(PAGE_TOKENS, 0);
+    pre_rope.load(first_head, expanded, |stored, out| {
+        let bytes = call.store.page(span, call.layer, first_head + stored / d, token);
+        Page { bytes, chunk: bytes, side }.dequantise(stored % d, codes, out);
+    });
+    pre_rope.turn_back(token / PAGE_TOKENS * PAGE_TOKENS, &scratch.queries, &mut scratch.turned);
+}
+
+/// One block of up to 128 keys, seen by the queries of one KV head of an item.
 struct Block<'a> {
     call: Call<'a>,
+    span: &'a Span,
     kv_head: usize,
+    /// Number of the KV head in its frame.
+    index: usize,
     queries: usize,
     scratch: &'a mut Scratch,
     partials: &'a mut [f32],
 }
 
 impl Block<'_> {
-    /// Logits of tokens that lie in one page.
-    fn page_logits(&mut self, span: &Span, tokens: Range<usize>) {
-        let page = self.call.store.page(span.blocks[tokens.start / PAGE_TOKENS], self.call.layer, self.kv_head);
-        match self.call.store.layout().page.keys {
-            SideLayout::Half { rows } => {
-                let rows = half_rows(page, rows, tokens, self.call.heads.dim);
-                self.plain_logits([rows, &[]]);
-            }
-            SideLayout::Packed(side) => match side.bits {
-                Bits::Two => self.packed_logits::<2>(page, &side),
-                Bits::Four => self.packed_logits::<4>(page, &side),
-                Bits::Eight => self.packed_logits::<8>(page, &side),
-            },
-        }
+    /// Notes the protected tokens among packed tokens `tokens` of one page.
+    fn find_sinks(&mut self, tokens: Range<usize>) {
+        let all = self.call.store.sinks(self.span, self.call.layer).iter().enumerate();
+        self.scratch.sinks.clear();
+        self.scratch.sinks.extend(
+            all.map(|(slot, token)| (*token as usize, slot))
+                .filter(|(token, _)| tokens.contains(token))
+                .map(|(token, slot)| (token - tokens.start, slot)),
+        );
     }
 
-    /// Logits of a page of keys per channel: `q . k^ = (q s) . c + q . z` in each group of tokens.
-    fn packed_logits<const BITS: usize>(&mut self, page: &[u8], side: &PackedSide) {
-        let d = self.call.heads.dim;
-        for span in side.group_spans() {
-            let (scales, mins) = parameters(page, side, span.index, 0..side.rows);
-            let lanes = span.lanes.len();
-            let queries = self.scratch.queries.chunks_exact(d).take(self.queries);
-            let folded = self.scratch.folded.chunks_exact_mut(d);
-            let mixed = self.scratch.mixed.chunks_exact_mut(lanes);
-            for ((query, folded), mixed) in queries.zip(folded).zip(mixed) {
-                mixed.fill(fold(query, scales, mins, folded));
+    /// The queries of this KV head.
+    fn own(&self) -> Range<usize> {
+        let width = self.queries * self.call.heads.dim;
+        self.index * width..(self.index + 1) * width
+    }
+
+    /// Logits of tokens that lie in one page.
+    fn page_logits(&mut self, tokens: Range<usize>) {
+        let Call { isa, store, layer, heads, .. } = self.call;
+        let d = heads.dim;
+        let own = self.own();
+        match store.layout().layers[layer].page.keys {
+            SideLayout::Half { rows } => {
+                let page = store.page(self.span, layer, self.kv_head, tokens.start);
+                self.plain_logits([half_rows(page, rows, tokens, d), &[]]);
             }
-            let shape = mix::Shape {
-                m: self.queries,
-                weight_stride: d,
-                rows: side.rows,
-                row_stride: side.row_bytes,
-                units: span.bytes.len(),
-                y_stride: lanes,
-            };
-            let codes = &page[side.codes + span.bytes.start..][..(side.rows - 1) * side.row_bytes + span.bytes.len()];
-            mix_rows::<Codes<BITS>>(self.call.isa, &self.scratch.folded, codes, shape, &mut self.scratch.mixed);
-            let logits = self.scratch.logits.chunks_exact_mut(PAGE_TOKENS).take(self.queries);
-            for (logits, mixed) in logits.zip(self.scratch.mixed.chunks_exact(lanes)) {
-                logits[span.lanes.clone()].copy_from_slice(mixed);
+            SideLayout::Packed(side) => {
+                let Scratch { queries, logits, folding, expanded, turned, .. } = &mut *self.scratch;
+                logits.fill(0.0);
+                if store.frames(layer).pre_rope.is_some() {
+                    let keys = &expanded[self.index * d * PAGE_TOKENS..][..d * PAGE_TOKENS];
+                    let shape = mix::Shape {
+                        m: self.queries,
+                        weight_stride: d,
+                        rows: d,
+                        row_stride: PAGE_TOKENS,
+                        units: PAGE_TOKENS,
+                        y_stride: PAGE_TOKENS,
+                    };
+                    mix_rows::<Plain<f32>>(isa, &turned[own.clone()], keys, shape, logits);
+                } else {
+                    let page = self.call.page(self.span, self.kv_head, tokens.start, &side);
+                    let weights = Weights { values: &queries[own.clone()], count: self.queries, stride: d };
+                    let mut sums = Sums { values: &mut *logits, stride: PAGE_TOKENS };
+                    page.accumulate(isa, 0..d, weights, &mut sums, folding);
+                    if side.token_hadamard {
+                        rotate_tokens(logits);
+                    }
+                }
             }
+        }
+        // Protected tokens are seen as they were.
+        let Scratch { queries, logits, sinks, .. } = &mut *self.scratch;
+        for &(token, slot) in &*sinks {
+            let [key, _] = store.sink(self.span, layer, self.kv_head, slot);
+            let shape = dot::Shape { m: self.queries, n: 1, k: d };
+            dot_rows(isa, &queries[own.clone()], key, shape, &mut |i, _, sum| logits[i * PAGE_TOKENS + token] = sum);
         }
     }
 
     /// Logits of tokens outside of pages, given as up to two runs of rows.
     fn plain_logits<E: Element>(&mut self, runs: [&[E]; 2]) {
         let d = self.call.heads.dim;
+        let own = self.own();
         let Scratch { queries, logits, .. } = &mut *self.scratch;
         let mut first = 0;
         for run in runs {
             let shape = dot::Shape { m: self.queries, n: run.len() / d, k: d };
-            dot_rows(self.call.isa, queries, run, shape, &mut |i, j, sum| logits[i * PAGE_TOKENS + first + j] = sum);
+            dot_rows(self.call.isa, &queries[own.clone()], run, shape, &mut |i, j, sum| {
+                logits[i * PAGE_TOKENS + first + j] = sum
+            });
             first += shape.n;
         }
     }
@@ -337,51 +405,35 @@ impl Block<'_> {
     }
 
     /// Adds the weighted values of tokens that lie in one page; their weights are the first ones.
-    fn page_values(&mut self, span: &Span, tokens: Range<usize>) {
-        let page = self.call.store.page(span.blocks[tokens.start / PAGE_TOKENS], self.call.layer, self.kv_head);
-        match self.call.store.layout().page.values {
+    fn page_values(&mut self, tokens: Range<usize>) {
+        let Call { isa, store, layer, heads, .. } = self.call;
+        let (d, stride) = (heads.dim, heads.dim + 2);
+        let side = match store.layout().layers[layer].page.values {
             SideLayout::Half { rows } => {
-                let rows = half_rows(page, rows, tokens, self.call.heads.dim);
-                self.plain_values([rows, &[]], 0);
+                let page = store.page(self.span, layer, self.kv_head, tokens.start);
+                return self.plain_values([half_rows(page, rows, tokens, d), &[]], 0);
             }
-            SideLayout::Packed(side) => {
-                let rows = tokens.start % PAGE_TOKENS..(tokens.end - 1) % PAGE_TOKENS + 1;
-                match side.bits {
-                    Bits::Two => self.packed_values::<2>(page, &side, rows),
-                    Bits::Four => self.packed_values::<4>(page, &side, rows),
-                    Bits::Eight => self.packed_values::<8>(page, &side, rows),
+            SideLayout::Packed(side) => side,
+        };
+        let Scratch { logits, folding, sinks, .. } = &mut *self.scratch;
+        for &(token, slot) in sinks.iter().filter(|(token, _)| *token < tokens.len()) {
+            let [_, value] = store.sink(self.span, layer, self.kv_head, slot);
+            for (weights, state) in logits.chunks_exact_mut(PAGE_TOKENS).zip(self.partials.chunks_exact_mut(stride)) {
+                let weight = std::mem::take(&mut weights[token]);
+                for (sum, value) in state[2..].iter_mut().zip(value) {
+                    *sum += weight * value.widen();
                 }
             }
         }
-    }
-
-    /// Adds values per token: `p v^ = (p s) c + p z` in each group of channels.
-    fn packed_values<const BITS: usize>(&mut self, page: &[u8], side: &PackedSide, rows: Range<usize>) {
-        let stride = self.call.heads.dim + 2;
-        for span in side.group_spans() {
-            let (scales, mins) = parameters(page, side, span.index, rows.clone());
-            let weights = self.scratch.logits.chunks_exact(PAGE_TOKENS).take(self.queries);
-            let folded = self.scratch.folded.chunks_exact_mut(PAGE_TOKENS);
-            let states = self.partials.chunks_exact_mut(stride);
-            for ((weights, folded), state) in weights.zip(folded).zip(states) {
-                let offset = fold(&weights[..rows.len()], scales, mins, folded);
-                for sum in &mut state[2..][span.lanes.clone()] {
-                    *sum += offset;
-                }
-            }
-            let shape = mix::Shape {
-                m: self.queries,
-                weight_stride: PAGE_TOKENS,
-                rows: rows.len(),
-                row_stride: side.row_bytes,
-                units: span.bytes.len(),
-                y_stride: stride,
-            };
-            let start = side.codes + rows.start * side.row_bytes + span.bytes.start;
-            let codes = &page[start..start + (rows.len() - 1) * side.row_bytes + span.bytes.len()];
-            let sums = &mut self.partials[2 + span.lanes.start..];
-            mix_rows::<Codes<BITS>>(self.call.isa, &self.scratch.folded, codes, shape, sums);
+        if side.token_hadamard {
+            rotate_tokens(logits);
         }
+        let slots = tokens.start % PAGE_TOKENS..tokens.start % PAGE_TOKENS + tokens.len();
+        let weights = Weights { values: logits, count: self.queries, stride: PAGE_TOKENS };
+        let mut sums = Sums { values: &mut self.partials[2..], stride };
+        self.call
+            .page(self.span, self.kv_head, tokens.start, &side)
+            .accumulate(isa, slots, weights, &mut sums, folding);
     }
 
     /// Adds the weighted values of tokens outside of pages; their weights begin at `first`.
@@ -404,24 +456,17 @@ impl Block<'_> {
     }
 }
 
-/// `folded = weights * scales`; returns `weights . mins`.
-fn fold(weights: &[f32], scales: &[f16], mins: &[f16], folded: &mut [f32]) -> f32 {
-    let mut offset = 0.0;
-    for (((weight, scale), min), folded) in weights.iter().zip(scales).zip(mins).zip(folded) {
-        *folded = weight * scale.widen();
-        offset += weight * min.widen();
+impl<'a> Call<'a> {
+    fn page(&self, span: &Span, kv_head: usize, token: usize, side: &'a PackedSide) -> Page<'a> {
+        let bytes = self.store.page(span, self.layer, kv_head, token);
+        Page { bytes, chunk: self.store.chunk_page(span, self.layer, kv_head, token), side }
     }
-    offset
 }
 
-/// Scales and minimums of some rows of one group.
-fn parameters<'a>(page: &'a [u8], side: &PackedSide, group: usize, rows: Range<usize>) -> (&'a [f16], &'a [f16]) {
-    let of = |offset: usize| {
-        let start = offset + group * side.rows * size_of::<f16>();
-        let all: &[f16] = bytemuck::cast_slice(&page[start..start + side.rows * size_of::<f16>()]);
-        &all[rows.clone()]
-    };
-    (of(side.scales), of(side.mins))
+/// Rotates the 128 numbers of each row along the tokens of a page.
+fn rotate_tokens(rows: &mut [f32]) {
+    let hadamard = Hadamard::new(PAGE_TOKENS).expect("a power of two");
+    rows.chunks_exact_mut(PAGE_TOKENS).for_each(|row| hadamard.apply(row));
 }
 
 /// fp16 rows of tokens within a page.

@@ -3,10 +3,16 @@
 mod attention;
 mod dot;
 mod element;
+mod encode;
 mod exp;
+mod frames;
 mod linear;
 mod mix;
+mod page;
+#[cfg(test)]
+mod reference;
 mod simd;
+mod sinks;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -14,7 +20,7 @@ mod tests;
 use crate::tensor::Values;
 use crate::{Batch, Device, DeviceError, Mode, Output, Span, Tensor};
 use attention::{Buffers, Call, Heads};
-use dibit_cache::CacheLayout;
+use dibit_cache::{CacheLayout, Extras, Sees};
 use element::Element;
 use rayon::prelude::*;
 use simd::Isa;
@@ -62,7 +68,8 @@ impl Cpu {
     fn call<'a>(&self, store: &'a CpuStore, layer: usize, spans: &'a [Span], num_heads: usize) -> Call<'a> {
         let shape = store.layout().shape;
         let heads = Heads { num: num_heads, num_key_value: shape.num_key_value_heads, dim: shape.head_dim };
-        Call { isa: self.isa, store, layer, spans, heads, split_tokens: self.split_tokens }
+        let incoming = store.layout().sees == Sees::Exact;
+        Call { isa: self.isa, store, layer, spans, heads, split_tokens: self.split_tokens, incoming }
     }
 }
 
@@ -230,6 +237,14 @@ impl Device for Cpu {
         });
     }
 
+    fn observe(&self, cache: &mut CpuCache, layer: usize, batch: &Batch, hidden: &Vec<f32>, width: usize) {
+        cache.store.observe(layer, batch, hidden, width);
+    }
+
+    fn extras(&self, cache: &CpuCache, sequence: u32, len: usize) -> Extras {
+        cache.store.extras(sequence, len)
+    }
+
     fn write_kv(
         &self,
         store: &mut CpuCache,
@@ -252,7 +267,8 @@ impl Device for Cpu {
         q: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        if batch.mode == Mode::Chunk {
+        let sees = cache.store.layout().sees;
+        if batch.mode == Mode::Chunk && sees == Sees::Exact {
             let call = self.call(&cache.store, layer, &batch.spans, num_heads);
             attention::attend(call, &mut cache.buffers, rows, q, out);
             return Ok(());
@@ -263,17 +279,23 @@ impl Device for Cpu {
             for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
                 one.rows = row..row + 1;
                 one.cached = span.cached + row - span.rows.start;
+                if sees == Sees::Stored {
+                    cache.store.append(layer, &one, row..row + 1, one.cached)?;
+                    one.cached += 1;
+                }
                 let at = (row - rows.start) * width;
                 let call = self.call(&cache.store, layer, std::slice::from_ref(&one), num_heads);
                 attention::attend(call, &mut cache.buffers, row..row + 1, &q[at..], &mut out[at..]);
-                cache.store.append(layer, &one, row..row + 1, one.cached)?;
+                if sees == Sees::Exact {
+                    cache.store.append(layer, &one, row..row + 1, one.cached)?;
+                }
             }
         }
         Ok(())
     }
 
     fn commit(&self, cache: &mut CpuCache, layer: usize, batch: &Batch) -> Result<(), DeviceError> {
-        if batch.mode == Mode::Streaming {
+        if batch.mode == Mode::Streaming || cache.store.layout().sees == Sees::Stored {
             return Ok(());
         }
         for span in &batch.spans {

@@ -77,8 +77,7 @@ fn weight_bytes(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) ->
 fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> Result<Row> {
     let layout = CacheLayout::new(scheme, config.cache_shape())?;
     let plan = MemoryPlan::new(config, &layout, options);
-    let blocks = layout.window.blocks(options.context);
-    let usage = layout.usage(options.context, blocks);
+    let usage = layout.planned_usage(options.context);
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
     let fixed = layout.window_bytes() + plan.pass_bytes;
     Ok(Row {

@@ -14,7 +14,7 @@ use super::simd::{Avx2, Avx512};
 use super::simd::{BASELINE_FMA, Lanes, Portable, WIDTH, dispatch, mul_add};
 use std::marker::PhantomData;
 
-/// Fields of the narrowest codes.
+/// Fields of a unit that are summed at once.
 const MAX_FIELDS: usize = 4;
 
 /// A storage unit and the lanes in it.
@@ -29,24 +29,24 @@ pub(crate) trait Rows: Copy + Send + Sync + 'static {
     fn lanes<L: Lanes>(units: &[Self::Unit; WIDTH], field: usize) -> L;
 }
 
-/// Codes of `BITS` bits, packed as by [`dibit_quant::pack`].
+/// Codes of `BITS` bits, packed as by [`dibit_quant::pack`]. Of the eight fields of one bit, those from `FIRST` on.
 #[derive(Clone, Copy)]
-pub(crate) struct Codes<const BITS: usize>;
+pub(crate) struct Codes<const BITS: usize, const FIRST: usize = 0>;
 
-impl<const BITS: usize> Codes<BITS> {
+impl<const BITS: usize, const FIRST: usize> Codes<BITS, FIRST> {
     const MASK: u8 = u8::MAX >> (8 - BITS);
 }
 
-impl<const BITS: usize> Rows for Codes<BITS> {
+impl<const BITS: usize, const FIRST: usize> Rows for Codes<BITS, FIRST> {
     type Unit = u8;
-    const FIELDS: usize = 8 / BITS;
+    const FIELDS: usize = if BITS == 1 { MAX_FIELDS } else { 8 / BITS };
     #[inline(always)]
     fn lane(unit: u8, field: usize) -> f32 {
-        f32::from((unit >> (field * BITS)) & Self::MASK)
+        f32::from((unit >> ((FIRST + field) * BITS)) & Self::MASK)
     }
     #[inline(always)]
     fn lanes<L: Lanes>(units: &[u8; WIDTH], field: usize) -> L {
-        L::load_bits(units, (field * BITS) as u32, Self::MASK)
+        L::load_bits(units, ((FIRST + field) * BITS) as u32, Self::MASK)
     }
 }
 
@@ -206,6 +206,8 @@ mod tests {
             check::<Codes<2>>(m, rows, units, byte);
             check::<Codes<4>>(m, rows, units, byte);
             check::<Codes<8>>(m, rows, units, byte);
+            check::<Codes<1>>(m, rows, units, byte);
+            check::<Codes<1, 4>>(m, rows, units, byte);
             check::<Plain<f16>>(m, rows, units, |i| f16::from_f32((i as f32 * 0.91).sin()));
             check::<Plain<f32>>(m, rows, units, |i| (i as f32 * 0.91).sin());
         }

@@ -1,0 +1,246 @@
+//! The choices that a scheme is made of.
+
+use dibit_quant::{Bits, Quantizer};
+use serde::Deserialize;
+use std::fmt;
+use std::ops::Range;
+
+/// What shares a scale and a zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Axis {
+    /// Consecutive tokens of one channel.
+    Channel,
+    /// Consecutive channels of one token.
+    Token,
+}
+
+/// Order of the rotated channels before they are cut into groups (RotateKV, section 3.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Permutation {
+    /// As they are.
+    #[default]
+    None,
+    /// Calibrated within the heads that are rotated together.
+    Local,
+    /// Calibrated over all KV heads of a layer.
+    Global,
+}
+
+/// What channels are ordered by (METHODS 6.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Statistic {
+    /// The signed mean: channels of similar mean share a zero.
+    #[default]
+    Mean,
+    /// The mean magnitude.
+    Magnitude,
+}
+
+/// Keys that are stored before their rotary embedding, which is applied when they are read (RotateKV).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PreRope {
+    /// Adjacent KV heads that one Hadamard matrix rotates together, at most; 0 for no rotation.
+    pub heads: usize,
+    /// Order of the rotated channels.
+    pub permutation: Permutation,
+    /// What a calibrated order is calibrated by.
+    pub statistic: Statistic,
+}
+
+/// Change of keys or values before they are quantised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transform {
+    /// As they are.
+    None,
+    /// `x H` for each head: fused into the projections for values (QuaRot, section 4; KVLinC, section 3.1), applied to
+    /// queries and keys after RoPE for keys.
+    Hadamard,
+    /// `x U` for each head with a calibrated orthogonal `U` (ResQ, section 4).
+    Basis,
+    /// `H X` along the 128 tokens of a page, for the study of KVLinC's section 3.1.
+    TokenHadamard,
+    /// Keys before RoPE, rotated over several heads.
+    PreRope(PreRope),
+}
+
+/// How a packed side is stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Packed {
+    /// Bits of a code.
+    pub bits: Bits,
+    /// What shares a scale and a zero.
+    pub axis: Axis,
+    /// How many share them.
+    pub group: usize,
+    /// How a group becomes codes.
+    pub quantizer: Quantizer,
+    /// What happens before.
+    pub transform: Transform,
+    /// Share of the channels, the last ones after the transform, that stay in 16 bit (ResQ).
+    pub high_precision: f32,
+    /// Rank of the factors that hold the quantisation error (GEAR); 0 for none.
+    pub low_rank: usize,
+    /// Share of the largest and of the smallest values of a vector that are kept beside the codes (GEAR).
+    pub outliers: f32,
+}
+
+/// How keys, or values, lie in a page.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Side {
+    /// fp16 numbers.
+    Half,
+    /// Packed codes with fp16 scales and zeros.
+    Packed(Packed),
+}
+
+impl Side {
+    /// What happens before numbers are stored.
+    pub fn transform(self) -> Transform {
+        match self {
+            Side::Half => Transform::None,
+            Side::Packed(packed) => packed.transform,
+        }
+    }
+
+    /// Whether a calibration is needed.
+    pub fn is_calibrated(self) -> bool {
+        match self.transform() {
+            Transform::Basis => true,
+            Transform::PreRope(pre) => pre.permutation != Permutation::None,
+            Transform::None | Transform::Hadamard | Transform::TokenHadamard => false,
+        }
+    }
+}
+
+/// Tokens that stay in 16 bit wherever they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sinks {
+    /// None.
+    None,
+    /// The first tokens of a sequence.
+    First(usize),
+    /// In each layer, the tokens of a prompt that hold the largest activations of the residual stream that enters it:
+    /// the tokens of the so many largest (RotateKV, section 3.4).
+    Massive(usize),
+    /// Tokens of a prompt with massive activations, found once and kept for all later layers (AKVQ-VL, section 3.2).
+    Pivots(Pivots),
+}
+
+/// How pivot tokens are found (METHODS 7.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pivots {
+    /// Tokens at most.
+    pub count: usize,
+    /// Whether every layer finds its own.
+    pub per_layer: bool,
+}
+
+impl Sinks {
+    /// Tokens of a sequence and layer at most.
+    pub fn capacity(self) -> usize {
+        match self {
+            Sinks::None => 0,
+            Sinks::First(count) | Sinks::Massive(count) => count,
+            // Until pivots are found, the first tokens are protected.
+            Sinks::Pivots(pivots) => pivots.count.max(Pivots::FALLBACK),
+        }
+    }
+}
+
+impl Pivots {
+    /// First tokens that are protected where no massive activation was found.
+    pub const FALLBACK: usize = 4;
+}
+
+/// What the tokens of a pass see of each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sees {
+    /// Exact keys and values; they are quantised after attention.
+    #[default]
+    Exact,
+    /// What is stored: quantised before attention, as QuaRot's and RotateKV's own code does.
+    Stored,
+}
+
+/// What gives accuracy back after quantisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Correction {
+    /// Nothing.
+    #[default]
+    None,
+    /// KVLinC's linear correction adapters (KVLinC, section 3.2).
+    Linear,
+}
+
+/// Other choices for some layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerOverride {
+    /// The layers.
+    pub layers: Range<usize>,
+    /// Their keys.
+    pub keys: Side,
+    /// Their values.
+    pub values: Side,
+    /// Their correction.
+    pub correction: Correction,
+}
+
+impl fmt::Display for Axis {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(if *self == Axis::Channel { "channel" } else { "token" })
+    }
+}
+
+impl fmt::Display for Transform {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Transform::None => f.write_str("as they are"),
+            Transform::Hadamard => f.write_str("Hadamard-rotated"),
+            Transform::Basis => f.write_str("in a calibrated basis"),
+            Transform::TokenHadamard => f.write_str("Hadamard-rotated along tokens"),
+            Transform::PreRope(PreRope { heads, permutation, statistic }) => {
+                match heads {
+                    0 => f.write_str("before RoPE")?,
+                    heads => write!(f, "before RoPE, rotated over {heads} heads")?,
+                }
+                let place = match permutation {
+                    Permutation::None => return Ok(()),
+                    Permutation::Local => "locally",
+                    Permutation::Global => "globally",
+                };
+                let statistic = if *statistic == Statistic::Mean { "mean" } else { "magnitude" };
+                write!(f, ", reordered {place} by {statistic}")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Side::Packed(packed) = self else { return f.write_str("16 bit") };
+        let Packed { bits, axis, group, quantizer, transform, high_precision, low_rank, outliers } = packed;
+        write!(f, "{} bit per {axis}, groups of {group}, ", bits.count())?;
+        match quantizer {
+            Quantizer::FloatMin => f.write_str("float minimum")?,
+            Quantizer::IntegerZero { clip, include_zero } => {
+                write!(f, "integer zero, clip {clip}{}", if *include_zero { ", zero in range" } else { "" })?;
+            }
+        }
+        write!(f, ", {transform}")?;
+        if *high_precision > 0.0 {
+            write!(f, ", {} % of channels in 16 bit", high_precision * 100.0)?;
+        }
+        if *low_rank > 0 {
+            write!(f, ", error of rank {low_rank}")?;
+        }
+        if *outliers > 0.0 {
+            write!(f, ", {} % outliers at both ends", outliers * 100.0)?;
+        }
+        Ok(())
+    }
+}

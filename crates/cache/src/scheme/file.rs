@@ -1,0 +1,456 @@
+//! From the text of a scheme to a [`Scheme`].
+
+use super::Scheme;
+use super::choices::{
+    Axis, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic, Transform,
+};
+use crate::{PAGE_TOKENS, Schedule, SchemeError, Window};
+use dibit_quant::{Bits, Quantizer};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+const GROUPS: [usize; 3] = [32, 64, 128];
+const MAX_WINDOW: usize = 4096;
+const MAX_FIRST: usize = 1024;
+const MAX_FOUND: usize = 64;
+const MAX_RANK: usize = 16;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SchemeFile {
+    name: String,
+    #[serde(default)]
+    summary: String,
+    #[serde(default)]
+    correction: Correction,
+    #[serde(default)]
+    attention: Sees,
+    keys: toml::Table,
+    values: toml::Table,
+    window: Option<WindowFile>,
+    sinks: Option<SinksFile>,
+    #[serde(default)]
+    layers: BTreeMap<String, LayerFile>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LayerFile {
+    #[serde(default)]
+    keys: toml::Table,
+    #[serde(default)]
+    values: toml::Table,
+    correction: Option<Correction>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SideFile {
+    bits: u32,
+    axis: Option<Axis>,
+    group: Option<usize>,
+    quantizer: Option<QuantizerFile>,
+    clip: Option<f32>,
+    include_zero: Option<bool>,
+    transform: Option<TransformFile>,
+    position: Option<PositionFile>,
+    heads: Option<usize>,
+    permutation: Option<Permutation>,
+    statistic: Option<Statistic>,
+    high_precision: Option<f32>,
+    low_rank: Option<usize>,
+    outliers: Option<f32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum QuantizerFile {
+    FloatMin,
+    IntegerZero,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum TransformFile {
+    None,
+    Hadamard,
+    Basis,
+    TokenHadamard,
+    GroupedHadamard,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum PositionFile {
+    PostRope,
+    PreRope,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WindowFile {
+    tokens: usize,
+    schedule: ScheduleFile,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ScheduleFile {
+    Guaranteed,
+    Kivi,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SinksFile {
+    kind: SinkKind,
+    count: usize,
+    #[serde(default)]
+    per_layer: bool,
+}
+
+#[derive(PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum SinkKind {
+    First,
+    Massive,
+    Pivots,
+}
+
+/// Why a scheme is none: what the text says wrongly, or choices that do not go together.
+enum Problem {
+    Parse(String),
+    Unsupported { problem: String, supported: String },
+}
+
+fn unsupported<T>(problem: impl Into<String>, supported: impl Into<String>) -> Result<T, Problem> {
+    Err(Problem::Unsupported { problem: problem.into(), supported: supported.into() })
+}
+
+impl From<toml::de::Error> for Problem {
+    fn from(error: toml::de::Error) -> Self {
+        Problem::Parse(error.to_string().trim().to_owned())
+    }
+}
+
+pub(super) fn parse(text: &str, origin: &str) -> Result<Scheme, SchemeError> {
+    let scheme: Result<Scheme, Problem> =
+        toml::from_str::<SchemeFile>(text).map_err(Problem::from).and_then(SchemeFile::validate);
+    let scheme = scheme.map(|scheme| Scheme { origin: origin.to_owned(), ..scheme });
+    scheme.map_err(|problem| match problem {
+        Problem::Parse(message) => SchemeError::Parse { name: origin.to_owned(), message },
+        Problem::Unsupported { problem, supported } => {
+            SchemeError::Unsupported { name: origin.to_owned(), problem, supported }
+        }
+    })
+}
+
+/// One of the two sides, by its name in the file.
+#[derive(Clone, Copy, PartialEq)]
+enum Which {
+    Keys,
+    Values,
+}
+
+impl Which {
+    fn name(self) -> &'static str {
+        if self == Which::Keys { "keys" } else { "values" }
+    }
+
+    fn default_axis(self) -> Axis {
+        if self == Which::Keys { Axis::Channel } else { Axis::Token }
+    }
+}
+
+impl SchemeFile {
+    fn validate(self) -> Result<Scheme, Problem> {
+        let no_window = Window { tokens: 0, schedule: Schedule::None };
+        let window = self.window.map(WindowFile::validate).transpose()?.unwrap_or(no_window);
+        let sinks = self.sinks.map(SinksFile::validate).transpose()?.unwrap_or(Sinks::None);
+        let side = |table: &toml::Table, which: Which| -> Result<Side, Problem> {
+            let file: SideFile = table.clone().try_into().map_err(|error: toml::de::Error| {
+                Problem::Parse(format!("[{}]: {}", which.name(), error.to_string().trim()))
+            })?;
+            let side = file.side(which)?;
+            check_pages(side, which, window, sinks)?;
+            Ok(side)
+        };
+        let mut scheme = Scheme {
+            keys: side(&self.keys, Which::Keys)?,
+            values: side(&self.values, Which::Values)?,
+            name: self.name,
+            origin: String::new(),
+            summary: self.summary,
+            window,
+            sinks,
+            sees: self.attention,
+            correction: self.correction,
+            layers: Vec::new(),
+            calibration: None,
+        };
+        check_correction(scheme.correction, scheme.keys)?;
+        for (layers, own) in self.layers {
+            let layers = range(&layers)?;
+            let correction = own.correction.unwrap_or(self.correction);
+            let keys = side(&merge(&self.keys, own.keys), Which::Keys)?;
+            let values = side(&merge(&self.values, own.values), Which::Values)?;
+            if keys != Side::Half || own.correction.is_some() {
+                check_correction(correction, keys)?;
+            }
+            scheme.layers.push(LayerOverride { layers, keys, values, correction });
+        }
+        scheme.layers.sort_by_key(|own| own.layers.start);
+        if let Some(pair) = scheme.layers.windows(2).find(|pair| pair[0].layers.end > pair[1].layers.start) {
+            return unsupported(
+                format!("layer {} in two ranges of [layers]", pair[1].layers.start),
+                "ranges that do not overlap",
+            );
+        }
+        if scheme.sees == Sees::Stored && scheme.all_sides().any(needs_chunks) {
+            return unsupported("attention = \"stored\" with low_rank", "attention = \"exact\"");
+        }
+        Ok(scheme)
+    }
+}
+
+/// A side's own choices over those of all layers. Choices of packed codes say nothing about 16 bit.
+fn merge(base: &toml::Table, own: toml::Table) -> toml::Table {
+    if own.get("bits").and_then(toml::Value::as_integer) == Some(16) {
+        return own;
+    }
+    let mut merged = base.clone();
+    merged.extend(own);
+    merged
+}
+
+/// `3` or `0..4`, the end excluded.
+fn range(text: &str) -> Result<Range<usize>, Problem> {
+    let number = |text: &str| text.trim().parse::<usize>().ok();
+    let range = match text.split_once("..") {
+        Some((start, end)) => number(start).zip(number(end)).map(|(start, end)| start..end),
+        None => number(text).map(|layer| layer..layer + 1),
+    };
+    match range {
+        Some(range) if !range.is_empty() => Ok(range),
+        _ => unsupported(format!("layers.\"{text}\""), "a layer, or a range as in layers.\"0..4\" (4 excluded)"),
+    }
+}
+
+fn needs_chunks(side: Side) -> bool {
+    matches!(side, Side::Packed(Packed { low_rank: 1.., .. }))
+}
+
+/// What only whole pages can hold needs a schedule that packs whole pages.
+fn check_pages(side: Side, which: Which, window: Window, sinks: Sinks) -> Result<(), Problem> {
+    let Side::Packed(packed) = side else { return Ok(()) };
+    let name = which.name();
+    let along_tokens = if packed.axis == Axis::Channel {
+        Some(format!("{name} per channel"))
+    } else if packed.transform == Transform::TokenHadamard {
+        Some(format!("{name}.transform = \"token-hadamard\""))
+    } else if packed.low_rank > 0 {
+        Some(format!("{name}.low_rank"))
+    } else if packed.outliers > 0.0 && which == Which::Keys {
+        Some("keys.outliers".to_owned())
+    } else {
+        None
+    };
+    if let Some(what) = along_tokens {
+        match (window.schedule, which) {
+            (Schedule::Guaranteed, _) | (Schedule::Kivi, Which::Keys) => {}
+            (Schedule::None, _) => {
+                return unsupported(
+                    format!("{what} without a [window]"),
+                    "a window, since a group of a channel needs 128 tokens",
+                );
+            }
+            (Schedule::Kivi, Which::Values) => {
+                return unsupported(
+                    format!("{what} under the kivi schedule, which packs values one by one"),
+                    "schedule = \"guaranteed\"",
+                );
+            }
+        }
+    }
+    if packed.low_rank > 0 && window.schedule == Schedule::Kivi {
+        return unsupported(format!("{name}.low_rank under the kivi schedule"), "schedule = \"guaranteed\"");
+    }
+    if packed.transform == Transform::TokenHadamard && sinks != Sinks::None {
+        return unsupported(format!("{name}.transform = \"token-hadamard\" with [sinks]"), "one of the two");
+    }
+    Ok(())
+}
+
+fn check_correction(correction: Correction, keys: Side) -> Result<(), Problem> {
+    if correction != Correction::None && keys == Side::Half {
+        return unsupported("a correction on 16-bit keys", "a correction on packed keys");
+    }
+    Ok(())
+}
+
+impl SideFile {
+    fn side(self, which: Which) -> Result<Side, Problem> {
+        let name = which.name();
+        if self.bits == 16 {
+            if self.has_choices() {
+                return unsupported(
+                    format!("other choices of [{name}] with {name}.bits = 16"),
+                    "these choices on packed codes (bits = 2, 3, 4 or 8)",
+                );
+            }
+            return Ok(Side::Half);
+        }
+        let Ok(bits) = Bits::try_from(self.bits) else {
+            return unsupported(format!("{name}.bits = {}", self.bits), "2, 3, 4, 8, 16");
+        };
+        let group = self.group.unwrap_or(PAGE_TOKENS);
+        if !GROUPS.contains(&group) {
+            return unsupported(format!("{name}.group = {group}"), "32, 64, 128");
+        }
+        let packed = Packed {
+            bits,
+            axis: self.axis.unwrap_or(which.default_axis()),
+            group,
+            quantizer: self.quantizer(name)?,
+            transform: self.transform(which)?,
+            high_precision: share(&format!("{name}.high_precision"), self.high_precision, 0.5)?,
+            low_rank: self.low_rank.unwrap_or(0),
+            outliers: share(&format!("{name}.outliers"), self.outliers, 0.25)?,
+        };
+        if self.low_rank == Some(0) || packed.low_rank > MAX_RANK {
+            return unsupported(format!("{name}.low_rank = {}", packed.low_rank), format!("1 to {MAX_RANK}"));
+        }
+        let beside_codes = packed.high_precision > 0.0 || packed.low_rank > 0 || packed.outliers > 0.0;
+        if beside_codes && matches!(packed.transform, Transform::PreRope(_) | Transform::TokenHadamard) {
+            return unsupported(
+                format!("{name}.high_precision, low_rank or outliers on {name} {}", packed.transform),
+                "these on keys and values after RoPE, with transform none, hadamard or basis",
+            );
+        }
+        Ok(Side::Packed(packed))
+    }
+
+    fn has_choices(&self) -> bool {
+        self.axis.is_some()
+            || self.group.is_some()
+            || self.quantizer.is_some()
+            || self.clip.is_some()
+            || self.include_zero.is_some()
+            || self.transform.is_some_and(|transform| transform != TransformFile::None)
+            || self.position.is_some_and(|position| position != PositionFile::PostRope)
+            || self.heads.is_some()
+            || self.permutation.is_some()
+            || self.statistic.is_some()
+            || self.high_precision.is_some()
+            || self.low_rank.is_some()
+            || self.outliers.is_some()
+    }
+
+    fn quantizer(&self, name: &str) -> Result<Quantizer, Problem> {
+        let clip = self.clip.unwrap_or(1.0);
+        if self.quantizer != Some(QuantizerFile::IntegerZero) {
+            if self.clip.is_some() || self.include_zero.is_some() {
+                return unsupported(
+                    format!("{name}.clip or {name}.include_zero with the float-min quantizer"),
+                    "these with quantizer = \"integer-zero\"",
+                );
+            }
+            return Ok(Quantizer::FloatMin);
+        }
+        if !(clip > 0.0 && clip <= 1.0) {
+            return unsupported(format!("{name}.clip = {clip}"), "above 0, at most 1");
+        }
+        Ok(Quantizer::IntegerZero { clip, include_zero: self.include_zero.unwrap_or(false) })
+    }
+
+    fn transform(&self, which: Which) -> Result<Transform, Problem> {
+        let grouped = self.transform == Some(TransformFile::GroupedHadamard);
+        let pre_rope = self.position.map_or(grouped, |position| position == PositionFile::PreRope);
+        let name = which.name();
+        if !pre_rope {
+            if self.heads.is_some() || self.permutation.is_some() || self.statistic.is_some() || grouped {
+                return unsupported(
+                    format!("{name}.heads, permutation, statistic or grouped-hadamard after RoPE"),
+                    "these with position = \"pre-rope\"",
+                );
+            }
+            return Ok(match self.transform {
+                None | Some(TransformFile::None) => Transform::None,
+                Some(TransformFile::Hadamard) => Transform::Hadamard,
+                Some(TransformFile::Basis) => Transform::Basis,
+                Some(TransformFile::TokenHadamard) => Transform::TokenHadamard,
+                Some(TransformFile::GroupedHadamard) => unreachable!("handled above"),
+            });
+        }
+        if which == Which::Values {
+            return unsupported("values.position or grouped-hadamard: values have no RoPE", "keys.position");
+        }
+        let heads = match (self.transform, self.heads) {
+            (None | Some(TransformFile::None), None) => 0,
+            (Some(TransformFile::Hadamard), None) => 1,
+            (Some(TransformFile::GroupedHadamard), heads) => heads.unwrap_or(4),
+            (Some(TransformFile::Basis | TransformFile::TokenHadamard), _) => {
+                return unsupported(
+                    "keys.position = \"pre-rope\" with this transform",
+                    "none, hadamard, grouped-hadamard before RoPE",
+                );
+            }
+            (_, Some(_)) => {
+                return unsupported("keys.heads without grouped-hadamard", "transform = \"grouped-hadamard\"");
+            }
+        };
+        if heads > 64 || (heads > 0 && !heads.is_power_of_two()) {
+            return unsupported(format!("keys.heads = {heads}"), "powers of two up to 64");
+        }
+        let permutation = self.permutation.unwrap_or_default();
+        if self.statistic.is_some() && permutation == Permutation::None {
+            return unsupported("keys.statistic without a permutation", "permutation = \"local\" or \"global\"");
+        }
+        Ok(Transform::PreRope(PreRope { heads, permutation, statistic: self.statistic.unwrap_or_default() }))
+    }
+}
+
+fn share(name: &str, value: Option<f32>, most: f32) -> Result<f32, Problem> {
+    match value {
+        None => Ok(0.0),
+        Some(value) if value > 0.0 && value <= most => Ok(value),
+        Some(value) => unsupported(format!("{name} = {value}"), format!("a share above 0, at most {most}")),
+    }
+}
+
+impl WindowFile {
+    fn validate(self) -> Result<Window, Problem> {
+        let Self { tokens, schedule } = self;
+        if tokens > MAX_WINDOW {
+            return unsupported(format!("window.tokens = {tokens}"), format!("at most {MAX_WINDOW}"));
+        }
+        let schedule = match schedule {
+            ScheduleFile::Guaranteed => Schedule::Guaranteed,
+            ScheduleFile::Kivi if tokens == 0 || !tokens.is_multiple_of(PAGE_TOKENS) => {
+                return unsupported(
+                    format!("window.tokens = {tokens} under the kivi schedule"),
+                    "multiples of 128 from 128 on",
+                );
+            }
+            ScheduleFile::Kivi => Schedule::Kivi,
+        };
+        Ok(Window { tokens, schedule })
+    }
+}
+
+impl SinksFile {
+    fn validate(self) -> Result<Sinks, Problem> {
+        let Self { kind, count, per_layer } = self;
+        let most = if kind == SinkKind::First { MAX_FIRST } else { MAX_FOUND };
+        if count == 0 || count > most {
+            return unsupported(format!("sinks.count = {count}"), format!("1 to {most}"));
+        }
+        match kind {
+            SinkKind::Pivots => Ok(Sinks::Pivots(Pivots { count, per_layer })),
+            _ if per_layer => unsupported("sinks.per_layer without pivots", "kind = \"pivots\""),
+            SinkKind::First => Ok(Sinks::First(count)),
+            SinkKind::Massive => Ok(Sinks::Massive(count)),
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! A scheme: how keys and values are stored, as data.
+//!
+//! A scheme is a small TOML file over a few orthogonal choices. It is parsed, validated as a whole
+//! and then compiled into a [`crate::CacheLayout`].
+
+mod choices;
+mod file;
+#[cfg(test)]
+mod tests;
+
+pub use choices::{
+    Axis, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic, Transform,
+};
+
+use crate::{Calibration, SchemeError, Window};
+use std::path::Path;
+use std::sync::Arc;
+
+macro_rules! built_in {
+    ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../schemes/", $name, ".toml")))),*] };
+}
+
+const BUILT_IN: [(&str, &str); 15] = built_in![
+    "fp16",
+    "kivi",
+    "kivi-paper",
+    "kvlinc",
+    "quarot",
+    "quarot-official",
+    "resq",
+    "resq-official",
+    "gear-l",
+    "gear-l-paper",
+    "gear",
+    "rotatekv",
+    "rotatekv-window",
+    "rotatekv-paper",
+    "akvq-vl",
+];
+
+/// A validated scheme.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scheme {
+    /// Its name.
+    pub name: String,
+    /// What it was loaded from: a built-in name, or a file.
+    pub origin: String,
+    /// One line of description.
+    pub summary: String,
+    /// The keys.
+    pub keys: Side,
+    /// The values.
+    pub values: Side,
+    /// Recent tokens in 16 bit.
+    pub window: Window,
+    /// Other tokens in 16 bit.
+    pub sinks: Sinks,
+    /// What the tokens of a pass see of each other.
+    pub sees: Sees,
+    /// The correction that the method asks for.
+    pub correction: Correction,
+    /// Layers with choices of their own; ranges do not overlap.
+    pub layers: Vec<LayerOverride>,
+    /// What was calibrated for it on the model at hand.
+    pub calibration: Option<Arc<Calibration>>,
+}
+
+impl Scheme {
+    /// Names of the built-in schemes.
+    pub fn built_in() -> impl Iterator<Item = &'static str> {
+        BUILT_IN.iter().map(|(name, _)| *name)
+    }
+
+    /// A built-in scheme by its name, or one's own by the path of its file (anything that ends in `.toml`).
+    ///
+    /// # Errors
+    /// Every [`SchemeError`].
+    pub fn load(name: &str) -> Result<Self, SchemeError> {
+        if name.ends_with(".toml") {
+            let text = std::fs::read_to_string(Path::new(name))
+                .map_err(|source| SchemeError::Read { path: name.to_owned(), source })?;
+            return Self::parse(&text, name);
+        }
+        match BUILT_IN.iter().find(|(known, _)| *known == name) {
+            Some((_, text)) => Self::parse(text, name),
+            None => Err(unknown(name)),
+        }
+    }
+
+    /// A scheme from the text of its file; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// [`SchemeError::Parse`] and [`SchemeError::Unsupported`].
+    pub fn parse(text: &str, origin: &str) -> Result<Self, SchemeError> {
+        file::parse(text, origin)
+    }
+
+    /// Keys and values of a layer.
+    pub fn sides(&self, layer: usize) -> (Side, Side) {
+        match self.layers.iter().find(|own| own.layers.contains(&layer)) {
+            Some(own) => (own.keys, own.values),
+            None => (self.keys, self.values),
+        }
+    }
+
+    /// All sides that occur.
+    fn all_sides(&self) -> impl Iterator<Item = Side> {
+        [self.keys, self.values].into_iter().chain(self.layers.iter().flat_map(|own| [own.keys, own.values]))
+    }
+
+    /// Whether nothing is ever packed.
+    pub fn is_exact(&self) -> bool {
+        self.all_sides().all(|side| side == Side::Half)
+    }
+
+    /// Whether the scheme needs what `dibit calibrate` makes.
+    pub fn is_calibrated(&self) -> bool {
+        self.all_sides().any(Side::is_calibrated)
+    }
+
+    /// What the scheme asks for and this version does not do, as a sentence; `None` where nothing is missing.
+    pub fn notice(&self) -> Option<String> {
+        let linear = |correction: Correction| correction == Correction::Linear;
+        (linear(self.correction) || self.layers.iter().any(|own| linear(own.correction))).then(|| {
+            format!("{}: the linear correction is not implemented yet; running the quantiser without it", self.name)
+        })
+    }
+}
+
+fn unknown(name: &str) -> SchemeError {
+    let nearest = Scheme::built_in()
+        .map(|known| (strsim::damerau_levenshtein(name, known), known))
+        .min()
+        .filter(|(distance, _)| *distance <= 3);
+    SchemeError::Unknown {
+        name: name.to_owned(),
+        suggestion: nearest.map(|(_, known)| format!(" (did you mean '{known}'?)")).unwrap_or_default(),
+        known: Scheme::built_in().collect::<Vec<_>>().join(", "),
+    }
+}

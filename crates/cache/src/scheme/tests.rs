@@ -1,0 +1,131 @@
+use super::*;
+use crate::Schedule;
+use dibit_quant::{Bits, Quantizer};
+
+const BASE: &str = "name = \"mine\"\n[keys]\nbits = 2\n[values]\nbits = 4\ngroup = 32\n[window]\ntokens = 64\nschedule = \"guaranteed\"\n";
+
+fn message(text: &str) -> String {
+    Scheme::parse(text, "mine.toml").unwrap_err().to_string()
+}
+
+#[test]
+fn every_built_in_scheme_loads_under_its_own_name() {
+    for name in Scheme::built_in() {
+        let scheme = Scheme::load(name).unwrap();
+        assert_eq!(scheme.name, name);
+        assert!(!scheme.summary.is_empty());
+    }
+    let kvlinc = Scheme::load("kvlinc").unwrap();
+    assert_eq!(kvlinc.values.transform(), Transform::Hadamard);
+    assert!(kvlinc.notice().unwrap().contains("linear correction"));
+    assert_eq!(Scheme::load("kivi").unwrap().notice(), None);
+}
+
+#[test]
+fn a_file_of_ones_own() {
+    let scheme = Scheme::parse(BASE, "mine.toml").unwrap();
+    let packed = Packed {
+        bits: Bits::Two,
+        axis: Axis::Channel,
+        group: 128,
+        quantizer: Quantizer::FloatMin,
+        transform: Transform::None,
+        high_precision: 0.0,
+        low_rank: 0,
+        outliers: 0.0,
+    };
+    assert_eq!(scheme.keys, Side::Packed(packed));
+    assert_eq!(scheme.values, Side::Packed(Packed { bits: Bits::Four, group: 32, axis: Axis::Token, ..packed }));
+    assert_eq!(scheme.window, Window { tokens: 64, schedule: Schedule::Guaranteed });
+}
+
+#[test]
+fn unknown_names_get_the_nearest() {
+    let error = Scheme::load("kvlink").unwrap_err().to_string();
+    assert!(error.contains("did you mean 'kvlinc'?") && error.contains("fp16, kivi"), "{error}");
+    assert!(!Scheme::load("turboquant").unwrap_err().to_string().contains("did you mean"));
+    assert!(matches!(Scheme::load("nowhere/x.toml"), Err(SchemeError::Read { .. })));
+}
+
+#[test]
+fn unsupported_combinations_name_what_is_supported() {
+    let two = |more: &str| BASE.replace("bits = 2", &format!("bits = 2\n{more}"));
+    let no_window = BASE.split("[window]").next().unwrap().to_owned();
+    let cases = [
+        (BASE.replace("bits = 2", "bits = 5"), "2, 3, 4, 8, 16"),
+        (BASE.replace("group = 32", "group = 48"), "32, 64, 128"),
+        (BASE.replace("\"guaranteed\"", "\"kivi\""), "multiples of 128"),
+        (BASE.replace("tokens = 64", "tokens = 100000"), "at most 4096"),
+        (BASE.replace("bits = 4\n", "bits = 16\n"), "packed codes"),
+        (no_window.clone(), "a window"),
+        (no_window.replace("bits = 2", "bits = 2\naxis = \"token\"\ntransform = \"token-hadamard\""), "a window"),
+        (BASE.replace("bits = 4\ngroup = 32", "bits = 16\ntransform = \"hadamard\""), "packed codes"),
+        (
+            BASE.replace("bits = 4", "bits = 4\naxis = \"channel\"")
+                .replace("64\nschedule = \"guaranteed\"", "128\nschedule = \"kivi\""),
+            "guaranteed",
+        ),
+        (format!("correction = \"linear\"\n{}", BASE.replace("bits = 2", "bits = 16")), "packed keys"),
+        (two("clip = 0.8"), "quantizer = \"integer-zero\""),
+        (two("quantizer = \"integer-zero\"\nclip = 1.5"), "at most 1"),
+        (two("transform = \"grouped-hadamard\"\nposition = \"post-rope\""), "pre-rope"),
+        (two("transform = \"grouped-hadamard\"\nheads = 3"), "powers of two"),
+        (two("permutation = \"local\""), "pre-rope"),
+        (two("position = \"pre-rope\"\nstatistic = \"mean\""), "permutation"),
+        (two("position = \"pre-rope\"\nlow_rank = 2"), "after RoPE"),
+        (two("position = \"pre-rope\"\ntransform = \"basis\""), "before RoPE"),
+        (BASE.replace("bits = 4", "bits = 4\nposition = \"pre-rope\""), "keys.position"),
+        (two("low_rank = 17"), "1 to 16"),
+        (two("high_precision = 0.9"), "at most 0.5"),
+        (two("outliers = -1.0"), "at most 0.25"),
+        (format!("attention = \"stored\"\n{}", two("low_rank = 2")), "attention = \"exact\""),
+        (format!("{BASE}[sinks]\nkind = \"first\"\ncount = 0\n"), "1 to 1024"),
+        (format!("{BASE}[sinks]\nkind = \"massive\"\ncount = 65\n"), "1 to 64"),
+        (format!("{BASE}[sinks]\nkind = \"first\"\ncount = 4\nper_layer = true\n"), "pivots"),
+        (format!("{}[sinks]\nkind = \"first\"\ncount = 4\n", two("transform = \"token-hadamard\"")), "one of the two"),
+        (format!("{BASE}[layers.\"0..3\"]\nkeys = {{ bits = 4 }}\n[layers.2]\nkeys = {{ bits = 8 }}\n"), "overlap"),
+        (format!("{BASE}[layers.\"3..3\"]\nkeys = {{ bits = 4 }}\n"), "0..4"),
+    ];
+    for (text, expected) in cases {
+        let message = message(&text);
+        assert!(message.contains("mine.toml") && message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn malformed_files_say_where() {
+    assert!(message("name = ").contains("line 1"));
+    let unknown = message(&format!("{BASE}[sink]\nfirst = 4\n"));
+    assert!(unknown.contains("unknown field `sink`") && unknown.contains("`window`"), "{unknown}");
+    let unknown = message(&BASE.replace("bits = 2", "bit = 2"));
+    assert!(unknown.contains("[keys]") && unknown.contains("`bit`"), "{unknown}");
+    assert!(message(&BASE.replace("guaranteed", "lazy")).contains("`guaranteed`"));
+}
+
+#[test]
+fn choices_of_some_layers_lie_over_those_of_all() {
+    let text = format!(
+        "{BASE}[layers.\"0..2\"]\nkeys = {{ bits = 4 }}\n[layers.5]\nkeys = {{ bits = 16 }}\nvalues = {{ group = 64 }}\n"
+    );
+    let scheme = Scheme::parse(&text, "mine.toml").unwrap();
+    let bits = |side: Side| match side {
+        Side::Half => (16, 0),
+        Side::Packed(packed) => (packed.bits.count(), packed.group),
+    };
+    let all: Vec<_> = [0, 1, 2, 5].map(|layer| scheme.sides(layer)).iter().map(|(k, v)| (bits(*k), bits(*v))).collect();
+    assert_eq!(all[0], ((4, 128), (4, 32)));
+    assert_eq!((all[1], all[2]), (all[0], ((2, 128), (4, 32))));
+    assert_eq!(all[3], ((16, 0), (4, 64)));
+    assert!(!scheme.is_exact() && !scheme.is_calibrated() && Scheme::load("resq").unwrap().is_calibrated());
+}
+
+#[test]
+fn sides_describe_themselves() {
+    let keys = |name: &str| Scheme::load(name).unwrap().keys.to_string();
+    assert_eq!(keys("kivi"), "2 bit per channel, groups of 128, float minimum, as they are");
+    assert_eq!(
+        keys("rotatekv"),
+        "2 bit per token, groups of 128, integer zero, clip 0.8, before RoPE, rotated over 4 heads, reordered locally by mean"
+    );
+    assert_eq!(keys("fp16"), "16 bit");
+}

@@ -1,0 +1,175 @@
+//! Numbers that the transforms of a scheme need: the model's rotary frequencies and what was calibrated.
+
+use crate::{CacheLayout, LayerLayout, SchemeError, Transform};
+use crate::{Permutation, PreRope};
+use std::sync::Arc;
+
+/// How far `U U^T` may be from the identity.
+const ORTHONORMAL: f32 = 1e-3;
+
+/// What calibration found for one layer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LayerCalibration {
+    /// Order of the rotated key channels: channel `j` after it was channel `permutation[j]` before it. A permutation of
+    /// all channels of the layer, which keeps those of each [`LayerLayout::frame`] together.
+    pub permutation: Option<Vec<u32>>,
+    /// Orthogonal matrices `[kv head][head_dim][head_dim]`, applied to row vectors: `k U`.
+    pub key_basis: Option<Vec<f32>>,
+    /// The same for values.
+    pub value_basis: Option<Vec<f32>>,
+}
+
+/// What calibration found for a model.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Calibration {
+    /// One entry for each layer.
+    pub layers: Vec<LayerCalibration>,
+}
+
+/// Numbers that the transforms of a scheme need.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tables {
+    /// Rotary frequencies, `head_dim / 2`.
+    pub inv_freq: Vec<f32>,
+    /// What was calibrated, where the scheme needs it.
+    pub calibration: Option<Arc<Calibration>>,
+}
+
+impl Tables {
+    pub(crate) fn check(&self, layout: &CacheLayout) -> Result<(), SchemeError> {
+        let problem = |problem: String| SchemeError::Calibration { name: layout.origin.clone(), problem };
+        if self.inv_freq.len() * 2 != layout.shape.head_dim {
+            return Err(problem(format!(
+                "{} rotary frequencies for head_dim {}",
+                self.inv_freq.len(),
+                layout.shape.head_dim
+            )));
+        }
+        let needed = layout.layers.iter().any(|layer| layer.needs_permutation() || layer.needs_basis());
+        let Some(calibration) = &self.calibration else {
+            return if needed { Err(SchemeError::Uncalibrated(layout.origin.clone())) } else { Ok(()) };
+        };
+        if calibration.layers.len() != layout.layers.len() {
+            return Err(problem(format!(
+                "it has {} layers, and the model {}",
+                calibration.layers.len(),
+                layout.layers.len()
+            )));
+        }
+        for (index, (layer, own)) in layout.layers.iter().zip(&calibration.layers).enumerate() {
+            check_layer(layout, layer, own).map_err(|what| problem(format!("layer {index}: {what}")))?;
+        }
+        Ok(())
+    }
+
+    /// What was calibrated for a layer.
+    pub fn layer(&self, layer: usize) -> Option<&LayerCalibration> {
+        self.calibration.as_ref().map(|calibration| &calibration.layers[layer])
+    }
+}
+
+impl LayerLayout {
+    fn needs_permutation(&self) -> bool {
+        matches!(self.keys, Transform::PreRope(PreRope { permutation: Permutation::Local | Permutation::Global, .. }))
+    }
+
+    fn needs_basis(&self) -> bool {
+        self.keys == Transform::Basis || self.values == Transform::Basis
+    }
+}
+
+fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> Result<(), String> {
+    let (heads, d) = (layout.shape.num_key_value_heads, layout.shape.head_dim);
+    if layer.needs_permutation() {
+        let order = own.permutation.as_ref().ok_or("the permutation is missing")?;
+        if order.len() != heads * d {
+            return Err(format!("a permutation of {} channels, and the model has {}", order.len(), heads * d));
+        }
+        let frame = layer.frame * d;
+        let mut seen = vec![false; order.len()];
+        for (place, &channel) in order.iter().enumerate() {
+            let channel = channel as usize;
+            if channel >= seen.len() || std::mem::replace(&mut seen[channel], true) {
+                return Err(format!("channel {channel} is not a channel, or occurs twice in the permutation"));
+            }
+            if channel / frame != place / frame {
+                return Err(format!("channel {channel} leaves the heads that are rotated together"));
+            }
+        }
+    }
+    for (transform, basis, side) in [(layer.keys, &own.key_basis, "key"), (layer.values, &own.value_basis, "value")] {
+        if transform == Transform::Basis {
+            let basis = basis.as_ref().ok_or_else(|| format!("the {side} basis is missing"))?;
+            if basis.len() != heads * d * d {
+                return Err(format!("a {side} basis of {} numbers, and {heads} x {d} x {d} are needed", basis.len()));
+            }
+            for (head, matrix) in basis.chunks_exact(d * d).enumerate() {
+                check_orthonormal(matrix, d).map_err(|what| format!("the {side} basis of KV head {head} {what}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_orthonormal(matrix: &[f32], d: usize) -> Result<(), String> {
+    if matrix.iter().any(|x| !x.is_finite()) {
+        return Err("holds a number that is not finite".into());
+    }
+    let rows: Vec<&[f32]> = matrix.chunks_exact(d).collect();
+    for (i, a) in rows.iter().enumerate() {
+        for (j, b) in rows.iter().enumerate().skip(i) {
+            let dot: f32 = a.iter().zip(*b).map(|(a, b)| a * b).sum();
+            if (dot - if i == j { 1.0 } else { 0.0 }).abs() > ORTHONORMAL {
+                return Err("is not orthogonal".into());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CacheShape, Scheme};
+
+    const SHAPE: CacheShape = CacheShape { num_layers: 1, num_key_value_heads: 4, head_dim: 64 };
+
+    fn check(scheme: &str, calibration: Option<LayerCalibration>) -> Result<(), String> {
+        let mut scheme = Scheme::load(scheme).unwrap();
+        scheme.calibration = calibration.map(|layer| Arc::new(Calibration { layers: vec![layer] }));
+        let layout = CacheLayout::new(&scheme, SHAPE).unwrap();
+        layout.with_tables(vec![1.0; 32]).map(drop).map_err(|error| error.to_string())
+    }
+
+    fn permuted(permutation: Vec<u32>) -> Option<LayerCalibration> {
+        Some(LayerCalibration { permutation: Some(permutation), ..Default::default() })
+    }
+
+    #[test]
+    fn permutations_are_checked() {
+        assert_eq!(check("kvlinc", None), Ok(()));
+        let error = check("rotatekv", None).unwrap_err();
+        assert!(error.contains("dibit calibrate --kv rotatekv"), "{error}");
+        assert_eq!(check("rotatekv", permuted((0..256).rev().collect())), Ok(()));
+        assert!(check("rotatekv", permuted((0..255).collect())).unwrap_err().contains("255 channels"));
+        assert!(check("rotatekv", permuted(vec![3; 256])).unwrap_err().contains("occurs twice"));
+        assert!(check("rotatekv", permuted((1..257).collect())).unwrap_err().contains("is not a channel"));
+        assert!(check("rotatekv", Some(LayerCalibration::default())).unwrap_err().contains("permutation is missing"));
+    }
+
+    #[test]
+    fn bases_are_checked() {
+        let identity: Vec<f32> = (0..4 * 64 * 64).map(|i| if i / 64 % 64 == i % 64 { 1.0 } else { 0.0 }).collect();
+        let basis = |key: Vec<f32>, value: Vec<f32>| {
+            Some(LayerCalibration { key_basis: Some(key), value_basis: Some(value), permutation: None })
+        };
+        assert_eq!(check("resq", basis(identity.clone(), identity.clone())), Ok(()));
+        let mut skewed = identity.clone();
+        skewed[64 * 64 + 5] = 0.5;
+        let error = check("resq", basis(identity.clone(), skewed.clone())).unwrap_err();
+        assert!(error.contains("value basis of KV head 1 is not orthogonal"), "{error}");
+        skewed[64 * 64 + 5] = f32::NAN;
+        assert!(check("resq", basis(skewed, identity.clone())).unwrap_err().contains("not finite"));
+        assert!(check("resq", basis(identity, vec![1.0])).unwrap_err().contains("4 x 64 x 64"));
+    }
+}

@@ -1,0 +1,199 @@
+//! The frames in which keys and values are stored: rotations of heads, and keys before their rotary embedding.
+
+use dibit_cache::{CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, PreRope, Tables, Transform};
+use dibit_quant::Hadamard;
+use std::sync::Arc;
+
+/// What one layer does to keys, queries and values besides quantising them.
+#[derive(Default)]
+pub(super) struct Frames {
+    /// Rotation of keys and queries after RoPE.
+    pub keys: Option<HeadRotation>,
+    /// Rotation of values, taken back from outputs. (A Hadamard rotation of values is fused into the weights.)
+    pub values: Option<HeadRotation>,
+    /// Keys stored before RoPE.
+    pub pre_rope: Option<PreRopeKeys>,
+}
+
+/// An orthogonal matrix for each KV head.
+pub(super) enum HeadRotation {
+    Hadamard(Hadamard),
+    /// `[kv head][head_dim][head_dim]`
+    Basis(Vec<f32>),
+}
+
+impl Frames {
+    pub(super) fn new(layout: &CacheLayout, index: usize) -> Option<Self> {
+        let layer = &layout.layers[index];
+        let tables = layout.tables();
+        let calibration = tables.and_then(|tables| tables.layer(index));
+        let keys = match layer.keys {
+            Transform::Hadamard => Some(HeadRotation::Hadamard(Hadamard::new(layout.shape.head_dim).ok()?)),
+            Transform::Basis => Some(HeadRotation::Basis(calibration?.key_basis.clone()?)),
+            _ => None,
+        };
+        let values = match layer.values {
+            Transform::Basis => Some(HeadRotation::Basis(calibration?.value_basis.clone()?)),
+            _ => None,
+        };
+        let pre_rope = match layer.keys {
+            Transform::PreRope(choice) => Some(PreRopeKeys::new(layout, layer, choice, tables?, index)?),
+            _ => None,
+        };
+        Some(Frames { keys, values, pre_rope })
+    }
+}
+
+impl HeadRotation {
+    /// `row <- row U`, with a buffer of a head's size.
+    pub(super) fn apply(&self, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
+        match self {
+            HeadRotation::Hadamard(hadamard) => hadamard.apply(row),
+            HeadRotation::Basis(basis) => {
+                buffer.clear();
+                buffer.resize(row.len(), 0.0);
+                for (x, matrix_row) in row.iter().zip(matrix(basis, kv_head, row.len())) {
+                    for (sum, u) in buffer.iter_mut().zip(matrix_row) {
+                        *sum += x * u;
+                    }
+                }
+                row.copy_from_slice(buffer);
+            }
+        }
+    }
+
+    /// `row <- row U^T`.
+    pub(super) fn apply_inverse(&self, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
+        match self {
+            HeadRotation::Hadamard(hadamard) => hadamard.apply_inverse(row),
+            HeadRotation::Basis(basis) => {
+                buffer.clear();
+                buffer.extend(
+                    matrix(basis, kv_head, row.len())
+                        .map(|matrix_row| row.iter().zip(matrix_row).map(|(x, u)| x * u).sum::<f32>()),
+                );
+                row.copy_from_slice(buffer);
+            }
+        }
+    }
+}
+
+/// Rows of one head's matrix.
+fn matrix(basis: &[f32], kv_head: usize, d: usize) -> impl Iterator<Item = &[f32]> {
+    basis[kv_head * d * d..(kv_head + 1) * d * d].chunks_exact(d)
+}
+
+/// Keys that are stored before RoPE, rotated over adjacent heads and reordered (RotateKV, METHODS 6.1).
+///
+/// Outside of pages keys lie after RoPE as everywhere. RoPE is undone when they enter a page, and applied again when
+/// the page is read, in two parts: the angle of the page's first token turns the query back, once for a page, and the
+/// angle of a token within its page turns the key, by a table.
+pub(super) struct PreRopeKeys {
+    head_dim: usize,
+    hadamard: Option<Hadamard>,
+    /// Channels of the heads that are read together.
+    width: usize,
+    /// Channel `j` in storage is channel `order[j]` of the rotated keys, both counted in the whole layer.
+    order: Vec<u32>,
+    /// `[head_dim / 2][128]` cosines and sines of the angles within a page.
+    cosines: Vec<f32>,
+    sines: Vec<f32>,
+    tables: Arc<Tables>,
+}
+
+impl PreRopeKeys {
+    fn new(
+        layout: &CacheLayout,
+        layer: &LayerLayout,
+        choice: PreRope,
+        tables: &Arc<Tables>,
+        index: usize,
+    ) -> Option<Self> {
+        let shape = layout.shape;
+        let channels = shape.num_key_value_heads * shape.head_dim;
+        let calibrated = tables.layer(index).and_then(|own| own.permutation.clone());
+        let order = match choice.permutation {
+            Permutation::None => (0..channels as u32).collect(),
+            _ => calibrated?,
+        };
+        let hadamard = match choice.heads {
+            0 => None,
+            _ => Some(Hadamard::new(layer.rotated_heads * shape.head_dim).ok()?),
+        };
+        let angle = |frequency: f32, token: usize| f64::from(frequency) * token as f64;
+        let table = |of: fn(f64) -> f64| -> Vec<f32> {
+            let rows = tables.inv_freq.iter();
+            rows.flat_map(|&f| (0..PAGE_TOKENS).map(move |token| of(angle(f, token)) as f32)).collect()
+        };
+        Some(PreRopeKeys {
+            head_dim: shape.head_dim,
+            hadamard,
+            width: layer.frame * shape.head_dim,
+            order,
+            cosines: table(f64::cos),
+            sines: table(f64::sin),
+            tables: tables.clone(),
+        })
+    }
+
+    /// Channels in storage of the heads from `first_head` on, as channels of their rotated keys.
+    fn frame_order(&self, first_head: usize) -> impl Iterator<Item = usize> {
+        let start = first_head * self.head_dim;
+        self.order[start..start + self.width].iter().map(move |&channel| channel as usize - start)
+    }
+
+    /// From the key after RoPE of the token at `position`, heads of a frame side by side, to what is stored.
+    pub(super) fn store(&self, first_head: usize, position: usize, key: &mut [f32], buffer: &mut Vec<f32>) {
+        let half = self.head_dim / 2;
+        for (c, frequency) in self.tables.inv_freq.iter().enumerate() {
+            // The same angle as when the model applied it.
+            let (sine, cosine) = (position as f32 * frequency).sin_cos();
+            for head in key.chunks_exact_mut(self.head_dim) {
+                let (a, b) = (head[c], head[c + half]);
+                (head[c], head[c + half]) = (a * cosine + b * sine, b * cosine - a * sine);
+            }
+        }
+        if let Some(hadamard) = &self.hadamard {
+            key.chunks_exact_mut(hadamard.order()).for_each(|heads| hadamard.apply(heads));
+        }
+        buffer.clear();
+        buffer.extend(self.frame_order(first_head).map(|channel| key[channel]));
+        key.copy_from_slice(buffer);
+    }
+
+    /// From what is stored of a page, `[channel][128]` of the heads of a frame, to keys turned by the angle of
+    /// their token within the page. `emit(row, out)` dequantises a stored row.
+    pub(super) fn load(&self, first_head: usize, out: &mut Vec<f32>, mut emit: impl FnMut(usize, &mut [f32])) {
+        out.resize(self.width * PAGE_TOKENS, 0.0);
+        for (stored, channel) in self.frame_order(first_head).enumerate() {
+            emit(stored, &mut out[channel * PAGE_TOKENS..(channel + 1) * PAGE_TOKENS]);
+        }
+        if let Some(hadamard) = &self.hadamard {
+            for heads in out.chunks_exact_mut(hadamard.order() * PAGE_TOKENS) {
+                hadamard.apply_inverse_columns(heads, PAGE_TOKENS);
+            }
+        }
+        for head in out.chunks_exact_mut(self.head_dim * PAGE_TOKENS) {
+            let (low, high) = head.split_at_mut(self.head_dim / 2 * PAGE_TOKENS);
+            let angles = self.cosines.iter().zip(&self.sines);
+            for ((a, b), (cosine, sine)) in low.iter_mut().zip(high).zip(angles) {
+                (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+            }
+        }
+    }
+
+    /// Turns queries back by the angle of the page that begins at `position`.
+    pub(super) fn turn_back(&self, position: usize, queries: &[f32], turned: &mut Vec<f32>) {
+        let half = self.head_dim / 2;
+        turned.clear();
+        turned.extend_from_slice(queries);
+        for (c, frequency) in self.tables.inv_freq.iter().enumerate() {
+            let (sine, cosine) = (position as f64 * f64::from(*frequency)).sin_cos();
+            let (sine, cosine) = (sine as f32, cosine as f32);
+            for query in turned.chunks_exact_mut(self.head_dim) {
+                let (a, b) = (query[c], query[c + half]);
+                (query[c], query[c + half]) = (a * cosine + b * sine, b * cosine - a * sine);
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! The two quantisers of the methods, over one stored form: a scale and a zero in fp16 for each group.
+
+use crate::{Affine, Bits, QuantError};
+use half::f16;
+
+/// How a group becomes codes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Quantizer {
+    /// `x^ = s code + min`: KIVI, KVLinC, GEAR. See [`Affine`].
+    FloatMin,
+    /// `x^ = s (code - z)` with an integer `z`: RotateKV, AKVQ-VL, QuaRot, ResQ (METHODS 2.2).
+    ///
+    /// `mx = clip max`, `mn = clip min`, `s = (mx - mn) / (2^b - 1)`, `z = round(-mn / s)`, not clamped;
+    /// `code = clamp(round(x / s) + z, 0, 2^b - 1)`. A group without range keeps `clip` times its value.
+    IntegerZero {
+        /// Both ends of the range are multiplied by this.
+        clip: f32,
+        /// Whether the range is widened to hold zero (QuaRot and ResQ outside of groups).
+        include_zero: bool,
+    },
+}
+
+/// What is stored of a group besides its codes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Parameters {
+    /// Step between two codes.
+    pub scale: f16,
+    /// The minimum ([`Quantizer::FloatMin`]) or the zero point ([`Quantizer::IntegerZero`]).
+    pub zero: f16,
+}
+
+impl Quantizer {
+    /// Fits scale and zero to a group.
+    ///
+    /// # Errors
+    /// Those of [`Affine::fit`].
+    pub fn fit(self, group: &[f32], bits: Bits) -> Result<Parameters, QuantError> {
+        let affine = Affine::fit(group, bits)?;
+        let Quantizer::IntegerZero { clip, include_zero } = self else {
+            return Ok(Parameters { scale: affine.scale, zero: affine.min });
+        };
+        let mut max = clip * group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut min = clip * group.iter().copied().fold(f32::INFINITY, f32::min);
+        if include_zero {
+            (min, max) = (min.min(0.0), max.max(0.0));
+        }
+        let scale = f16::from_f32((max - min) / f32::from(bits.max_code()));
+        if scale == f16::ZERO {
+            let zero = if min == 0.0 { 0.0 } else { -min.signum() };
+            return Ok(Parameters { scale: f16::from_f32(min.abs()), zero: f16::from_f32(zero) });
+        }
+        let zero = f16::from_f32((-min / scale.to_f32()).round_ties_even());
+        if zero.is_finite() { Ok(Parameters { scale, zero }) } else { Err(QuantError::Range { min, max }) }
+    }
+
+    /// The code of `value` in a group with these parameters.
+    #[inline]
+    pub fn code(self, parameters: Parameters, value: f32, bits: Bits) -> u8 {
+        let Parameters { scale, zero } = parameters;
+        match self {
+            Quantizer::FloatMin => Affine { scale, min: zero }.code(value, bits),
+            Quantizer::IntegerZero { .. } if scale == f16::ZERO => 0,
+            Quantizer::IntegerZero { .. } => {
+                let code = (value / scale.to_f32()).round_ties_even() + zero.to_f32();
+                code.clamp(0.0, f32::from(bits.max_code())) as u8
+            }
+        }
+    }
+
+    /// The value of code 0, so that `x^ = code * scale + offset`.
+    #[inline]
+    pub fn offset(self, parameters: Parameters) -> f32 {
+        match self {
+            Quantizer::FloatMin => parameters.zero.to_f32(),
+            Quantizer::IntegerZero { .. } => -parameters.scale.to_f32() * parameters.zero.to_f32(),
+        }
+    }
+
+    /// The value that `code` stands for.
+    #[inline]
+    pub fn value(self, parameters: Parameters, code: u8) -> f32 {
+        f32::from(code) * parameters.scale.to_f32() + self.offset(parameters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ROTATEKV: Quantizer = Quantizer::IntegerZero { clip: 0.8, include_zero: false };
+
+    fn back(quantizer: Quantizer, group: &[f32], bits: Bits) -> (Parameters, Vec<u8>, Vec<f32>) {
+        let parameters = quantizer.fit(group, bits).unwrap();
+        let codes: Vec<u8> = group.iter().map(|&x| quantizer.code(parameters, x, bits)).collect();
+        let values = codes.iter().map(|&code| quantizer.value(parameters, code)).collect();
+        (parameters, codes, values)
+    }
+
+    #[test]
+    fn worked_vector() {
+        // 0.4 would be a tie for a scale of 0.8, and is none for the fp16 number next to it.
+        let (parameters, codes, values) = back(ROTATEKV, &[-1.0, -0.2, 0.39, 2.0], Bits::Two);
+        assert_eq!((parameters.scale, parameters.zero), (f16::from_f32(0.8), f16::from_f32(1.0)));
+        assert_eq!(codes, [0, 1, 1, 3]);
+        for (value, expected) in values.iter().zip([-0.8, 0.0, 0.0, 1.6]) {
+            assert!((value - expected).abs() < 1e-3, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn a_range_that_must_hold_zero_is_widened() {
+        let quarot = Quantizer::IntegerZero { clip: 1.0, include_zero: true };
+        let (parameters, _, values) = back(quarot, &[6.0, 9.0], Bits::Two);
+        assert_eq!((parameters.scale.to_f32(), parameters.zero.to_f32()), (3.0, 0.0));
+        assert_eq!(values, [6.0, 9.0]);
+        // Zero points are no codes: far from zero they are large.
+        let far = Quantizer::IntegerZero { clip: 1.0, include_zero: false }.fit(&[100.0, 103.0], Bits::Two).unwrap();
+        assert_eq!((far.scale.to_f32(), far.zero.to_f32()), (1.0, -100.0));
+    }
+
+    #[test]
+    fn groups_without_range_are_exact() {
+        for value in [0.0, 3.5, -12.25] {
+            for quantizer in [Quantizer::FloatMin, Quantizer::IntegerZero { clip: 1.0, include_zero: false }] {
+                for bits in Bits::ALL {
+                    assert_eq!(back(quantizer, &[value; 3], bits).2, [value; 3]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bad_groups_are_refused() {
+        for quantizer in [Quantizer::FloatMin, ROTATEKV] {
+            assert!(matches!(quantizer.fit(&[0.0, f32::NAN], Bits::Two), Err(QuantError::NonFinite { index: 1, .. })));
+            assert_eq!(quantizer.fit(&[], Bits::Two), Err(QuantError::Empty));
+        }
+        // A zero point that fp16 cannot hold.
+        assert!(matches!(ROTATEKV.fit(&[6000.0, 6001.0], Bits::Eight), Err(QuantError::Range { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn errors_are_bounded_without_clipping(
+            group in prop::collection::vec(-100f32..100.0, 2..100), which in 0usize..4, include_zero: bool,
+        ) {
+            let bits = Bits::ALL[which];
+            let quantizer = Quantizer::IntegerZero { clip: 1.0, include_zero };
+            let (parameters, codes, values) = back(quantizer, &group, bits);
+            let step = parameters.scale.to_f32();
+            // Half a step from rounding the value, half a step from rounding the zero point, and what the
+            // rounded scale leaves outside of the range.
+            let slack = step + step * f32::from(bits.max_code()) * 2f32.powi(-10) + step.abs() * 0.13 + 0.1;
+            for ((x, value), code) in group.iter().zip(values).zip(codes) {
+                prop_assert!(code <= bits.max_code());
+                prop_assert!((x - value).abs() <= slack, "{x} became {value} in steps of {step}");
+            }
+        }
+    }
+}
