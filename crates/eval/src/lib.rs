@@ -1,10 +1,12 @@
 //! What a cache scheme costs in accuracy.
 #![forbid(unsafe_code)]
 
+mod comparison;
 mod distribution;
 mod perplexity;
 mod windows;
 
+pub use comparison::{Comparison, ComparisonRow};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
 pub use windows::windows;
 
