@@ -107,10 +107,10 @@ fn quoted(field: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn row(scheme: &str, bits: f64, perplexity: f64) -> ComparisonRow {
+    pub(crate) fn row(scheme: &str, bits: f64, perplexity: f64) -> ComparisonRow {
         ComparisonRow {
             scheme: scheme.into(),
             summary: format!("{scheme} in words"),
@@ -126,7 +126,7 @@ mod tests {
         }
     }
 
-    fn comparison(rows: Vec<ComparisonRow>) -> Comparison {
+    pub(crate) fn comparison(rows: Vec<ComparisonRow>) -> Comparison {
         Comparison {
             model: "test".into(),
             text: "text".into(),

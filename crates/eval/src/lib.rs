@@ -4,6 +4,7 @@
 mod comparison;
 mod distribution;
 mod perplexity;
+pub mod report;
 pub mod study;
 mod windows;
 

@@ -235,4 +235,4 @@ fn check(shape: StudyShape, layers: &[LayerSample]) -> Result<(), StudyError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

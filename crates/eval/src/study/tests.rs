@@ -30,6 +30,12 @@ fn shape(tokens: usize, num_heads: usize, num_key_value_heads: usize, head_dim: 
     StudyShape { tokens, num_heads, num_key_value_heads, head_dim }
 }
 
+/// A small study for tests of other modules.
+pub(crate) fn small(layers: usize) -> Study {
+    let shape = shape(160, 2, 1, 64);
+    study(shape, &(0..layers as u64).map(|seed| layer(shape, 12.0, seed)).collect::<Vec<_>>()).unwrap()
+}
+
 fn variant(variants: &[VariantStudy], notation: &str) -> VariantStudy {
     variants.iter().find(|variant| variant.notation == notation).unwrap().clone()
 }
