@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dibit_cache::Scheme;
 use dibit_device::DType;
 use std::path::PathBuf;
 
@@ -29,6 +30,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure what cache schemes cost: perplexity, KL divergence, bits
     Perplexity(PerplexityArgs),
+    /// Make what a scheme needs to know of a model: permutations, bases
+    Calibrate(CalibrateArgs),
     /// Plan memory: weights, cache by scheme, what fits
     Inspect(InspectArgs),
     /// Print a completion script for a shell
@@ -111,11 +114,17 @@ pub struct SamplingArgs {
     pub seed: Option<u64>,
 }
 
+fn scheme_help() -> String {
+    format!("Cache scheme: {}, or a file ending in .toml", Scheme::built_in().collect::<Vec<_>>().join(", "))
+}
+
 #[derive(Args)]
 pub struct CacheArgs {
-    /// Cache scheme: fp16, kivi, kivi-paper, kvlinc, or a file ending in .toml
-    #[arg(long, default_value = "kvlinc", value_name = "SCHEME")]
+    #[arg(long, default_value = "kvlinc", value_name = "SCHEME", help = scheme_help())]
     pub kv: String,
+    /// What `dibit calibrate` made for the scheme and this model
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    pub calibration: Vec<PathBuf>,
     /// Context that the cache is planned for, in tokens
     #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     pub context: Option<u32>,
@@ -202,6 +211,9 @@ pub struct PerplexityArgs {
     /// Cache schemes, separated by commas; fp16 is always there as the reference
     #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
     pub kv: Vec<String>,
+    /// What `dibit calibrate` made for the schemes that need it
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    pub calibration: Vec<PathBuf>,
     /// Tokens of a window
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
@@ -211,6 +223,37 @@ pub struct PerplexityArgs {
     /// Write all figures there, those of every token too
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Ctrl-C keeps what was gathered in FILE.partial; the same command goes on from there. The same model, text, options and
+seed make the same file.
+
+Examples:
+  dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
+  dibit perplexity --text wiki.txt --kv kivi,rotatekv --calibration rotatekv.safetensors")]
+pub struct CalibrateArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// The scheme
+    #[arg(long, value_name = "SCHEME")]
+    pub kv: String,
+    /// Text to run the model on, UTF-8; of a .jsonl file, the "text" of every line. Not the text to measure with
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Tokens of it
+    #[arg(long, default_value = "131072", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub tokens: usize,
+    /// Tokens of a sequence, at most the model's
+    #[arg(short, long, default_value = "2048")]
+    pub context: usize,
+    /// Seed of random rotations
+    #[arg(long, default_value = "0")]
+    pub seed: u64,
+    /// File to write, safetensors
+    #[arg(short, long, value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 #[derive(Args)]

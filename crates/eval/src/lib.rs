@@ -6,11 +6,9 @@ mod distribution;
 mod perplexity;
 pub mod report;
 pub mod study;
-mod windows;
 
 pub use comparison::{Comparison, ComparisonRow};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
-pub use windows::windows;
 
 use thiserror::Error;
 

@@ -4,11 +4,11 @@
 //! (METHODS 4.3, A12): within each layer tokens are stored, and the window flushed, one after the other. The
 //! reference `fp16` has nothing packed; it is evaluated as one exact prefill.
 
+use crate::EvalError;
 use crate::distribution::Distribution;
-use crate::{EvalError, windows};
 use dibit_cache::{CacheManager, Scheme};
 use dibit_device::{Batch, Device, Mode};
-use dibit_model::{Model, Pretrained, Workspace};
+use dibit_model::{Model, Pretrained, Workspace, windows};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::sync::Arc;
@@ -105,7 +105,11 @@ pub fn perplexity<D: Device>(
     if !(2..=limit).contains(&context) {
         return Err(EvalError::Context { context, limit });
     }
-    let windows = windows(ids, config.bos_token_id, context, options.windows)?;
+    let windows = windows(ids, config.bos_token_id, context, options.windows);
+    if windows.is_empty() {
+        let needed = context - config.bos_token_id.iter().len();
+        return Err(EvalError::TextTooShort { tokens: ids.len(), needed });
+    }
     let mut runners = runners(device, pretrained, schemes, context)?;
     for (index, window) in windows.iter().enumerate() {
         let schemes = runners.len();

@@ -16,6 +16,7 @@ mod rope;
 mod rotation;
 mod tokenizer;
 mod weights;
+mod windows;
 mod workspace;
 
 pub use chat::{ChatTemplate, Message};
@@ -26,9 +27,10 @@ pub use files::{ModelFiles, WeightFile};
 pub use generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
 pub use hub::download;
-pub use model::{Model, argmax};
+pub use model::{Model, Observation, Observer, argmax};
 pub use pretrained::Pretrained;
 pub use rope::{Rope, RopeScaling};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::{LayerWeights, LinearWeights, WeightSource, Weights};
+pub use windows::windows;
 pub use workspace::{Workspace, pass_bytes, pass_row_bytes};

@@ -36,6 +36,24 @@ struct Layer<D: Device> {
     down: Linear<D>,
 }
 
+/// Queries, keys and values of some rows of a pass in one layer, after RoPE.
+#[derive(Debug, Clone, Copy)]
+pub struct Observation<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// First row in the batch.
+    pub first_row: usize,
+    /// `[row][num_attention_heads][head_dim]`
+    pub q: &'a [f32],
+    /// `[row][num_key_value_heads][head_dim]`
+    pub k: &'a [f32],
+    /// The same for values, rotated where the weights are.
+    pub v: &'a [f32],
+}
+
+/// Sees what passes through attention.
+pub type Observer<'a> = dyn FnMut(Observation) + Send + 'a;
+
 /// A decoder on a device.
 pub struct Model<D: Device> {
     config: ModelConfig,
@@ -120,6 +138,37 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         ids: &[u32],
     ) -> Result<(), ModelError> {
+        self.pass(device, workspace, store, batch, ids, None)
+    }
+
+    /// [`Model::forward`], showing queries, keys and values of every layer and row to `observer`.
+    ///
+    /// # Errors
+    /// Those of [`Model::forward`].
+    ///
+    /// # Panics
+    /// If the batch does not have one row for each id.
+    pub fn observe(
+        &self,
+        device: &D,
+        workspace: &mut Workspace<D>,
+        store: &mut D::Store,
+        batch: &Batch,
+        ids: &[u32],
+        observer: &mut Observer,
+    ) -> Result<(), ModelError> {
+        self.pass(device, workspace, store, batch, ids, Some(observer))
+    }
+
+    fn pass(
+        &self,
+        device: &D,
+        workspace: &mut Workspace<D>,
+        store: &mut D::Store,
+        batch: &Batch,
+        ids: &[u32],
+        mut observer: Option<&mut Observer>,
+    ) -> Result<(), ModelError> {
         assert_eq!(ids.len(), batch.rows(), "one id for each row");
         let vocab_size = self.config.vocab_size;
         if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab_size) {
@@ -139,7 +188,16 @@ impl<D: Device> Model<D> {
                 device.observe(store, index, batch, &ws.hidden, self.config.hidden_size);
                 for first in (0..ids.len()).step_by(ws.tile_rows) {
                     let tile = first..ids.len().min(first + ws.tile_rows);
-                    self.attention_block(device, ws, store, batch, index, layer, tile.clone())?;
+                    self.attention_block(
+                        device,
+                        ws,
+                        store,
+                        batch,
+                        index,
+                        layer,
+                        tile.clone(),
+                        observer.as_deref_mut(),
+                    )?;
                     self.mlp_block(device, ws, layer, tile);
                 }
                 device.commit(store, index, batch)?;
@@ -184,6 +242,7 @@ impl<D: Device> Model<D> {
         index: usize,
         layer: &Layer<D>,
         tile: Range<usize>,
+        observer: Option<&mut Observer>,
     ) -> Result<(), ModelError> {
         let ModelConfig { hidden_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps: eps, .. } =
             self.config;
@@ -199,6 +258,13 @@ impl<D: Device> Model<D> {
                 device.rms_norm_inplace(x, rows * heads, head_dim, norm, eps);
             }
             device.rope(x, heads, head_dim, &ws.rope, tile.clone());
+        }
+        if let Some(observer) = observer {
+            let [mut q, mut k, mut v] = [(); 3].map(|()| Vec::new());
+            device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q);
+            device.download(&ws.k, 0..rows * num_key_value_heads * head_dim, &mut k);
+            device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v);
+            observer(Observation { layer: index, first_row: tile.start, q: &q, k: &k, v: &v });
         }
         device.write_kv(store, index, batch, tile.clone(), &ws.k, &ws.v)?;
         device.attention(store, index, batch, tile.clone(), num_attention_heads, &ws.q, &mut ws.attention)?;

@@ -1,3 +1,4 @@
+use super::calibrate::attach;
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::ChatArgs;
 use crate::output::{TextStream, note};
@@ -15,8 +16,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /quit ends";
 
 pub fn run(args: &ChatArgs) -> Result<Outcome> {
-    let scheme = Scheme::load(&args.cache.kv)?;
+    let mut scheme = Scheme::load(&args.cache.kv)?;
     let mut pretrained = source::load(&args.run.model)?;
+    attach(&mut scheme, &args.cache.calibration, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let cpu = cpu(&args.run)?;

@@ -1,3 +1,4 @@
+use super::calibrate::attach;
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
 use crate::output::{STDOUT, TextStream, bytes, note};
@@ -15,8 +16,9 @@ use std::time::{Duration, Instant};
 
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
-    let scheme = Scheme::load(&args.cache.kv)?;
+    let mut scheme = Scheme::load(&args.cache.kv)?;
     let mut pretrained = source::load(&args.run.model)?;
+    attach(&mut scheme, &args.cache.calibration, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let requests = requests(args, &pretrained, &prompts, sampling)?;

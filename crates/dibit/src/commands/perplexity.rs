@@ -1,18 +1,19 @@
+use super::calibrate::calibrated_schemes;
 use super::{announce, cpu, schemes};
 use crate::args::PerplexityArgs;
 use crate::output::{STDOUT, bar, check_writable, table, write_complete};
-use crate::{Outcome, source};
+use crate::{Outcome, source, text};
 use anyhow::{Context, Result};
 use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
 use std::io::Write;
 
 pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
-    let schemes = schemes(&args.kv)?;
-    let text = std::fs::read(&args.text).with_context(|| format!("cannot read the text {}", args.text.display()))?;
-    let text = String::from_utf8(text)
-        .with_context(|| format!("{} is not UTF-8 text; convert it first", args.text.display()))?;
+    // Names that mean nothing are said before a model is loaded.
+    schemes(&args.kv)?;
+    let text = text::read(&args.text)?;
     args.json.as_deref().map(check_writable).transpose()?;
     let pretrained = source::load(&args.run.model)?;
+    let schemes = calibrated_schemes(&args.kv, &args.calibration, &pretrained)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
     schemes.iter().for_each(announce);
     let cpu = cpu(&args.run)?;

@@ -1,0 +1,253 @@
+//! Running a model on a text to calibrate a scheme.
+
+use crate::basis::Moments;
+use crate::permutation::ChannelSums;
+use crate::{Artefact, CalibrationError, Fingerprint, Source, progress};
+use dibit_cache::{
+    CacheLayout, CacheManager, Calibration, LayerCalibration, LayerLayout, Scheme, SideLayout, Transform,
+};
+use dibit_device::{Batch, Device, Mode};
+use dibit_model::{Model, Observation, Pretrained, Workspace, windows};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Between two writes of the state.
+const SAVE_EVERY: Duration = Duration::from_secs(30);
+
+/// How a calibration is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Tokens of a sequence.
+    pub context: usize,
+    /// Tokens in all, at most; `None` for the whole text.
+    pub tokens: Option<usize>,
+    /// Seed of random rotations.
+    pub seed: u64,
+    /// Where the state is kept while it runs, so that it can go on after it was stopped.
+    pub state: Option<PathBuf>,
+}
+
+/// How far a calibration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Sequences done.
+    pub done: usize,
+    /// Sequences in all.
+    pub sequences: usize,
+}
+
+/// What is gathered of one layer.
+#[derive(Default)]
+struct Layer {
+    channels: Option<ChannelSums>,
+    keys: Option<Moments>,
+    values: Option<Moments>,
+}
+
+/// What is gathered of all layers.
+pub(crate) struct Gathered {
+    layers: Vec<Layer>,
+}
+
+/// Channels of a head in 16 bit.
+fn high_channels(side: &SideLayout) -> usize {
+    match side {
+        SideLayout::Packed(side) => {
+            side.high.map_or(0, |high| if side.tokens_are_lanes { high.rows } else { high.lanes })
+        }
+        SideLayout::Half { .. } => 0,
+    }
+}
+
+impl Layer {
+    fn new(layout: &LayerLayout, heads: usize, head_dim: usize) -> Self {
+        Layer {
+            channels: match layout.keys {
+                Transform::PreRope(choice) => Some(ChannelSums::new(layout, choice, heads, head_dim)),
+                _ => None,
+            },
+            keys: (layout.keys == Transform::Basis).then(|| Moments::new(heads, head_dim)),
+            values: (layout.values == Transform::Basis).then(|| Moments::new(heads, head_dim)),
+        }
+    }
+
+    fn finish(&self, layout: &LayerLayout, seed: u64) -> LayerCalibration {
+        LayerCalibration {
+            permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
+            key_basis: self.keys.as_ref().map(|own| own.shared(high_channels(&layout.page.keys), seed)),
+            // Another stream of random numbers than the keys'.
+            value_basis: self.values.as_ref().map(|own| own.by_head(high_channels(&layout.page.values), !seed)),
+        }
+    }
+}
+
+impl Gathered {
+    fn new(layout: &CacheLayout) -> Self {
+        let shape = layout.shape;
+        let layer = |layer| Layer::new(layer, shape.num_key_value_heads, shape.head_dim);
+        Gathered { layers: layout.layers.iter().map(layer).collect() }
+    }
+
+    fn add(&mut self, seen: Observation, width: usize, inv_freq: &[f32]) {
+        let layer = &mut self.layers[seen.layer];
+        for (row, (key, value)) in seen.k.chunks_exact(width).zip(seen.v.chunks_exact(width)).enumerate() {
+            if let Some(channels) = &mut layer.channels {
+                // A sequence begins at position 0 and takes a pass of its own.
+                channels.add(key, seen.first_row + row, inv_freq);
+            }
+            if let Some(keys) = &mut layer.keys {
+                keys.add(key);
+            }
+            if let Some(values) = &mut layer.values {
+                values.add(value);
+            }
+        }
+    }
+
+    /// All sums by their names.
+    pub(crate) fn sums(&self) -> Vec<(String, &[f64])> {
+        let mut all = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            all.extend(layer.channels.as_ref().map(|own| (format!("layers.{index}.channels"), &own.sums[..])));
+            all.extend(layer.keys.as_ref().map(|own| (format!("layers.{index}.keys"), &own.sums[..])));
+            all.extend(layer.values.as_ref().map(|own| (format!("layers.{index}.values"), &own.sums[..])));
+        }
+        all
+    }
+
+    /// [`Gathered::sums`], to be written.
+    pub(crate) fn sums_mut(&mut self) -> Vec<(String, &mut [f64])> {
+        let mut all = Vec::new();
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            all.extend(layer.channels.as_mut().map(|own| (format!("layers.{index}.channels"), &mut own.sums[..])));
+            all.extend(layer.keys.as_mut().map(|own| (format!("layers.{index}.keys"), &mut own.sums[..])));
+            all.extend(layer.values.as_mut().map(|own| (format!("layers.{index}.values"), &mut own.sums[..])));
+        }
+        all
+    }
+
+    /// A layer whose sums are not finite.
+    fn broken_layer(&self) -> Option<usize> {
+        let broken = |layer: &Layer| {
+            let sums = [
+                layer.channels.as_ref().map(|own| &own.sums),
+                layer.keys.as_ref().map(|own| &own.sums),
+                layer.values.as_ref().map(|own| &own.sums),
+            ];
+            sums.into_iter().flatten().flatten().any(|sum| !sum.is_finite())
+        };
+        self.layers.iter().position(broken)
+    }
+}
+
+/// Runs a model over a tokenised text, as exact prefills of `context` tokens, and makes what the scheme needs. `None`
+/// where `progress` broke it off; the state is then in its file, and the same call goes on from there.
+///
+/// The result depends on nothing but the model, the scheme, the tokens and the options.
+///
+/// # Errors
+/// [`CalibrationError`].
+pub fn calibrate<D: Device>(
+    device: &D,
+    pretrained: &Pretrained,
+    scheme: &Scheme,
+    ids: &[u32],
+    options: &Options,
+    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Option<Artefact>, CalibrationError> {
+    if !scheme.is_calibrated() {
+        return Err(CalibrationError::NotNeeded(scheme.origin.clone()));
+    }
+    let config = &pretrained.config;
+    let (context, limit) = (options.context, config.max_position_embeddings);
+    if !(2..=limit).contains(&context) {
+        return Err(CalibrationError::Context { context, limit });
+    }
+    let layout = CacheLayout::new(scheme, config.cache_shape())?;
+    let count = options.tokens.map(|tokens| tokens.div_ceil(context));
+    let windows = windows(ids, config.bos_token_id, context, count);
+    let needed = context - config.bos_token_id.iter().len();
+    let short = count.is_some_and(|count| windows.len() < count);
+    if windows.is_empty() || short {
+        let needed = needed * count.unwrap_or(1);
+        return Err(CalibrationError::TextTooShort { tokens: ids.len(), needed });
+    }
+    let fingerprint = Fingerprint::new(pretrained, scheme);
+    let source = Source::new(&windows, context, options.seed);
+    let mut gathered = Gathered::new(&layout);
+    let state = options.state.as_deref();
+    let done = match state {
+        Some(path) => progress::resume(path, &fingerprint, &source, &mut gathered)?,
+        None => 0,
+    };
+    let mut pass = Pass::new(device, pretrained, context)?;
+    let save =
+        |path: &Path, done: usize, gathered: &Gathered| progress::save(path, &fingerprint, &source, done, gathered);
+    let mut saved = Instant::now();
+    for (index, window) in windows.iter().enumerate().skip(done) {
+        if progress(Progress { done: index, sequences: windows.len() }).is_break() {
+            if let Some(path) = state {
+                save(path, index, &gathered)?;
+            }
+            return Ok(None);
+        }
+        if let Some(path) = state.filter(|_| saved.elapsed() > SAVE_EVERY) {
+            save(path, index, &gathered)?;
+            saved = Instant::now();
+        }
+        pass.run(device, window, &mut gathered)?;
+        if let Some(layer) = gathered.broken_layer() {
+            return Err(CalibrationError::NotFinite { layer });
+        }
+    }
+    let layers = gathered.layers.iter().zip(&layout.layers).enumerate();
+    let seed = |index: usize| options.seed.wrapping_add(index as u64 * 0x1_0000);
+    let layers = layers.map(|(index, (own, layout))| own.finish(layout, seed(index))).collect();
+    let tokens = windows.len() * context;
+    Ok(Some(Artefact {
+        fingerprint,
+        source: format!("{tokens} tokens in sequences of {context}, text {}, seed {}", source.text, options.seed),
+        calibration: Calibration { layers },
+    }))
+}
+
+/// What runs sequences.
+struct Pass<'a, D: Device> {
+    pretrained: &'a Pretrained,
+    model: Model<D>,
+    manager: CacheManager,
+    store: D::Store,
+    workspace: Workspace<D>,
+    inv_freq: Vec<f32>,
+}
+
+impl<'a, D: Device> Pass<'a, D> {
+    fn new(device: &D, pretrained: &'a Pretrained, context: usize) -> Result<Self, CalibrationError> {
+        let config = &pretrained.config;
+        let exact = config.cache_layout(&Scheme::load("fp16")?)?;
+        let blocks = exact.window.blocks(context);
+        Ok(Pass {
+            model: Model::new(device, config, &pretrained.weights)?,
+            store: device.store(&exact, blocks, 1, context)?,
+            workspace: Workspace::new(device, config, context, 1)?,
+            manager: CacheManager::new(exact, blocks, 1),
+            inv_freq: config.rope.inv_freq(config.head_dim),
+            pretrained,
+        })
+    }
+
+    fn run(&mut self, device: &D, window: &[u32], gathered: &mut Gathered) -> Result<(), CalibrationError> {
+        let config = &self.pretrained.config;
+        let width = config.num_key_value_heads * config.head_dim;
+        let mut sequence = self.manager.open()?;
+        self.manager.reserve(&mut sequence, window.len())?;
+        let mut batch = Batch::new(Mode::Chunk);
+        batch.push(&sequence, window.len(), self.manager.layout().window);
+        let inv_freq = &self.inv_freq;
+        let mut observer = |seen: Observation| gathered.add(seen, width, inv_freq);
+        let result = self.model.observe(device, &mut self.workspace, &mut self.store, &batch, window, &mut observer);
+        self.manager.close(sequence);
+        Ok(result?)
+    }
+}

@@ -1,0 +1,97 @@
+use super::{cpu, interrupt_flag, schemes};
+use crate::args::CalibrateArgs;
+use crate::output::{STDOUT, bar, check_writable, note};
+use crate::{Outcome, source, text};
+use anyhow::{Context, Result, bail};
+use dibit_cache::{CacheLayout, Scheme};
+use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
+use dibit_model::Pretrained;
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
+    let scheme = Scheme::load(&args.kv)?;
+    if !scheme.is_calibrated() {
+        return Err(CalibrationError::NotNeeded(args.kv.clone()).into());
+    }
+    let text = text::read_documents(&args.text)?;
+    check_writable(&args.out)?;
+    let pretrained = source::load(&args.run.model)?;
+    CacheLayout::new(&scheme, pretrained.config.cache_shape())?;
+    let ids = pretrained.tokenizer.encode(&text, false)?;
+    let cpu = cpu(&args.run)?;
+    let state = state_path(&args.out);
+    if state.exists() {
+        note(&format!("going on from {}", state.display()));
+    }
+    let options = Options {
+        context: args.context.min(pretrained.config.max_position_embeddings),
+        tokens: Some(args.tokens),
+        seed: args.seed,
+        state: Some(state.clone()),
+    };
+    let interrupted = interrupt_flag(true)?;
+    let bar = bar(0);
+    let artefact = calibrate(&cpu, &pretrained, &scheme, &ids, &options, |progress| {
+        bar.set_length(progress.sequences as u64);
+        bar.set_position(progress.done as u64);
+        bar.set_message(format!("sequences of {} tokens", options.context));
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    bar.finish_and_clear();
+    let Some(artefact) = artefact else {
+        note(&format!("stopped; the same command goes on from {}", state.display()));
+        return Ok(Outcome::Interrupted);
+    };
+    artefact.save(&args.out)?;
+    if state.exists() {
+        std::fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+    }
+    writeln!(
+        std::io::stdout(),
+        "{}: {} for {} from {}",
+        args.out.display(),
+        scheme.name,
+        pretrained.name,
+        artefact.source
+    )
+    .context(STDOUT)?;
+    Ok(Outcome::Done)
+}
+
+/// Where a calibration keeps its state while it runs.
+fn state_path(out: &Path) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(".partial");
+    PathBuf::from(name)
+}
+
+/// Loads schemes and gives each that needs one its calibration from `files`.
+pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
+    let mut schemes = schemes(names)?;
+    for scheme in schemes.iter_mut().filter(|scheme| scheme.is_calibrated()) {
+        attach(scheme, files, pretrained)?;
+    }
+    Ok(schemes)
+}
+
+/// Gives a scheme the calibration among `files` that was made for it; none where there are no files.
+pub fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
+    let mut reasons = Vec::new();
+    for file in files {
+        match Artefact::attach(file, pretrained, scheme) {
+            Ok(()) => return Ok(()),
+            Err(error) => reasons.push(error),
+        }
+    }
+    match reasons.len() {
+        0 => Ok(()),
+        1 => Err(reasons.remove(0).into()),
+        _ => {
+            let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason}")).collect();
+            bail!("no calibration suits scheme {}:{}", scheme.name, reasons.concat())
+        }
+    }
+}
