@@ -6,6 +6,7 @@ mod distribution;
 mod perplexity;
 pub mod report;
 pub mod study;
+pub mod ruler;
 
 pub use comparison::{Comparison, ComparisonRow};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
