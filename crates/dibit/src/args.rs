@@ -32,6 +32,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Make what a scheme needs to know of a model: permutations, bases
     Calibrate(CalibrateArgs),
+    /// Measure what a model finds again in a long context: the retrieval benchmark RULER
+    Ruler(RulerArgs),
     /// Plan memory: weights, cache by scheme, what fits
     Inspect(InspectArgs),
     /// Print a completion script for a shell
@@ -254,6 +256,66 @@ pub struct CalibrateArgs {
     /// File to write, safetensors
     #[arg(short, long, value_name = "FILE")]
     pub out: PathBuf,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Tasks: niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe.
+An answer of several strings counts by the share that is found. Decoding is greedy.
+
+Examples:
+  dibit ruler --tasks niah_single_1,niah_multikey_2,vt --samples 10
+  dibit ruler --model ./Qwen3-0.6B --chat --haystack essays.txt --context 4096,8192 --json out.json
+  dibit ruler --model ./Llama-3.2-1B --kv fp16,kvlinc,mine.toml --dump prompts.jsonl")]
+pub struct RulerArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Cache schemes, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
+    pub kv: Vec<String>,
+    /// Tasks, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "all")]
+    pub tasks: Vec<String>,
+    /// Tokens of a prompt and its answer; several lengths are separated by commas
+    #[arg(
+        short,
+        long,
+        value_delimiter = ',',
+        default_value = "4096",
+        value_name = "TOKENS",
+        value_parser = clap::value_parser!(u32).range(1..=1 << 27)
+    )]
+    pub context: Vec<u32>,
+    /// Prompts of each task and length
+    #[arg(long, default_value = "20", value_parser = clap::value_parser!(u32).range(1..))]
+    pub samples: u32,
+    /// Seed of the prompts
+    #[arg(long, default_value = "42")]
+    pub seed: u64,
+    #[arg(
+        long,
+        value_name = "FILE",
+        help = "Essays to hide needles in: text, or JSON with a field \"text\" [default: RULER's noise sentences]"
+    )]
+    pub haystack: Option<PathBuf>,
+    /// Put prompts into the model's chat template; without it the text is continued as it is
+    #[arg(long)]
+    pub chat: bool,
+    /// Prompts that run at once
+    #[arg(long, default_value = "4", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub parallel: u16,
+    /// Prompt tokens that are prefilled together [default: as many as fit a fixed budget]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prefill_chunk: Option<u32>,
+    /// Write all figures there, with every answer
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the scores there, one a line
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Write the prompts there before they run, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub dump: Option<PathBuf>,
 }
 
 #[derive(Args)]

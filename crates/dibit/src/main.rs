@@ -5,6 +5,7 @@ mod bundled;
 mod commands;
 mod memory;
 mod output;
+mod retrieval;
 mod source;
 mod text;
 
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Calibrate(args) => commands::calibrate::run(&args),
+        Command::Ruler(args) => commands::ruler::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
     };

@@ -6,6 +6,7 @@ pub mod completions;
 pub mod generate;
 pub mod inspect;
 pub mod perplexity;
+pub mod ruler;
 
 use crate::args::{RunArgs, SamplingArgs};
 use crate::output;

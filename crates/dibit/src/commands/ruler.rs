@@ -1,0 +1,271 @@
+use super::{announce, cpu, interrupt_flag, schemes};
+use crate::args::RulerArgs;
+use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
+use crate::retrieval::{self, Answer};
+use crate::{Outcome, source};
+use anyhow::{Context, Result};
+use dibit_cache::{CacheLayout, Scheme};
+use dibit_device::Cpu;
+use dibit_engine::{Engine, EngineError, Options};
+use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
+use dibit_model::Pretrained;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+
+/// The prompts of one length, task after task.
+struct Prompts {
+    context: usize,
+    samples: Vec<Sample>,
+}
+
+/// How a scheme did at one length.
+struct Row<'a> {
+    scheme: &'a str,
+    prompts: &'a Prompts,
+    /// One for each prompt.
+    answers: Vec<Answer>,
+}
+
+pub fn run(args: &RulerArgs) -> Result<Outcome> {
+    let schemes = schemes(&args.kv)?;
+    let tasks = tasks(&args.tasks)?;
+    let haystack = args.haystack.as_deref().map(retrieval::haystack).transpose()?;
+    for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
+        check_writable(path)?;
+    }
+    let pretrained = source::load(&args.run.model)?;
+    check(args, &pretrained, &schemes)?;
+    let name = pretrained.name.clone();
+    let stand_in = haystack.is_none() && tasks.iter().any(|task| task.takes_essay());
+    if stand_in {
+        tracing::info!(
+            "without --haystack, RULER's noise sentences stand in for essays; that is easier than essays are"
+        );
+    }
+    let prompts = prompts(args, &pretrained, &tasks, &haystack.unwrap_or_else(Haystack::noise))?;
+    let cpu = cpu(&args.run)?;
+    let interrupted = interrupt_flag(true)?;
+    if let Some(path) = &args.dump {
+        write_complete(path, dump(&prompts).as_bytes())?;
+    }
+
+    let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
+    let mut rows = Vec::new();
+    // A scheme may change the weights, so the next one takes fresh ones.
+    let mut loaded = Some(pretrained);
+    for scheme in &schemes {
+        if interrupted.load(Ordering::Relaxed) {
+            break;
+        }
+        let mut pretrained = loaded.take().map_or_else(|| source::load(&args.run.model), Ok)?;
+        let done: usize = rows.iter().map(|row: &Row| row.answers.len()).sum();
+        rows.extend(run_scheme(args, &cpu, &mut pretrained, scheme, &prompts, |prompts, sample, before| {
+            bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
+            bar.set_position((done + before) as u64);
+            if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?);
+    }
+    bar.finish_and_clear();
+
+    let stopped = interrupted.load(Ordering::Relaxed);
+    if let Some(path) = args.json.as_deref().filter(|_| !stopped) {
+        write_complete(path, serde_json::to_string(&to_json(args, &name, &tasks, &rows))?.as_bytes())?;
+    }
+    if let Some(path) = args.csv.as_deref().filter(|_| !stopped) {
+        write_complete(path, to_csv(&tasks, &rows).as_bytes())?;
+    }
+    if !rows.is_empty() {
+        write!(std::io::stdout(), "{}", render(args, &tasks, &rows, stand_in)).context(STDOUT)?;
+    }
+    if stopped {
+        note("interrupted: what was not finished is left out, and no figures are written to files");
+        return Ok(Outcome::Interrupted);
+    }
+    Ok(Outcome::Done)
+}
+
+/// The tasks of these names, each once.
+fn tasks(names: &[String]) -> Result<Vec<Task>> {
+    let mut tasks = Vec::new();
+    for name in names.iter().map(|name| name.trim()) {
+        let named = if name == "all" { Task::ALL.to_vec() } else { vec![name.parse()?] };
+        for task in named {
+            if !tasks.contains(&task) {
+                tasks.push(task);
+            }
+        }
+    }
+    Ok(tasks)
+}
+
+/// Refuses what cannot run before anything does.
+fn check(args: &RulerArgs, pretrained: &Pretrained, schemes: &[Scheme]) -> Result<()> {
+    let limit = pretrained.config.max_position_embeddings;
+    for &context in &args.context {
+        let context = context as usize;
+        if context > limit {
+            return Err(EngineError::ContextTooLong { context, limit }.into());
+        }
+    }
+    for scheme in schemes {
+        CacheLayout::new(scheme, pretrained.config.cache_shape())?;
+        announce(scheme);
+    }
+    Ok(())
+}
+
+fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: &Haystack) -> Result<Vec<Prompts>> {
+    let of_length = |context: &u32| {
+        let context = *context as usize;
+        let options = SampleOptions { length: context, count: args.samples as usize, seed: args.seed };
+        Ok(Prompts { context, samples: retrieval::samples(pretrained, tasks, options, haystack, args.chat)? })
+    };
+    args.context.iter().map(of_length).collect()
+}
+
+/// Runs one scheme at all lengths. `progress` gets the prompt that is about to run, and how many have run before
+/// it; it says whether to go on. Lengths that were not finished are left out.
+fn run_scheme<'a>(
+    args: &RulerArgs,
+    cpu: &Cpu,
+    pretrained: &mut Pretrained,
+    scheme: &'a Scheme,
+    prompts: &'a [Prompts],
+    mut progress: impl FnMut(&Prompts, &Sample, usize) -> ControlFlow<()>,
+) -> Result<Vec<Row<'a>>> {
+    let options = Options {
+        context: args.context.iter().copied().max().unwrap_or(1) as usize,
+        sequences: usize::from(args.parallel).min(prompts[0].samples.len()),
+        prefill_chunk: args.prefill_chunk.map(|tokens| tokens as usize),
+    };
+    let mut engine = Engine::new(cpu, pretrained, scheme, options)?;
+    let longest = prompts.iter().flat_map(|prompts| &prompts.samples).map(|sample| sample.prompt.len()).max();
+    let pass_rows = engine.plan().pass_rows;
+    if longest > Some(pass_rows) {
+        tracing::info!(
+            "{}: prompts are prefilled in passes of up to {pass_rows} tokens; each attends exactly to itself and through the \
+             cache to those before it",
+            scheme.name
+        );
+    }
+    let (mut rows, mut before) = (Vec::new(), 0);
+    for prompts in prompts {
+        let answers = retrieval::run(&mut engine, &prompts.samples, |begun| {
+            progress(prompts, &prompts.samples[begun - 1], before + begun - 1)
+        })?;
+        let Some(answers) = answers else { break };
+        before += answers.len();
+        rows.push(Row { scheme: &scheme.name, prompts, answers });
+    }
+    Ok(rows)
+}
+
+impl Row<'_> {
+    /// Prompts of a task with their answers.
+    fn of(&self, task: Task) -> impl Iterator<Item = (&Sample, &Answer)> {
+        self.prompts.samples.iter().zip(&self.answers).filter(move |(sample, _)| sample.task == task)
+    }
+
+    /// Per cent of what was to be found in a task.
+    fn score(&self, task: Task) -> f64 {
+        100.0 * mean(self.of(task).map(|(_, answer)| answer.score))
+    }
+
+    fn mean(&self, tasks: &[Task]) -> f64 {
+        mean(tasks.iter().map(|&task| self.score(task)))
+    }
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0), |(sum, count), value| (sum + value, count + 1));
+    sum / f64::from(count.max(1))
+}
+
+fn render(args: &RulerArgs, tasks: &[Task], rows: &[Row], stand_in: bool) -> String {
+    let names = tasks.iter().map(|task| task.name().trim_start_matches("niah_"));
+    let header: Vec<&str> = ["scheme", "context"].into_iter().chain(names).chain(["mean"]).collect();
+    let cells = |row: &Row| {
+        let scores = tasks.iter().map(|&task| row.score(task)).chain([row.mean(tasks)]);
+        let start = [row.scheme.to_owned(), row.prompts.context.to_string()];
+        start.into_iter().chain(scores.map(|score| format!("{score:.1}"))).collect()
+    };
+    let essays = if stand_in { "; noise stands in for essays" } else { "" };
+    format!(
+        "{}per cent of what was to be found; --samples {} --seed {}{}{essays}\n",
+        table(&header, &rows.iter().map(cells).collect::<Vec<_>>()),
+        args.samples,
+        args.seed,
+        if args.chat { " --chat" } else { "" },
+    )
+}
+
+fn to_json(args: &RulerArgs, model: &str, tasks: &[Task], rows: &[Row]) -> Value {
+    let answer = |(sample, answer): (&Sample, &Answer)| {
+        json!({
+            "index": sample.index,
+            "score": answer.score,
+            "outputs": sample.answers,
+            "prediction": answer.prediction,
+            "prompt_tokens": sample.prompt.len(),
+            "generated_tokens": answer.generated_tokens,
+        })
+    };
+    let task = |row: &Row, task: Task| {
+        let samples: Vec<Value> = row.of(task).map(answer).collect();
+        json!({"task": task.name(), "score": row.score(task), "samples": samples})
+    };
+    let row = |row: &Row| {
+        json!({
+            "scheme": row.scheme,
+            "context": row.prompts.context,
+            "mean": row.mean(tasks),
+            "tasks": tasks.iter().map(|&name| task(row, name)).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "model": model,
+        "samples": args.samples,
+        "seed": args.seed,
+        "chat": args.chat,
+        "haystack": args.haystack,
+        "results": rows.iter().map(row).collect::<Vec<_>>(),
+    })
+}
+
+fn to_csv(tasks: &[Task], rows: &[Row]) -> String {
+    let mut csv = "scheme,context,task,score\n".to_owned();
+    for row in rows {
+        for &task in tasks {
+            csv += &format!("{},{},{task},{:.2}\n", quoted(row.scheme), row.prompts.context, row.score(task));
+        }
+    }
+    csv
+}
+
+/// A field of CSV.
+fn quoted(field: &str) -> String {
+    if field.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", field.replace('"', "\"\""))
+    } else {
+        field.to_owned()
+    }
+}
+
+/// The prompts as JSON lines; the fields of the original have its names.
+fn dump(prompts: &[Prompts]) -> String {
+    let line = |context: usize, sample: &Sample| {
+        let value = json!({
+            "task": sample.task.name(),
+            "context": context,
+            "index": sample.index,
+            "input": sample.input,
+            "answer_prefix": sample.answer_prefix,
+            "outputs": sample.answers,
+            "length": sample.prompt.len() + sample.task.max_new_tokens(),
+        });
+        format!("{value}\n")
+    };
+    prompts.iter().flat_map(|p| p.samples.iter().map(move |sample| line(p.context, sample))).collect()
+}
