@@ -273,6 +273,9 @@ pub struct RulerArgs {
     /// Cache schemes, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
     pub kv: Vec<String>,
+    /// What `dibit calibrate` made for the schemes that need it
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    pub calibration: Vec<PathBuf>,
     /// Tasks, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "all")]
     pub tasks: Vec<String>,

@@ -5,8 +5,8 @@ mod comparison;
 mod distribution;
 mod perplexity;
 pub mod report;
-pub mod study;
 pub mod ruler;
+pub mod study;
 
 pub use comparison::{Comparison, ComparisonRow};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};

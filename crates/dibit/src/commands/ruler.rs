@@ -1,10 +1,11 @@
+use super::calibrate::calibrated_schemes;
 use super::{announce, cpu, interrupt_flag, schemes};
 use crate::args::RulerArgs;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::Scheme;
 use dibit_device::Cpu;
 use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
@@ -29,13 +30,14 @@ struct Row<'a> {
 }
 
 pub fn run(args: &RulerArgs) -> Result<Outcome> {
-    let schemes = schemes(&args.kv)?;
+    schemes(&args.kv)?;
     let tasks = tasks(&args.tasks)?;
     let haystack = args.haystack.as_deref().map(retrieval::haystack).transpose()?;
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
         check_writable(path)?;
     }
     let pretrained = source::load(&args.run.model)?;
+    let schemes = calibrated_schemes(&args.kv, &args.calibration, &pretrained)?;
     check(args, &pretrained, &schemes)?;
     let name = pretrained.name.clone();
     let stand_in = haystack.is_none() && tasks.iter().any(|task| task.takes_essay());
@@ -110,7 +112,7 @@ fn check(args: &RulerArgs, pretrained: &Pretrained, schemes: &[Scheme]) -> Resul
         }
     }
     for scheme in schemes {
-        CacheLayout::new(scheme, pretrained.config.cache_shape())?;
+        pretrained.config.cache_layout(scheme)?;
         announce(scheme);
     }
     Ok(())
