@@ -30,6 +30,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure what cache schemes cost: perplexity, KL divergence, bits
     Perplexity(PerplexityArgs),
+    /// Compare schemes: bits, perplexity, KL, retrieval, memory, time; with a report in pictures
+    Compare(CompareArgs),
     /// Make what a scheme needs to know of a model: permutations, bases
     Calibrate(CalibrateArgs),
     /// Measure what a model finds again in a long context: the retrieval benchmark RULER
@@ -225,6 +227,56 @@ pub struct PerplexityArgs {
     /// Write all figures there, those of every token too
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Perplexity, KL and agreement are those of `dibit perplexity`, retrieval is the mean of four tasks of `dibit ruler`, bits at
+longer contexts are counted and not run. The report is one page that needs nothing else.
+
+Examples:
+  dibit compare --text wiki.test.raw --report report
+  dibit compare --model ./Qwen3-0.6B --text wiki.test.raw --schemes kivi,kvlinc,mine.toml --context 4096 --csv out.csv
+  dibit compare --text wiki.test.raw --calibration rotatekv.safetensors,resq.safetensors --samples 0")]
+pub struct CompareArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// The text, UTF-8
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Cache schemes, separated by commas; all takes the built-in ones. fp16 is always there as the reference
+    #[arg(long, visible_alias = "kv", value_delimiter = ',', default_value = "all", value_name = "SCHEMES")]
+    pub schemes: Vec<String>,
+    /// What `dibit calibrate` made for the schemes that need it
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    pub calibration: Vec<PathBuf>,
+    /// Tokens of a window, and of a retrieval prompt
+    #[arg(short, long, default_value = "2048")]
+    pub context: usize,
+    /// Number of windows
+    #[arg(long, default_value = "4", value_parser = clap::value_parser!(u32).range(1..))]
+    pub windows: u32,
+    /// Retrieval prompts of each of four tasks; 0 leaves retrieval out
+    #[arg(long, default_value = "3")]
+    pub samples: u32,
+    /// Seed of the retrieval prompts
+    #[arg(long, default_value = "42")]
+    pub seed: u64,
+    #[arg(
+        long,
+        value_name = "FILE",
+        help = "Essays to hide needles in: text, or JSON with a field \"text\" [default: RULER's noise sentences]"
+    )]
+    pub haystack: Option<PathBuf>,
+    /// Write all figures there
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the table there
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Write a page with pictures into this directory
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
 }
 
 #[derive(Args)]

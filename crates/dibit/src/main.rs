@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Compare(args) => commands::compare::run(&args),
         Command::Calibrate(args) => commands::calibrate::run(&args),
         Command::Ruler(args) => commands::ruler::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),

@@ -6,10 +6,14 @@ mod distribution;
 mod perplexity;
 pub mod report;
 pub mod ruler;
+mod sample;
 pub mod study;
+mod timing;
 
 pub use comparison::{Comparison, ComparisonRow};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
+pub use sample::sample;
+pub use timing::attention_times;
 
 use thiserror::Error;
 

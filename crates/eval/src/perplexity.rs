@@ -11,6 +11,7 @@ use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Model, Pretrained, Workspace, windows};
 use rayon::prelude::*;
 use serde::Serialize;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Rows whose logits are looked at together.
@@ -88,7 +89,7 @@ struct Runner<D: Device> {
 }
 
 /// Evaluates schemes on a tokenised text, all in one pass over it. The reference `fp16` is added where it is not
-/// among them.
+/// among them. `None` where `progress` broke it off.
 ///
 /// # Errors
 /// [`EvalError`].
@@ -98,8 +99,8 @@ pub fn perplexity<D: Device>(
     schemes: &[Scheme],
     ids: &[u32],
     options: PerplexityOptions,
-    mut progress: impl FnMut(Progress),
-) -> Result<Perplexity, EvalError> {
+    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Option<Perplexity>, EvalError> {
     let config = &pretrained.config;
     let (context, limit) = (options.context, config.max_position_embeddings);
     if !(2..=limit).contains(&context) {
@@ -114,7 +115,10 @@ pub fn perplexity<D: Device>(
     for (index, window) in windows.iter().enumerate() {
         let schemes = runners.len();
         for runner in &mut runners {
-            progress(Progress { window: index, windows: windows.len(), schemes, scheme: &runner.scheme.name });
+            let next = Progress { window: index, windows: windows.len(), schemes, scheme: &runner.scheme.name };
+            if progress(next).is_break() {
+                return Ok(None);
+            }
             runner.forward(device, window)?;
         }
         // The last token of a window predicts nothing that is in it.
@@ -132,12 +136,12 @@ pub fn perplexity<D: Device>(
             }
         }
     }
-    Ok(Perplexity {
+    Ok(Some(Perplexity {
         context,
         windows: windows.len(),
         tokens: windows.len() * (context - 1),
         schemes: runners.into_iter().map(|runner| runner.result(device, context)).collect(),
-    })
+    }))
 }
 
 /// A runner for each scheme, the reference first.

@@ -2,9 +2,10 @@
 
 use dibit_cache::Scheme;
 use dibit_device::{Cpu, DType, Tensor};
-use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity, windows};
+use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 fn repository() -> PathBuf {
@@ -19,7 +20,7 @@ fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, window
     let cpu = Cpu::new(None).unwrap();
     let schemes: Vec<Scheme> = schemes.iter().map(|name| Scheme::load(name).unwrap()).collect();
     let options = PerplexityOptions { context, windows: Some(windows) };
-    perplexity(&cpu, model, &schemes, ids, options, |_| {}).unwrap()
+    perplexity(&cpu, model, &schemes, ids, options, |_| ControlFlow::Continue(())).unwrap().unwrap()
 }
 
 /// Figures of an independent implementation on WikiText-2: 4 windows of 2048 tokens, float32.
@@ -89,7 +90,8 @@ fn texts_and_windows_that_do_not_suit_are_refused() {
     let model = load(&repository().join("fixtures/llama32-old-bf16"));
     let cpu = Cpu::new(Some(1)).unwrap();
     let run = |ids: &[u32], context| {
-        perplexity(&cpu, &model, &[], ids, PerplexityOptions { context, windows: None }, |_| {}).unwrap_err()
+        perplexity(&cpu, &model, &[], ids, PerplexityOptions { context, windows: None }, |_| ControlFlow::Continue(()))
+            .unwrap_err()
     };
     assert!(matches!(run(&[5; 10], 100), EvalError::TextTooShort { tokens: 10, needed: 99 }));
     for context in [0, 1, 1025] {
@@ -105,6 +107,6 @@ fn damaged_weights_are_no_agreement() {
     model.weights.norm = Tensor::from_f32(vec![f32::NAN; width], DType::F32, 1, width);
     let cpu = Cpu::new(Some(1)).unwrap();
     let options = PerplexityOptions { context: 50, windows: Some(1) };
-    let error = perplexity(&cpu, &model, &[], &[7; 100], options, |_| {}).unwrap_err();
+    let error = perplexity(&cpu, &model, &[], &[7; 100], options, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, EvalError::NotFinite { .. }), "{error}");
 }

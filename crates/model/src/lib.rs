@@ -6,6 +6,7 @@ mod chat;
 mod checkpoint;
 mod config;
 mod error;
+mod exact;
 mod files;
 mod generation_config;
 #[cfg(feature = "hub")]
@@ -23,6 +24,7 @@ pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
 pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
 pub use error::ModelError;
+pub use exact::ExactPass;
 pub use files::{ModelFiles, WeightFile};
 pub use generation_config::GenerationConfig;
 #[cfg(feature = "hub")]

@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 pub mod chat;
+pub mod compare;
 pub mod completions;
 pub mod generate;
 pub mod inspect;

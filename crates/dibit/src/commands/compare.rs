@@ -1,0 +1,242 @@
+use super::calibrate::{attach, calibrated_schemes};
+use super::{announce, cpu, interrupt_flag, schemes};
+use crate::args::CompareArgs;
+use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
+use crate::{Outcome, retrieval, source, text};
+use anyhow::{Context, Result, bail};
+use dibit_cache::Scheme;
+use dibit_device::Cpu;
+use dibit_engine::{Engine, Options};
+use dibit_eval::ruler::{Haystack, SampleOptions, Task};
+use dibit_eval::{Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study};
+use dibit_model::{Pretrained, windows};
+use indicatif::ProgressBar;
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Contexts whose bits are shown beside those of the one that is run.
+const LONGER: [usize; 3] = [8192, 32768, 131_072];
+
+/// Tokens of the text that the pictures of keys and values look at.
+const STUDIED: usize = 1024;
+
+/// Tasks whose answers show a damaged cache: words and numbers in essays, ids, distractors, several questions.
+const TASKS: [Task; 4] = [Task::NiahSingle2, Task::NiahSingle3, Task::NiahMultikey1, Task::NiahMultiquery];
+
+pub fn run(args: &CompareArgs) -> Result<Outcome> {
+    let all = args.schemes.iter().any(|name| name.trim() == "all");
+    if !all {
+        schemes(&args.schemes)?;
+    }
+    let text = text::read(&args.text)?;
+    let haystack = args.haystack.as_deref().map(retrieval::haystack).transpose()?;
+    let page = args.report.as_deref().map(prepare_report).transpose()?;
+    for path in [&args.json, &args.csv].into_iter().flatten() {
+        check_writable(path)?;
+    }
+    let pretrained = source::load(&args.run.model)?;
+    let schemes = if all {
+        built_in(&args.calibration, &pretrained)?
+    } else {
+        calibrated_schemes(&args.schemes, &args.calibration, &pretrained)?
+    };
+    let schemes = with_reference(schemes)?;
+    schemes.iter().for_each(announce);
+    let cpu = cpu(&args.run)?;
+    let interrupted = interrupt_flag(true)?;
+    let ids = pretrained.tokenizer.encode(&text, false)?;
+    let Some(mut comparison) = measure(args, &cpu, &pretrained, &schemes, &ids, &interrupted)? else {
+        return Ok(stopped());
+    };
+    comparison.text = args.text.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let studied = page.as_ref().map(|_| look(&cpu, &pretrained, &ids, args.context)).transpose()?;
+    if args.samples > 0 {
+        let haystack = haystack.unwrap_or_else(|| {
+            tracing::info!("without --haystack, RULER's noise sentences stand in for essays; that is easier");
+            Haystack::noise()
+        });
+        if !retrieve(args, &cpu, pretrained, &schemes, &haystack, &interrupted, &mut comparison)? {
+            return Ok(stopped());
+        }
+    }
+    write!(std::io::stdout(), "{}", render(&comparison)).context(STDOUT)?;
+    if let Some(path) = &args.json {
+        let value = serde_json::json!({"comparison": comparison, "study": studied});
+        write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
+    }
+    if let Some(path) = &args.csv {
+        write_complete(path, comparison.csv().as_bytes())?;
+    }
+    if let (Some(path), Some(studied)) = (page, studied) {
+        write_complete(&path, report::html(&comparison, &studied).as_bytes())?;
+        note(&format!("report: {}", path.display()));
+    }
+    Ok(Outcome::Done)
+}
+
+fn stopped() -> Outcome {
+    note("interrupted: no figures are shown or written");
+    Outcome::Interrupted
+}
+
+/// Every built-in scheme; those that lack their calibration are left out, which is said.
+fn built_in(files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
+    let mut all = Vec::new();
+    for name in Scheme::built_in() {
+        let mut scheme = Scheme::load(name)?;
+        if scheme.is_calibrated() && attach(&mut scheme, files, pretrained).is_err() {
+            scheme.calibration = None;
+        }
+        match pretrained.config.cache_layout(&scheme) {
+            Ok(_) => all.push(scheme),
+            Err(error) => tracing::info!("{name} is left out: {error}"),
+        }
+    }
+    Ok(all)
+}
+
+/// The 16-bit reference comes first, whether it was asked for or not.
+fn with_reference(schemes: Vec<Scheme>) -> Result<Vec<Scheme>> {
+    let reference = Scheme::load("fp16")?;
+    let others = schemes.into_iter().filter(|scheme| *scheme != reference);
+    Ok(std::iter::once(reference.clone()).chain(others).collect())
+}
+
+/// The page that a report is written to; its directory is made.
+fn prepare_report(directory: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot make the directory {}", directory.display()))?;
+    let page = directory.join("index.html");
+    check_writable(&page)?;
+    Ok(page)
+}
+
+/// Perplexity, bits and time of every scheme; `None` where Ctrl-C came.
+fn measure(
+    args: &CompareArgs,
+    cpu: &Cpu,
+    pretrained: &Pretrained,
+    schemes: &[Scheme],
+    ids: &[u32],
+    interrupted: &AtomicBool,
+) -> Result<Option<Comparison>> {
+    let options = PerplexityOptions { context: args.context, windows: Some(args.windows as usize) };
+    let bar = bar(0);
+    let mut steps = 0;
+    let figures = perplexity(cpu, pretrained, schemes, ids, options, |progress| {
+        bar.set_length((progress.windows * progress.schemes) as u64);
+        bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
+        bar.set_position(steps);
+        steps += 1;
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    let Some(figures) = figures else { return Ok(None) };
+    bar.set_message("attention");
+    let times = attention_times(cpu, &pretrained.config, schemes, args.context)?;
+    bar.finish_and_clear();
+    let mut rows = Vec::new();
+    for ((scheme, own), time) in schemes.iter().zip(&figures.schemes).zip(times) {
+        let layout = pretrained.config.cache_layout(scheme)?;
+        rows.push(ComparisonRow {
+            scheme: scheme.name.clone(),
+            summary: scheme.summary.clone(),
+            bits: own.bits,
+            bits_at: LONGER
+                .into_iter()
+                .filter(|context| *context > args.context)
+                .map(|context| (context, layout.planned_usage(context).bits()))
+                .collect(),
+            perplexity: own.perplexity,
+            kl_mean: own.kl_mean,
+            kl_p999: own.kl_p999,
+            top1_agreement: own.top1_agreement,
+            retrieval: None,
+            cache_bytes: layout.planned_bytes(args.context),
+            attention_micros: Some(time.as_secs_f64() * 1e6),
+        });
+    }
+    Ok(Some(Comparison {
+        model: pretrained.name.clone(),
+        text: String::new(),
+        context: args.context,
+        windows: figures.windows,
+        tokens: figures.tokens,
+        retrieval_context: None,
+        rows,
+    }))
+}
+
+/// What quantisation does to the keys and values of the beginning of the text.
+fn look(cpu: &Cpu, pretrained: &Pretrained, ids: &[u32], context: usize) -> Result<study::Study> {
+    let tokens = STUDIED.min(context).min(pretrained.config.max_position_embeddings);
+    let Some(window) = windows(ids, pretrained.config.bos_token_id, tokens, Some(1)).pop() else {
+        bail!("the text has {} tokens and the report's pictures need {tokens}; give a longer text", ids.len());
+    };
+    let (shape, layers) = sample(cpu, pretrained, &window)?;
+    Ok(study::study(shape, &layers)?)
+}
+
+/// Adds the retrieval accuracy of every scheme; false where Ctrl-C came.
+fn retrieve(
+    args: &CompareArgs,
+    cpu: &Cpu,
+    pretrained: Pretrained,
+    schemes: &[Scheme],
+    haystack: &Haystack,
+    interrupted: &AtomicBool,
+    comparison: &mut Comparison,
+) -> Result<bool> {
+    let options = SampleOptions { length: args.context, count: args.samples as usize, seed: args.seed };
+    let samples = retrieval::samples(&pretrained, &TASKS, options, haystack, false)?;
+    let bar: ProgressBar = bar(schemes.len() * samples.len());
+    // A scheme may change the weights, so the next one takes fresh ones.
+    let mut loaded = Some(pretrained);
+    for (index, scheme) in schemes.iter().enumerate() {
+        let mut pretrained = loaded.take().map_or_else(|| source::load(&args.run.model), Ok)?;
+        let options = Options { context: args.context, sequences: 1, prefill_chunk: None };
+        let mut engine = Engine::new(cpu, &mut pretrained, scheme, options)?;
+        bar.set_message(format!("{}: retrieval", scheme.name));
+        let answers = retrieval::run(&mut engine, &samples, |begun| {
+            bar.set_position((index * samples.len() + begun) as u64);
+            if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        let Some(answers) = answers else { return Ok(false) };
+        let sum: f64 = answers.iter().map(|answer| answer.score).sum();
+        comparison.rows[index].retrieval = Some(sum / answers.len() as f64);
+    }
+    bar.finish_and_clear();
+    comparison.retrieval_context = Some(args.context);
+    Ok(true)
+}
+
+fn render(comparison: &Comparison) -> String {
+    let contexts: Vec<usize> = LONGER.into_iter().filter(|context| *context > comparison.context).collect();
+    let names: Vec<String> = contexts.iter().map(|context| format!("at {}k", context / 1024)).collect();
+    let mut header = vec!["scheme", "bits"];
+    header.extend(names.iter().map(String::as_str));
+    header.extend(["perplexity", "KL mean", "KL 99.9%", "top-1", "retrieval", "cache", "attention"]);
+    let cells = |row: &&ComparisonRow| {
+        let mut cells = vec![row.scheme.clone(), format!("{:.2}", row.bits)];
+        cells.extend(row.bits_at.iter().map(|(_, bits)| format!("{bits:.2}")));
+        cells.extend([
+            format!("{:.3}", row.perplexity),
+            format!("{:.5}", row.kl_mean),
+            format!("{:.4}", row.kl_p999),
+            format!("{:.4}", row.top1_agreement),
+            row.retrieval.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share)),
+            bytes(row.cache_bytes),
+            row.attention_micros.map_or_else(|| "-".to_owned(), |micros| format!("{micros:.0} us")),
+        ]);
+        cells
+    };
+    let rows: Vec<Vec<String>> = comparison.sorted().iter().map(cells).collect();
+    format!(
+        "{}{} tokens in {} windows of {}; KL in nats against fp16; bits per cached scalar; attention of one decoding step, all \
+         layers\n",
+        table(&header, &rows),
+        comparison.tokens,
+        comparison.windows,
+        comparison.context
+    )
+}
