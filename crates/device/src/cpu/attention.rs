@@ -78,7 +78,6 @@ struct Scratch {
     expanded: Vec<f32>,
     /// Queries turned back by the angle of the page.
     turned: Vec<f32>,
-    codes: Vec<u8>,
     row: Vec<f32>,
     /// Protected tokens of the block: token within the block, and slot.
     sinks: Vec<(usize, usize)>,
@@ -273,12 +272,10 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
 fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mut Scratch) {
     let Some(pre_rope) = &call.store.frames(call.layer).pre_rope else { return };
     let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].page.keys else { return };
-    let d = call.heads.dim;
-    let Scratch { expanded, codes, .. } = scratch;
-    codes.resize(PAGE_TOKENS, 0);
-    pre_rope.load(first_head, expanded, |stored, out| {
-        let bytes = call.store.page(span, call.layer, first_head + stored / d, token);
-        Page { bytes, chunk: bytes, side }.dequantise(stored % d, codes, out);
+    let Scratch { expanded, folding, .. } = scratch;
+    pre_rope.load(first_head, expanded, |head, place, out| {
+        let bytes = call.store.page(span, call.layer, first_head + head, token);
+        Page { bytes, chunk: bytes, side }.expand(call.isa, folding, place, out);
     });
     pre_rope.turn_back(token / PAGE_TOKENS * PAGE_TOKENS, &scratch.queries, &mut scratch.turned);
 }

@@ -161,12 +161,20 @@ impl PreRopeKeys {
         key.copy_from_slice(buffer);
     }
 
-    /// From what is stored of a page, `[channel][128]` of the heads of a frame, to keys turned by the angle of
-    /// their token within the page. `emit(row, out)` dequantises a stored row.
-    pub(super) fn load(&self, first_head: usize, out: &mut Vec<f32>, mut emit: impl FnMut(usize, &mut [f32])) {
+    /// From what is stored of a page to keys turned by the angle of their token within the page: `[channel][128]` of the
+    /// heads of a frame. `expand(head, place, out)` writes stored row `row` of a head of the frame to
+    /// `out[place(row)..]`.
+    pub(super) fn load(
+        &self,
+        first_head: usize,
+        out: &mut Vec<f32>,
+        mut expand: impl FnMut(usize, &dyn Fn(usize) -> usize, &mut [f32]),
+    ) {
         out.resize(self.width * PAGE_TOKENS, 0.0);
-        for (stored, channel) in self.frame_order(first_head).enumerate() {
-            emit(stored, &mut out[channel * PAGE_TOKENS..(channel + 1) * PAGE_TOKENS]);
+        let start = first_head * self.head_dim;
+        for head in 0..self.width / self.head_dim {
+            let order = &self.order[start + head * self.head_dim..][..self.head_dim];
+            expand(head, &|row| (order[row] as usize - start) * PAGE_TOKENS, out);
         }
         if let Some(hadamard) = &self.hadamard {
             for heads in out.chunks_exact_mut(hadamard.order() * PAGE_TOKENS) {

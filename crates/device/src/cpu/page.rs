@@ -8,7 +8,7 @@ use super::element::Element;
 use super::mix::{self, Codes, Plain, mix_rows};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::{Bits, Parameters, Quantizer, get};
+use dibit_quant::{Bits, Quantizer, get, packed_len};
 use half::f16;
 use std::ops::Range;
 
@@ -226,8 +226,9 @@ impl Page<'_> {
     /// Adds what the outliers of each row differ by from what their codes stand for.
     fn add_outliers(self, outliers: Outliers, rows: Range<usize>, weights: Weights, sums: &mut Sums) {
         let count = 2 * outliers.per_end;
+        let all = self.halves(outliers.values);
         for row in rows.start..rows.end.min(self.side.rows) {
-            let values = &self.halves(outliers.values)[row * count..(row + 1) * count];
+            let values = &all[row * count..(row + 1) * count];
             let lanes = &self.bytes[outliers.lanes + row * count..][..count];
             for (value, &lane) in values.iter().zip(lanes) {
                 let lane = usize::from(lane);
@@ -242,27 +243,61 @@ impl Page<'_> {
     /// What the code of one row and lane stands for.
     fn value(self, row: usize, lane: usize) -> f32 {
         let side = self.side;
-        let span = side.group_spans().find(|span| span.lanes.contains(&lane)).expect("a lane of the page");
-        let start = side.codes + row * side.row_bytes;
-        let packed = &self.bytes[start + span.bytes.start..start + span.bytes.end];
-        let code = get(side.bits, span.lanes.len(), lane - span.lanes.start, packed);
+        let step = if side.along == Along::Lanes { side.group } else { side.lanes };
+        let first = lane / step * step;
+        let lanes = step.min(side.lanes - first);
+        let start = side.codes + row * side.row_bytes + lane / step * packed_len(side.bits, step);
+        let packed = &self.bytes[start..start + packed_len(side.bits, lanes)];
+        let code = get(side.bits, lanes, lane - first, packed);
         let at = side.parameter(row, lane);
-        let parameters = Parameters { scale: self.halves(side.scales)[at], zero: self.halves(side.zeros)[at] };
-        side.quantizer.value(parameters, code)
+        let scale = self.halves(side.scales)[at].widen();
+        let zero = self.halves(side.zeros)[at].widen();
+        f32::from(code) * scale + offset(side.quantizer != Quantizer::FloatMin, scale, zero)
     }
 
-    /// What a whole row stands for, where nothing lies beside its codes.
-    pub(super) fn dequantise(self, row: usize, codes: &mut [u8], out: &mut [f32]) {
+    /// Expands every row, where nothing lies beside the codes: row `row` is written to `out[place(row)..]`.
+    pub(super) fn expand(self, isa: Isa, folding: &mut Folding, place: impl Fn(usize) -> usize, out: &mut [f32]) {
         let side = self.side;
-        for span in side.group_spans() {
-            let start = side.codes + row * side.row_bytes;
-            let packed = &self.bytes[start + span.bytes.start..start + span.bytes.end];
-            dibit_quant::unpack(side.bits, packed, &mut codes[span.lanes.clone()]);
-        }
+        let one = Weights { values: &[1.0], count: 1, stride: 1 };
+        let mut codes = |row: usize, out: &mut [f32]| {
+            out.fill(0.0);
+            let mut sums = Sums { values: out, stride: side.lanes };
+            for span in side.group_spans() {
+                self.mix(isa, &span, row..row + 1, one, &mut folding.raised, &mut sums);
+            }
+        };
         let (scales, zeros) = (self.halves(side.scales), self.halves(side.zeros));
-        for (lane, (out, &code)) in out.iter_mut().zip(&*codes).enumerate() {
-            let at = side.parameter(row, lane);
-            *out = side.quantizer.value(Parameters { scale: scales[at], zero: zeros[at] }, code);
+        let integer = side.quantizer != Quantizer::FloatMin;
+        let parameters = |at: usize| {
+            let scale = scales[at].widen();
+            (scale, offset(integer, scale, zeros[at].widen()))
+        };
+        match side.along {
+            Along::Lanes => {
+                for row in 0..side.rows {
+                    let out = &mut out[place(row)..][..side.lanes];
+                    codes(row, out);
+                    for span in side.group_spans() {
+                        let (scale, offset) = parameters(side.parameter(row, span.lanes.start));
+                        out[span.lanes].iter_mut().for_each(|x| *x = *x * scale + offset);
+                    }
+                }
+            }
+            Along::Rows => {
+                for (group, rows) in side.row_groups() {
+                    folding.mixed.clear();
+                    folding.mixed.extend((0..side.lanes).map(|lane| parameters(group * side.lanes + lane).0));
+                    folding.folded.clear();
+                    folding.folded.extend((0..side.lanes).map(|lane| parameters(group * side.lanes + lane).1));
+                    for row in rows {
+                        let out = &mut out[place(row)..][..side.lanes];
+                        codes(row, out);
+                        for ((x, scale), offset) in out.iter_mut().zip(&folding.mixed).zip(&folding.folded) {
+                            *x = *x * scale + offset;
+                        }
+                    }
+                }
+            }
         }
     }
 
