@@ -75,6 +75,14 @@ pub enum CacheError {
         /// Blocks of the whole pool.
         capacity: usize,
     },
+    /// The scheme has no such class of tokens.
+    #[error("class {class} of tokens is unknown: the scheme has {count} classes besides 0")]
+    Class {
+        /// The class.
+        class: u8,
+        /// Classes of the scheme.
+        count: usize,
+    },
     /// Every sequence slot is taken.
     #[error("the cache was planned for {capacity} sequences at once and all are in use")]
     TooManySequences {

@@ -148,8 +148,10 @@ impl LayerLayout {
 pub struct CacheLayout {
     /// The model's side of it.
     pub shape: CacheShape,
-    /// Every layer.
+    /// Every layer, for tokens without a class.
     pub layers: Vec<LayerLayout>,
+    /// Every layer for the tokens of each class, from class 1 on. A block holds tokens of one class.
+    pub classes: Vec<Vec<LayerLayout>>,
     /// The window of recent tokens.
     pub window: Window,
     /// Other tokens in 16 bit.
@@ -171,23 +173,32 @@ impl CacheLayout {
     /// order, or its layers are fewer.
     pub fn new(scheme: &Scheme, shape: CacheShape) -> Result<Self, SchemeError> {
         let error = |(problem, supported)| SchemeError::Unsupported { name: scheme.origin.clone(), problem, supported };
-        if let Some(own) = scheme.layers.iter().find(|own| own.layers.end > shape.num_layers) {
+        if let Some(own) = scheme.overrides().find(|own| own.layers.end > shape.num_layers) {
             return Err(error((
                 format!("layers {}..{} of a model with {}", own.layers.start, own.layers.end, shape.num_layers),
                 format!("ranges within 0..{}", shape.num_layers),
             )));
         }
-        let mut layers = Vec::with_capacity(shape.num_layers);
+        // Blocks are of one size, that of the largest class.
         let mut block_bytes = 0;
-        for layer in 0..shape.num_layers {
-            let (keys, values) = scheme.sides(layer);
-            let layer = LayerLayout::new(keys, values, shape, block_bytes).map_err(error)?;
-            block_bytes += shape.num_key_value_heads * layer.page.stride;
-            layers.push(layer);
+        let mut classes = Vec::new();
+        for class in 0..=scheme.classes.len() {
+            let mut layers = Vec::with_capacity(shape.num_layers);
+            let mut bytes = 0;
+            for layer in 0..shape.num_layers {
+                let (keys, values) = scheme.sides(class, layer);
+                let layer = LayerLayout::new(keys, values, shape, bytes).map_err(error)?;
+                bytes += shape.num_key_value_heads * layer.page.stride;
+                layers.push(layer);
+            }
+            block_bytes = block_bytes.max(bytes);
+            classes.push(layers);
         }
+        let layers = classes.remove(0);
         Ok(CacheLayout {
             shape,
             layers,
+            classes,
             window: scheme.window,
             sinks: scheme.sinks,
             sees: scheme.sees,
@@ -231,9 +242,17 @@ impl CacheLayout {
         self.block_bytes
     }
 
-    /// Offset of a page in the arena.
-    pub fn page_offset(&self, block: u32, layer: usize, kv_head: usize) -> usize {
-        let own = &self.layers[layer];
+    /// A layer for the tokens of a class; 0 is that of tokens without one.
+    pub fn layer(&self, class: usize, layer: usize) -> &LayerLayout {
+        match class.checked_sub(1) {
+            Some(index) => &self.classes[index][layer],
+            None => &self.layers[layer],
+        }
+    }
+
+    /// Offset in the arena of a page of a block that holds tokens of this class.
+    pub fn page_offset(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> usize {
+        let own = self.layer(class, layer);
         block as usize * self.block_bytes + own.offset + kv_head * own.page.stride
     }
 
@@ -262,9 +281,14 @@ impl CacheLayout {
         blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes() + self.sink_bytes()
     }
 
+    /// Blocks that a sequence of `len` tokens may need: each class ends in a block of its own.
+    pub fn blocks(&self, len: usize) -> usize {
+        self.window.blocks(len) + self.classes.len()
+    }
+
     /// Bytes allocated for one sequence of `len` tokens.
     pub fn planned_bytes(&self, len: usize) -> usize {
-        self.allocated_bytes(self.window.blocks(len))
+        self.allocated_bytes(self.blocks(len))
     }
 }
 
@@ -313,7 +337,7 @@ mod tests {
         for block in 0..2 {
             for layer in 0..3 {
                 for head in 0..2 {
-                    offsets.push(layout.page_offset(block, layer, head));
+                    offsets.push(layout.page_offset(0, block, layer, head));
                 }
             }
         }
@@ -351,7 +375,7 @@ mod tests {
         let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.page.stride).collect();
         assert_eq!(strides, [128 * 64 + 512 + 32768, 9216, 9216]);
         assert_eq!(layout.layers[2].offset, 2 * (strides[0] + strides[1]));
-        assert_eq!(layout.page_offset(1, 1, 1), layout.block_bytes() + 2 * strides[0] + strides[1]);
+        assert_eq!(layout.page_offset(0, 1, 1, 1), layout.block_bytes() + 2 * strides[0] + strides[1]);
         let shape = CacheShape { num_layers: 0, ..shape };
         assert!(CacheLayout::new(&scheme, shape).unwrap_err().to_string().contains("layers 0..1 of a model with 0"));
     }

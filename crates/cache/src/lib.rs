@@ -16,9 +16,9 @@ mod window;
 
 pub use error::{CacheError, SchemeError};
 pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
-pub use manager::{CacheManager, Sequence};
+pub use manager::{CacheManager, ClassTokens, Sequence};
 pub use scheme::{
-    Axis, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Scheme, Sees, Side, Sinks, Statistic,
+    Axis, Class, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Scheme, Sees, Side, Sinks, Statistic,
     Transform,
 };
 pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide};

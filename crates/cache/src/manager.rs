@@ -10,6 +10,46 @@ pub struct Sequence {
     slot: u32,
     len: usize,
     blocks: Vec<u32>,
+    classes: Option<Classes>,
+}
+
+/// The tokens of a sequence by their classes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Classes {
+    /// Class of each token from the first on; the others have class 0.
+    of_tokens: Vec<u8>,
+    /// Block table of each class.
+    blocks: Vec<Vec<u32>>,
+}
+
+/// The tokens of one class in a sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClassTokens {
+    /// Positions of the tokens; the `i`-th packed one lies in slot `i % 128` of block `i / 128`.
+    pub tokens: Vec<u32>,
+    /// Its block table.
+    pub blocks: Vec<u32>,
+}
+
+impl ClassTokens {
+    /// How many of them are among the first `packed` tokens of the sequence.
+    pub fn packed(&self, packed: usize) -> usize {
+        self.tokens.partition_point(|token| (*token as usize) < packed)
+    }
+}
+
+impl Classes {
+    /// Class of a token.
+    fn of(&self, token: usize) -> usize {
+        self.of_tokens.get(token).map_or(0, |class| usize::from(*class))
+    }
+
+    /// Blocks that each class needs where the first `packed` tokens lie in pages.
+    fn blocks(&self, packed: usize) -> Vec<usize> {
+        let mut counts = vec![0usize; self.blocks.len()];
+        (0..packed).for_each(|token| counts[self.of(token)] += 1);
+        counts.into_iter().map(|count| count.div_ceil(crate::PAGE_TOKENS)).collect()
+    }
 }
 
 impl Sequence {
@@ -28,9 +68,23 @@ impl Sequence {
         self.len == 0
     }
 
-    /// The block table: block `i` holds tokens `128 i .. 128 (i + 1)`.
+    /// The block table: block `i` holds tokens `128 i .. 128 (i + 1)`. Empty where the scheme has classes.
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
+    }
+
+    /// The first `len` tokens by their classes; empty where the scheme has none.
+    pub fn class_tokens(&self, len: usize) -> Vec<ClassTokens> {
+        let Some(classes) = &self.classes else { return Vec::new() };
+        let empty = |blocks: &Vec<u32>| ClassTokens { tokens: Vec::new(), blocks: blocks.clone() };
+        let mut all: Vec<ClassTokens> = classes.blocks.iter().map(empty).collect();
+        (0..len).for_each(|token| all[classes.of(token)].tokens.push(token as u32));
+        all
+    }
+
+    /// Blocks that the sequence holds, of all classes.
+    pub fn num_blocks(&self) -> usize {
+        self.blocks.len() + self.classes.iter().flat_map(|classes| &classes.blocks).map(Vec::len).sum::<usize>()
     }
 }
 
@@ -78,7 +132,26 @@ impl CacheManager {
     /// [`CacheError::TooManySequences`].
     pub fn open(&mut self) -> Result<Sequence, CacheError> {
         let slot = self.free_slots.pop().ok_or(CacheError::TooManySequences { capacity: self.num_sequences })?;
-        Ok(Sequence { slot, len: 0, blocks: Vec::new() })
+        let none = Classes { of_tokens: Vec::new(), blocks: vec![Vec::new(); self.layout.classes.len() + 1] };
+        let classes = (!self.layout.classes.is_empty()).then_some(none);
+        Ok(Sequence { slot, len: 0, blocks: Vec::new(), classes })
+    }
+
+    /// Says of which classes the tokens are that come next: 0 for none, 1 and on in the scheme's order. Tokens of which
+    /// nothing is said have none.
+    ///
+    /// # Errors
+    /// [`CacheError::Class`] for a class that the scheme does not have; the sequence is then as it was.
+    pub fn classify(&self, sequence: &mut Sequence, classes: &[u8]) -> Result<(), CacheError> {
+        let count = self.layout.classes.len();
+        if let Some(&class) = classes.iter().find(|class| usize::from(**class) > count) {
+            return Err(CacheError::Class { class, count });
+        }
+        if let Some(own) = &mut sequence.classes {
+            own.of_tokens.resize(sequence.len, 0);
+            own.of_tokens.extend_from_slice(classes);
+        }
+        Ok(())
     }
 
     /// Makes sure that `sequence` has the blocks that `len` tokens need. On an error it keeps what it had.
@@ -86,13 +159,26 @@ impl CacheManager {
     /// # Errors
     /// [`CacheError::PoolExhausted`].
     pub fn reserve(&mut self, sequence: &mut Sequence, len: usize) -> Result<(), CacheError> {
-        let needed = self.layout.window.blocks(len).saturating_sub(sequence.blocks.len());
-        let free = self.free_blocks.len();
+        let wanted = self.wanted(sequence, len);
+        let missing: Vec<usize> =
+            wanted.iter().zip(tables(sequence)).map(|(wanted, table)| wanted.saturating_sub(table.len())).collect();
+        let (needed, free) = (missing.iter().sum(), self.free_blocks.len());
         if needed > free {
             return Err(CacheError::PoolExhausted { needed, free, capacity: self.num_blocks });
         }
-        sequence.blocks.extend(self.free_blocks.drain(free - needed..).rev());
+        for (table, missing) in tables(sequence).zip(missing) {
+            let free = self.free_blocks.len();
+            table.extend(self.free_blocks.drain(free - missing..).rev());
+        }
         Ok(())
+    }
+
+    /// Blocks that each table of a sequence of `len` tokens needs.
+    fn wanted(&self, sequence: &Sequence, len: usize) -> Vec<usize> {
+        match &sequence.classes {
+            Some(classes) => std::iter::once(0).chain(classes.blocks(self.layout.window.packed_keys(len))).collect(),
+            None => vec![self.layout.window.blocks(len)],
+        }
     }
 
     /// Records that the sequence now holds `len` tokens, which a device has stored.
@@ -100,13 +186,20 @@ impl CacheManager {
     /// # Panics
     /// If the blocks for so many tokens were not reserved, or `len` is shorter than before.
     pub fn advance(&mut self, sequence: &mut Sequence, len: usize) {
-        assert!(len >= sequence.len && self.layout.window.blocks(len) <= sequence.blocks.len());
+        let wanted = self.wanted(sequence, len);
+        let reserved = tables(sequence).zip(wanted).all(|(table, wanted)| wanted <= table.len());
+        assert!(len >= sequence.len && reserved);
         sequence.len = len;
     }
 
     /// Empties a sequence, which stays open, and takes its blocks back.
     pub fn clear(&mut self, sequence: &mut Sequence) {
-        self.free_blocks.extend(sequence.blocks.drain(..).rev());
+        for table in tables(sequence) {
+            self.free_blocks.extend(table.drain(..).rev());
+        }
+        if let Some(classes) = &mut sequence.classes {
+            classes.of_tokens.clear();
+        }
         sequence.len = 0;
     }
 
@@ -115,6 +208,11 @@ impl CacheManager {
         self.clear(&mut sequence);
         self.free_slots.push(sequence.slot);
     }
+}
+
+/// The block tables of a sequence: that of tokens without classes, and one for each class.
+fn tables(sequence: &mut Sequence) -> impl Iterator<Item = &mut Vec<u32>> {
+    std::iter::once(&mut sequence.blocks).chain(sequence.classes.iter_mut().flat_map(|classes| &mut classes.blocks))
 }
 
 #[cfg(test)]

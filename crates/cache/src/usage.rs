@@ -1,6 +1,7 @@
 //! Honest bits: what cached tokens take, counted from real bytes (METHODS 13).
 
-use crate::{CacheLayout, PAGE_TOKENS, Sequence};
+use crate::manager::ClassTokens;
+use crate::{CacheLayout, LayerLayout, PAGE_TOKENS, PageLayout, Sequence};
 
 /// Bytes taken by the tokens of one or more sequences.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -68,16 +69,17 @@ impl CacheLayout {
 
     /// What `len` tokens of one sequence take while it holds `blocks` blocks.
     pub fn usage(&self, len: usize, blocks: usize, extras: Extras) -> Usage {
-        let heads = self.shape.num_key_value_heads;
-        let row = 2 * self.shape.head_dim;
         let keys = self.window.packed_keys(len);
         let values = self.window.packed_values(len);
-        // Both divisions are exact: a page's bytes are a multiple of its 128 tokens, or the count is one of 128.
-        let packed: usize = self
-            .layers
-            .iter()
-            .map(|layer| keys * layer.page.key_bytes / PAGE_TOKENS + values * layer.page.value_bytes / PAGE_TOKENS)
-            .sum();
+        let packed = packed_bytes(&self.layers, keys, values);
+        self.usage_of(len, blocks, extras, packed)
+    }
+
+    /// Figures of a sequence whose pages hold `packed` bytes of each KV head.
+    fn usage_of(&self, len: usize, blocks: usize, extras: Extras, packed: usize) -> Usage {
+        let heads = self.shape.num_key_value_heads;
+        let row = 2 * self.shape.head_dim;
+        let (keys, values) = (self.window.packed_keys(len), self.window.packed_values(len));
         let window = self.shape.num_layers * ((len - keys) * row + (len - values) * row);
         let sinks = extras.sinks * (heads * 2 * row + size_of::<u32>());
         let scalars = len * self.shape.scalars_per_token();
@@ -92,13 +94,29 @@ impl CacheLayout {
 
     /// What a sequence takes that holds this beside pages and window.
     pub fn sequence_usage(&self, sequence: &Sequence, extras: Extras) -> Usage {
-        self.usage(sequence.len(), sequence.blocks().len(), extras)
+        let classes = sequence.class_tokens(self.window.packed_keys(sequence.len()));
+        if classes.is_empty() {
+            return self.usage(sequence.len(), sequence.num_blocks(), extras);
+        }
+        let own = |(class, own): (usize, &ClassTokens)| {
+            let layers = (0..self.layers.len()).map(|layer| self.layer(class, layer));
+            packed_bytes(layers, own.tokens.len(), own.tokens.len())
+        };
+        let packed = classes.iter().enumerate().map(own).sum();
+        self.usage_of(sequence.len(), sequence.num_blocks(), extras, packed)
     }
 
     /// What a prompt of `len` tokens will take, as far as its length tells.
     pub fn planned_usage(&self, len: usize) -> Usage {
-        self.usage(len, self.window.blocks(len), self.planned_extras(len))
+        self.usage(len, self.blocks(len), self.planned_extras(len))
     }
+}
+
+/// Bytes of so many packed keys and values of one KV head in every layer.
+fn packed_bytes<'a>(layers: impl IntoIterator<Item = &'a LayerLayout>, keys: usize, values: usize) -> usize {
+    // Both divisions are exact: a page's bytes are a multiple of its 128 tokens, or the count is one of 128.
+    let own = |page: &PageLayout| keys * page.key_bytes / PAGE_TOKENS + values * page.value_bytes / PAGE_TOKENS;
+    layers.into_iter().map(|layer| own(&layer.page)).sum()
 }
 
 #[cfg(test)]

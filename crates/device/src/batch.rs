@@ -1,4 +1,4 @@
-use dibit_cache::{Sequence, Window};
+use dibit_cache::{ClassTokens, PAGE_TOKENS, Sequence, Window};
 use std::ops::Range;
 
 /// How the rows of a forward pass see the cache.
@@ -16,8 +16,10 @@ pub enum Mode {
 pub struct Span {
     /// The sequence's window rings.
     pub slot: u32,
-    /// Its block table, long enough for the new tokens.
+    /// Its block table, long enough for the new tokens; empty where the scheme has classes.
     pub blocks: Vec<u32>,
+    /// Its tokens by their classes, the new ones included; empty where the scheme has none.
+    pub classes: Vec<ClassTokens>,
     /// Tokens cached before this pass.
     pub cached: usize,
     /// Its rows in the batch.
@@ -45,10 +47,19 @@ impl Batch {
     /// If the sequence lacks blocks for the new tokens.
     pub fn push(&mut self, sequence: &Sequence, tokens: usize, window: Window) {
         let start = self.rows();
-        assert!(sequence.blocks().len() >= window.blocks(sequence.len() + tokens), "blocks must be reserved first");
+        let len = sequence.len() + tokens;
+        let classes = sequence.class_tokens(len);
+        let reserved = match classes.as_slice() {
+            [] => sequence.blocks().len() >= window.blocks(len),
+            classes => {
+                classes.iter().all(|own| own.blocks.len() >= own.packed(window.packed_keys(len)).div_ceil(PAGE_TOKENS))
+            }
+        };
+        assert!(reserved, "blocks must be reserved first");
         self.spans.push(Span {
             slot: sequence.slot(),
             blocks: sequence.blocks().to_vec(),
+            classes,
             cached: sequence.len(),
             rows: start..start + tokens,
         });

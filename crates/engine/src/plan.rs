@@ -46,7 +46,7 @@ impl MemoryPlan {
         let sequence_bytes = layout.planned_bytes(context);
         MemoryPlan {
             sequence_bytes,
-            sequence_blocks: layout.window.blocks(context),
+            sequence_blocks: layout.blocks(context),
             cache_bytes: sequences * sequence_bytes,
             fp16_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
             pass_rows,

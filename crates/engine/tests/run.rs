@@ -1,11 +1,12 @@
 //! Requests, batches and conversations on small checkpoints.
 
-use dibit_cache::Scheme;
+use dibit_cache::{Calibration, LayerCalibration, Scheme};
 use dibit_device::Cpu;
 use dibit_engine::{Chat, Completion, Engine, EngineError, FinishReason, Options, Request, Sampling};
-use dibit_model::{ModelFiles, Pretrained, WeightSource};
+use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 fn pretrained(name: &str) -> Pretrained {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
@@ -14,7 +15,24 @@ fn pretrained(name: &str) -> Pretrained {
 
 fn engine<'a>(cpu: &'a Cpu, model: &'a mut Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
     let options = Options { context: 1024, sequences, prefill_chunk: None };
-    Engine::new(cpu, model, &Scheme::load(scheme).unwrap(), options).unwrap()
+    let mut scheme = Scheme::load(scheme).unwrap();
+    if scheme.is_calibrated() {
+        scheme.calibration = Some(Arc::new(calibration(&model.config)));
+    }
+    Engine::new(cpu, model, &scheme, options).unwrap()
+}
+
+/// A calibration that changes nothing but the order of numbers: channels of a head in reverse.
+fn calibration(config: &ModelConfig) -> Calibration {
+    let (heads, d) = (config.num_key_value_heads, config.head_dim);
+    let reversed = |channel: usize| channel / d * d + d - 1 - channel % d;
+    let basis: Vec<f32> = (0..heads * d * d).map(|at| f32::from(u8::from(at % d == reversed(at / d) % d))).collect();
+    let layer = LayerCalibration {
+        permutation: Some((0..heads * d).map(|channel| reversed(channel) as u32).collect()),
+        key_basis: Some(basis.clone()),
+        value_basis: Some(basis),
+    };
+    Calibration { layers: vec![layer; config.num_hidden_layers] }
 }
 
 fn request(seed: u32, prompt_tokens: u32, max_tokens: usize, sampling: Sampling) -> Request {

@@ -169,7 +169,7 @@ fn runners<D: Device>(
                 models[models.len() - 1].1.clone()
             }
         };
-        let blocks = layout.window.blocks(context);
+        let blocks = layout.blocks(context);
         runners.push(Runner {
             store: device.store(&layout, blocks, 1, context)?,
             workspace: Workspace::new(device, config, context, LOGIT_ROWS)?,
@@ -231,7 +231,7 @@ impl<D: Device> Runner<D> {
     fn result(self, device: &D, context: usize) -> SchemeResult {
         let layout = self.manager.layout();
         // Every window took the first of the sequence's slots, and left in it what the last one held.
-        let usage = layout.usage(context, layout.window.blocks(context), device.extras(&self.store, 0, context));
+        let usage = layout.usage(context, layout.blocks(context), device.extras(&self.store, 0, context));
         SchemeResult {
             scheme: self.scheme.name,
             perplexity: mean(&self.nll).exp(),

@@ -69,7 +69,7 @@ fn fill<D: Device>(device: &D, config: &ModelConfig, scheme: &Scheme, context: u
     // What is stored is the same; only rows that are being written see it differently.
     layout.sees = Sees::Exact;
     // One row more, for the token that is decoded.
-    let blocks = layout.window.blocks(context + 1);
+    let blocks = layout.blocks(context + 1);
     let mut manager = CacheManager::new(layout.clone(), blocks, 1);
     let mut store = device.store(&layout, blocks, 1, FILL_ROWS)?;
     let mut sequence = manager.open()?;

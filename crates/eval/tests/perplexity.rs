@@ -3,7 +3,7 @@
 use dibit_cache::Scheme;
 use dibit_device::{Cpu, DType, Tensor};
 use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity};
-use dibit_model::{ModelFiles, Pretrained, WeightSource};
+use dibit_model::{ModelFiles, Pretrained, WeightSource, windows};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,11 @@ fn load(directory: &Path) -> Pretrained {
 
 fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, windows: usize) -> Perplexity {
     let cpu = Cpu::new(None).unwrap();
-    let schemes: Vec<Scheme> = schemes.iter().map(|name| Scheme::load(name).unwrap()).collect();
+    let load = |name: &&str| match *name {
+        "rotated-per-channel" => Scheme::parse(ROTATED_PER_CHANNEL, name).unwrap(),
+        name => Scheme::load(name).unwrap(),
+    };
+    let schemes: Vec<Scheme> = schemes.iter().map(load).collect();
     let options = PerplexityOptions { context, windows: Some(windows) };
     perplexity(&cpu, model, &schemes, ids, options, |_| ControlFlow::Continue(())).unwrap().unwrap()
 }
@@ -27,13 +31,35 @@ fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, window
 struct Anchor {
     model: &'static str,
     fp16: f64,
-    /// Scheme, perplexity, KL divergence.
-    schemes: [(&'static str, f64, f64); 2],
+    /// Scheme, perplexity, KL divergence: KIVI, rotated values; then rotated keys, per token and per channel.
+    schemes: [(&'static str, f64, f64); 4],
 }
 
+/// Q_C(KH), Q_T(VH): keys rotated, and quantised per channel all the same.
+const ROTATED_PER_CHANNEL: &str = "name = \"rotated-per-channel\"\n[keys]\nbits = 2\ntransform = \"hadamard\"\n[values]\n\
+    bits = 2\ntransform = \"hadamard\"\n[window]\ntokens = 128\nschedule = \"guaranteed\"\n";
+
 const ANCHORS: [Anchor; 2] = [
-    Anchor { model: "ref-llama-16m", fp16: 102.2, schemes: [("kivi", 109.0, 0.0577), ("kvlinc", 108.2, 0.0574)] },
-    Anchor { model: "ref-qwen3-59m", fp16: 75.81, schemes: [("kivi", 77.42, 0.0214), ("kvlinc", 77.47, 0.0208)] },
+    Anchor {
+        model: "ref-llama-16m",
+        fp16: 102.2,
+        schemes: [
+            ("kivi", 109.0, 0.0577),
+            ("kvlinc", 108.2, 0.0574),
+            ("quarot", 211.5, 0.671),
+            ("rotated-per-channel", 138.7, 0.289),
+        ],
+    },
+    Anchor {
+        model: "ref-qwen3-59m",
+        fp16: 75.81,
+        schemes: [
+            ("kivi", 77.42, 0.0214),
+            ("kvlinc", 77.47, 0.0208),
+            ("quarot", 146.7, 0.661),
+            ("rotated-per-channel", 123.0, 0.475),
+        ],
+    },
 ];
 
 #[test]
@@ -56,9 +82,19 @@ fn figures_of_the_reference_models_are_those_of_an_independent_implementation() 
         );
         for (result, (name, perplexity, kl)) in report.schemes[1..].iter().zip(anchor.schemes) {
             println!("{} {name}: {:.2}, {:.4}", anchor.model, result.perplexity, result.kl_mean);
-            assert!(near(result.perplexity, perplexity, 0.005), "{} {name}: {:.2}", anchor.model, result.perplexity);
-            assert!(near(result.kl_mean, kl, 0.1), "{} {name}: {:.4}", anchor.model, result.kl_mean);
+            // With rotated keys the models are damaged so much that rounding one projection to bf16 moves perplexity by
+            // 1.6 % and KL by 2 %; the independent figures have keys in f32, where the cache has fp16.
+            let (perplexity_share, kl_share) = if kl > 0.1 { (0.02, 0.05) } else { (0.005, 0.1) };
+            let found = (result.perplexity, result.kl_mean);
+            assert!(near(found.0, perplexity, perplexity_share), "{} {name}: {found:?}", anchor.model);
+            assert!(near(found.1, kl, kl_share), "{} {name}: {found:?}", anchor.model);
         }
+        // Observations 2 and 3 of KVLinC, section 3.1: keys per token fail even when rotated, and keys per channel are
+        // better as they are than rotated.
+        let kl: Vec<f64> = report.schemes[1..].iter().map(|result| result.kl_mean).collect();
+        let ([_, raw_per_channel], [rotated_per_token, rotated_per_channel]) = ([kl[0], kl[1]], [kl[2], kl[3]]);
+        assert!(rotated_per_token > 1.2 * rotated_per_channel, "{}: {kl:?}", anchor.model);
+        assert!(rotated_per_channel > 4.0 * raw_per_channel, "{}: {kl:?}", anchor.model);
     }
 }
 
@@ -97,7 +133,7 @@ fn texts_and_windows_that_do_not_suit_are_refused() {
     for context in [0, 1, 1025] {
         assert!(matches!(run(&[5; 2000], context), EvalError::Context { limit: 1024, .. }));
     }
-    assert_eq!(windows(&[7; 200], Some(0), 101, None).unwrap().len(), 2);
+    assert_eq!(windows(&[7; 200], Some(0), 101, None).len(), 2);
 }
 
 #[test]

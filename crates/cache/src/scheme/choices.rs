@@ -190,6 +190,20 @@ pub struct LayerOverride {
     pub correction: Correction,
 }
 
+/// Tokens of one kind, with bits and pages of their own (AKVQ-VL, METHODS 7.2). Every token that is of no class is stored
+/// as the scheme says for all.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Class {
+    /// Its name, as `text` or `vision`.
+    pub name: String,
+    /// Its keys.
+    pub keys: Side,
+    /// Its values.
+    pub values: Side,
+    /// Layers with choices of their own; ranges do not overlap.
+    pub layers: Vec<LayerOverride>,
+}
+
 impl fmt::Display for Axis {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(if *self == Axis::Channel { "channel" } else { "token" })

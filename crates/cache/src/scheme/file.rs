@@ -1,8 +1,10 @@
 //! From the text of a scheme to a [`Scheme`].
 
 use super::Scheme;
+use super::check::{Problem, Which, check_classes, check_correction, check_pages, needs_chunks, unsupported};
 use super::choices::{
-    Axis, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic, Transform,
+    Axis, Class, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic,
+    Transform,
 };
 use crate::{PAGE_TOKENS, Schedule, SchemeError, Window};
 use dibit_quant::{Bits, Quantizer};
@@ -15,6 +17,7 @@ const MAX_WINDOW: usize = 4096;
 const MAX_FIRST: usize = 1024;
 const MAX_FOUND: usize = 64;
 const MAX_RANK: usize = 16;
+const MAX_CLASSES: usize = 8;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +33,19 @@ struct SchemeFile {
     values: toml::Table,
     window: Option<WindowFile>,
     sinks: Option<SinksFile>,
+    #[serde(default)]
+    layers: BTreeMap<String, LayerFile>,
+    #[serde(default)]
+    classes: BTreeMap<String, ClassFile>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ClassFile {
+    #[serde(default)]
+    keys: toml::Table,
+    #[serde(default)]
+    values: toml::Table,
     #[serde(default)]
     layers: BTreeMap<String, LayerFile>,
 }
@@ -118,22 +134,6 @@ enum SinkKind {
     Pivots,
 }
 
-/// Why a scheme is none: what the text says wrongly, or choices that do not go together.
-enum Problem {
-    Parse(String),
-    Unsupported { problem: String, supported: String },
-}
-
-fn unsupported<T>(problem: impl Into<String>, supported: impl Into<String>) -> Result<T, Problem> {
-    Err(Problem::Unsupported { problem: problem.into(), supported: supported.into() })
-}
-
-impl From<toml::de::Error> for Problem {
-    fn from(error: toml::de::Error) -> Self {
-        Problem::Parse(error.to_string().trim().to_owned())
-    }
-}
-
 pub(super) fn parse(text: &str, origin: &str) -> Result<Scheme, SchemeError> {
     let scheme: Result<Scheme, Problem> =
         toml::from_str::<SchemeFile>(text).map_err(Problem::from).and_then(SchemeFile::validate);
@@ -144,23 +144,6 @@ pub(super) fn parse(text: &str, origin: &str) -> Result<Scheme, SchemeError> {
             SchemeError::Unsupported { name: origin.to_owned(), problem, supported }
         }
     })
-}
-
-/// One of the two sides, by its name in the file.
-#[derive(Clone, Copy, PartialEq)]
-enum Which {
-    Keys,
-    Values,
-}
-
-impl Which {
-    fn name(self) -> &'static str {
-        if self == Which::Keys { "keys" } else { "values" }
-    }
-
-    fn default_axis(self) -> Axis {
-        if self == Which::Keys { Axis::Channel } else { Axis::Token }
-    }
 }
 
 impl SchemeFile {
@@ -187,31 +170,57 @@ impl SchemeFile {
             sees: self.attention,
             correction: self.correction,
             layers: Vec::new(),
+            classes: Vec::new(),
             calibration: None,
         };
         check_correction(scheme.correction, scheme.keys)?;
-        for (layers, own) in self.layers {
-            let layers = range(&layers)?;
-            let correction = own.correction.unwrap_or(self.correction);
-            let keys = side(&merge(&self.keys, own.keys), Which::Keys)?;
-            let values = side(&merge(&self.values, own.values), Which::Values)?;
-            if keys != Side::Half || own.correction.is_some() {
-                check_correction(correction, keys)?;
-            }
-            scheme.layers.push(LayerOverride { layers, keys, values, correction });
+        scheme.layers = overrides(self.layers, &self.keys, &self.values, self.correction, &side)?;
+        if self.classes.len() > MAX_CLASSES {
+            return unsupported(format!("{} classes", self.classes.len()), format!("at most {MAX_CLASSES}"));
         }
-        scheme.layers.sort_by_key(|own| own.layers.start);
-        if let Some(pair) = scheme.layers.windows(2).find(|pair| pair[0].layers.end > pair[1].layers.start) {
-            return unsupported(
-                format!("layer {} in two ranges of [layers]", pair[1].layers.start),
-                "ranges that do not overlap",
-            );
+        for (name, own) in self.classes {
+            let (keys, values) = (merge(&self.keys, own.keys), merge(&self.values, own.values));
+            let layers = overrides(own.layers, &keys, &values, Correction::None, &side)?;
+            let (keys, values) = (side(&keys, Which::Keys)?, side(&values, Which::Values)?);
+            scheme.classes.push(Class { name, keys, values, layers });
+        }
+        if !scheme.classes.is_empty() {
+            check_classes(&scheme)?;
         }
         if scheme.sees == Sees::Stored && scheme.all_sides().any(needs_chunks) {
             return unsupported("attention = \"stored\" with low_rank", "attention = \"exact\"");
         }
         Ok(scheme)
     }
+}
+
+/// Choices of single layers over those of all.
+fn overrides(
+    files: BTreeMap<String, LayerFile>,
+    keys: &toml::Table,
+    values: &toml::Table,
+    correction: Correction,
+    side: &impl Fn(&toml::Table, Which) -> Result<Side, Problem>,
+) -> Result<Vec<LayerOverride>, Problem> {
+    let mut all = Vec::new();
+    for (layers, own) in files {
+        let layers = range(&layers)?;
+        let keys = side(&merge(keys, own.keys), Which::Keys)?;
+        let values = side(&merge(values, own.values), Which::Values)?;
+        // A correction of all layers leaves those out that have nothing to correct.
+        let inherited = if keys == Side::Half { Correction::None } else { correction };
+        let correction = own.correction.unwrap_or(inherited);
+        check_correction(correction, keys)?;
+        all.push(LayerOverride { layers, keys, values, correction });
+    }
+    all.sort_by_key(|own| own.layers.start);
+    if let Some(pair) = all.windows(2).find(|pair| pair[0].layers.end > pair[1].layers.start) {
+        return unsupported(
+            format!("layer {} in two ranges of [layers]", pair[1].layers.start),
+            "ranges that do not overlap",
+        );
+    }
+    Ok(all)
 }
 
 /// A side's own choices over those of all layers. Choices of packed codes say nothing about 16 bit.
@@ -235,58 +244,6 @@ fn range(text: &str) -> Result<Range<usize>, Problem> {
         Some(range) if !range.is_empty() => Ok(range),
         _ => unsupported(format!("layers.\"{text}\""), "a layer, or a range as in layers.\"0..4\" (4 excluded)"),
     }
-}
-
-fn needs_chunks(side: Side) -> bool {
-    matches!(side, Side::Packed(Packed { low_rank: 1.., .. }))
-}
-
-/// What only whole pages can hold needs a schedule that packs whole pages.
-fn check_pages(side: Side, which: Which, window: Window, sinks: Sinks) -> Result<(), Problem> {
-    let Side::Packed(packed) = side else { return Ok(()) };
-    let name = which.name();
-    let along_tokens = if packed.axis == Axis::Channel {
-        Some(format!("{name} per channel"))
-    } else if packed.transform == Transform::TokenHadamard {
-        Some(format!("{name}.transform = \"token-hadamard\""))
-    } else if packed.low_rank > 0 {
-        Some(format!("{name}.low_rank"))
-    } else if packed.outliers > 0.0 && which == Which::Keys {
-        Some("keys.outliers".to_owned())
-    } else {
-        None
-    };
-    if let Some(what) = along_tokens {
-        match (window.schedule, which) {
-            (Schedule::Guaranteed, _) | (Schedule::Kivi, Which::Keys) => {}
-            (Schedule::None, _) => {
-                return unsupported(
-                    format!("{what} without a [window]"),
-                    "a window, since a group of a channel needs 128 tokens",
-                );
-            }
-            (Schedule::Kivi, Which::Values) => {
-                return unsupported(
-                    format!("{what} under the kivi schedule, which packs values one by one"),
-                    "schedule = \"guaranteed\"",
-                );
-            }
-        }
-    }
-    if packed.low_rank > 0 && window.schedule == Schedule::Kivi {
-        return unsupported(format!("{name}.low_rank under the kivi schedule"), "schedule = \"guaranteed\"");
-    }
-    if packed.transform == Transform::TokenHadamard && sinks != Sinks::None {
-        return unsupported(format!("{name}.transform = \"token-hadamard\" with [sinks]"), "one of the two");
-    }
-    Ok(())
-}
-
-fn check_correction(correction: Correction, keys: Side) -> Result<(), Problem> {
-    if correction != Correction::None && keys == Side::Half {
-        return unsupported("a correction on 16-bit keys", "a correction on packed keys");
-    }
-    Ok(())
 }
 
 impl SideFile {

@@ -3,13 +3,15 @@
 //! A scheme is a small TOML file over a few orthogonal choices. It is parsed, validated as a whole
 //! and then compiled into a [`crate::CacheLayout`].
 
+mod check;
 mod choices;
 mod file;
 #[cfg(test)]
 mod tests;
 
 pub use choices::{
-    Axis, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic, Transform,
+    Axis, Class, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic,
+    Transform,
 };
 
 use crate::{Calibration, SchemeError, Window};
@@ -61,6 +63,8 @@ pub struct Scheme {
     pub correction: Correction,
     /// Layers with choices of their own; ranges do not overlap.
     pub layers: Vec<LayerOverride>,
+    /// Kinds of tokens with choices of their own: class 1 and on; class 0 is every other token.
+    pub classes: Vec<Class>,
     /// What was calibrated for it on the model at hand.
     pub calibration: Option<Arc<Calibration>>,
 }
@@ -95,17 +99,27 @@ impl Scheme {
         file::parse(text, origin)
     }
 
-    /// Keys and values of a layer.
-    pub fn sides(&self, layer: usize) -> (Side, Side) {
-        match self.layers.iter().find(|own| own.layers.contains(&layer)) {
-            Some(own) => (own.keys, own.values),
-            None => (self.keys, self.values),
-        }
+    /// Keys and values of a layer, for the tokens of a class; 0 is that of tokens without one.
+    pub fn sides(&self, class: usize, layer: usize) -> (Side, Side) {
+        let (keys, values, layers) = match class.checked_sub(1).map(|index| &self.classes[index]) {
+            Some(class) => (class.keys, class.values, &class.layers),
+            None => (self.keys, self.values, &self.layers),
+        };
+        layers.iter().find(|own| own.layers.contains(&layer)).map_or((keys, values), |own| (own.keys, own.values))
+    }
+
+    /// Layers with choices of their own, of any class.
+    pub(crate) fn overrides(&self) -> impl Iterator<Item = &LayerOverride> {
+        self.layers.iter().chain(self.classes.iter().flat_map(|class| &class.layers))
     }
 
     /// All sides that occur.
     fn all_sides(&self) -> impl Iterator<Item = Side> {
-        [self.keys, self.values].into_iter().chain(self.layers.iter().flat_map(|own| [own.keys, own.values]))
+        let of_classes = self.classes.iter().flat_map(|class| [class.keys, class.values]);
+        [self.keys, self.values]
+            .into_iter()
+            .chain(of_classes)
+            .chain(self.overrides().flat_map(|own| [own.keys, own.values]))
     }
 
     /// Whether nothing is ever packed.

@@ -112,7 +112,8 @@ fn choices_of_some_layers_lie_over_those_of_all() {
         Side::Half => (16, 0),
         Side::Packed(packed) => (packed.bits.count(), packed.group),
     };
-    let all: Vec<_> = [0, 1, 2, 5].map(|layer| scheme.sides(layer)).iter().map(|(k, v)| (bits(*k), bits(*v))).collect();
+    let all: Vec<_> =
+        [0, 1, 2, 5].map(|layer| scheme.sides(0, layer)).iter().map(|(k, v)| (bits(*k), bits(*v))).collect();
     assert_eq!(all[0], ((4, 128), (4, 32)));
     assert_eq!((all[1], all[2]), (all[0], ((2, 128), (4, 32))));
     assert_eq!(all[3], ((16, 0), (4, 64)));
@@ -128,4 +129,26 @@ fn sides_describe_themselves() {
         "2 bit per token, groups of 128, integer zero, clip 0.8, before RoPE, rotated over 4 heads, reordered locally by mean"
     );
     assert_eq!(keys("fp16"), "16 bit");
+}
+
+#[test]
+fn classes_of_tokens_have_choices_of_their_own() {
+    let base = "name = \"vl\"\n[keys]\nbits = 2\naxis = \"token\"\ntransform = \"hadamard\"\n[values]\nbits = 2\n\
+        [classes.text]\n[classes.text.layers.\"0..2\"]\nkeys = { bits = 4 }\nvalues = { bits = 4 }\n";
+    let scheme = Scheme::parse(base, "vl.toml").unwrap();
+    assert_eq!((scheme.classes.len(), scheme.classes[0].name.as_str()), (1, "text"));
+    assert_eq!(scheme.sides(1, 5), scheme.sides(0, 5));
+    assert!(scheme.sides(1, 1).0.to_string().starts_with("4 bit") && scheme.sides(0, 1).0 == scheme.keys);
+    for (text, expected) in [
+        (
+            base.replace("axis = \"token\"", "axis = \"channel\"")
+                + "[window]\ntokens = 128\nschedule = \"guaranteed\"\n",
+            "axis",
+        ),
+        (base.replace("{ bits = 4 }\nvalues", "{ bits = 4, transform = \"none\" }\nvalues"), "one transform"),
+        (format!("{base}[window]\ntokens = 128\nschedule = \"kivi\"\n"), "guaranteed"),
+    ] {
+        let message = Scheme::parse(&text, "vl.toml").unwrap_err().to_string();
+        assert!(message.contains("[classes]") && message.contains(expected), "{message}");
+    }
 }

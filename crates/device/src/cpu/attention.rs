@@ -9,17 +9,12 @@
 //! Long histories of single rows are cut into splits of a fixed number of tokens, which depend on nothing but the
 //! sequence's length, so that neither threads nor batches change a result.
 
-use super::dot::{self, dot_rows};
-use super::element::Element;
-use super::exp::exp_shifted;
-use super::mix::{self, Plain, mix_rows};
-use super::page::{Folding, Page, Sums, Weights};
+use super::block::{Block, Tokens};
+use super::page::{Folding, Page};
 use super::simd::Isa;
 use super::store::CpuStore;
 use crate::Span;
-use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
-use dibit_quant::Hadamard;
-use half::f16;
+use dibit_cache::{PAGE_TOKENS, SideLayout};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -68,19 +63,19 @@ pub(super) struct Buffers {
 
 /// Buffers of one thread.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     /// `[kv head of the frame][query][head_dim]`, scaled by `1 / sqrt(head_dim)`.
-    queries: Vec<f32>,
+    pub queries: Vec<f32>,
     /// `[query][128]`, logits and then weights.
-    logits: Vec<f32>,
-    folding: Folding,
+    pub logits: Vec<f32>,
+    pub folding: Folding,
     /// Keys of a page of a frame, `[channel][128]`, turned by the angles within the page.
-    expanded: Vec<f32>,
+    pub expanded: Vec<f32>,
     /// Queries turned back by the angle of the page.
-    turned: Vec<f32>,
-    row: Vec<f32>,
+    pub turned: Vec<f32>,
+    pub row: Vec<f32>,
     /// Protected tokens of the block: token within the block, and slot.
-    sinks: Vec<(usize, usize)>,
+    pub sinks: Vec<(usize, usize)>,
 }
 
 thread_local! {
@@ -151,7 +146,8 @@ fn plan(items: &mut Vec<Item>, call: Call, rows: Range<usize>, item_rows: usize)
     items.clear();
     for (index, span) in call.spans.iter().enumerate() {
         let own = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
-        let split = if span.rows.len() == 1 { call.split_tokens } else { usize::MAX };
+        let whole = span.rows.len() > 1 || !span.classes.is_empty();
+        let split = if whole { usize::MAX } else { call.split_tokens };
         for first_head in (0..call.heads.num_key_value).step_by(call.frame()) {
             for first in own.clone().step_by(item_rows) {
                 let rows = first..own.end.min(first + item_rows);
@@ -223,34 +219,30 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
     }
     let window = call.store.layout().window;
     let (packed_keys, packed_values) = (window.packed_keys(span.cached), window.packed_values(span.cached));
-    let mut start = item.tokens.start;
-    while start < item.tokens.end {
-        let end = item.tokens.end.min(start / PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS);
-        let tokens = start..end;
-        let in_page = end <= packed_keys;
-        debug_assert!(in_page || start >= packed_keys, "the border of packed keys lies on the grid of pages");
-        let border = packed_values.clamp(start, end);
-        if in_page {
-            expand(call, span, item.first_head, start, scratch);
+    let mut look = |class: usize, tokens: Tokens| {
+        if let Tokens::Packed(slots) = &tokens {
+            expand(call, span, item.first_head, slots.start, scratch);
         }
         for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
             let kv_head = item.first_head + index;
-            let mut block = Block { call, span, kv_head, index, queries, scratch, partials };
-            block.find_sinks(start..end.min(packed_keys.max(border)));
-            if in_page {
-                block.page_logits(tokens.clone());
-            } else {
-                block.plain_logits(call.store.ring_keys(span, call.layer, kv_head, tokens.clone()));
-            }
-            block.softmax(tokens.len());
-            if border > start {
-                block.page_values(start..border);
-            }
-            if end > border {
-                let runs = call.store.ring_values(span, call.layer, kv_head, border..end);
-                block.plain_values(runs, border - start);
-            }
+            let mut block = Block { call, span, class, kv_head, index, queries, scratch, partials };
+            block.look(&tokens, packed_values);
         }
+    };
+    for (class, own) in span.classes.iter().enumerate() {
+        let packed = own.packed(packed_keys);
+        for start in (0..packed).step_by(PAGE_TOKENS) {
+            look(class, Tokens::Packed(start..packed.min(start + PAGE_TOKENS)));
+        }
+    }
+    let mut start = if span.classes.is_empty() { item.tokens.start } else { packed_keys };
+    while start < item.tokens.end {
+        let end = item.tokens.end.min(start / PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS);
+        debug_assert!(
+            end <= packed_keys || start >= packed_keys,
+            "the border of packed keys lies on the grid of pages"
+        );
+        look(0, if end <= packed_keys { Tokens::Packed(start..end) } else { Tokens::Recent(start..end) });
         start = end;
     }
     if item.incoming {
@@ -258,7 +250,7 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
             let rows = first..item.rows.end.min(first + PAGE_TOKENS);
             for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
                 let kv_head = item.first_head + index;
-                let mut block = Block { call, span, kv_head, index, queries, scratch, partials };
+                let mut block = Block { call, span, class: 0, kv_head, index, queries, scratch, partials };
                 block.plain_logits([call.store.incoming_keys(kv_head, rows.clone()), &[]]);
                 block.mask(item.rows.clone(), rows.clone(), shared);
                 block.softmax(rows.len());
@@ -274,201 +266,8 @@ fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mu
     let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].page.keys else { return };
     let Scratch { expanded, folding, .. } = scratch;
     pre_rope.load(first_head, expanded, |head, place, out| {
-        let bytes = call.store.page(span, call.layer, first_head + head, token);
+        let bytes = call.store.page(0, span.blocks[token / PAGE_TOKENS], call.layer, first_head + head);
         Page { bytes, chunk: bytes, side }.expand(call.isa, folding, place, out);
     });
     pre_rope.turn_back(token / PAGE_TOKENS * PAGE_TOKENS, &scratch.queries, &mut scratch.turned);
-}
-
-/// One block of up to 128 keys, seen by the queries of one KV head of an item.
-struct Block<'a> {
-    call: Call<'a>,
-    span: &'a Span,
-    kv_head: usize,
-    /// Number of the KV head in its frame.
-    index: usize,
-    queries: usize,
-    scratch: &'a mut Scratch,
-    partials: &'a mut [f32],
-}
-
-impl Block<'_> {
-    /// Notes the protected tokens among packed tokens `tokens` of one page.
-    fn find_sinks(&mut self, tokens: Range<usize>) {
-        let all = self.call.store.sinks(self.span, self.call.layer).iter().enumerate();
-        self.scratch.sinks.clear();
-        self.scratch.sinks.extend(
-            all.map(|(slot, token)| (*token as usize, slot))
-                .filter(|(token, _)| tokens.contains(token))
-                .map(|(token, slot)| (token - tokens.start, slot)),
-        );
-    }
-
-    /// The queries of this KV head.
-    fn own(&self) -> Range<usize> {
-        let width = self.queries * self.call.heads.dim;
-        self.index * width..(self.index + 1) * width
-    }
-
-    /// Logits of tokens that lie in one page.
-    fn page_logits(&mut self, tokens: Range<usize>) {
-        let Call { isa, store, layer, heads, .. } = self.call;
-        let d = heads.dim;
-        let own = self.own();
-        match store.layout().layers[layer].page.keys {
-            SideLayout::Half { rows } => {
-                let page = store.page(self.span, layer, self.kv_head, tokens.start);
-                self.plain_logits([half_rows(page, rows, tokens, d), &[]]);
-            }
-            SideLayout::Packed(side) => {
-                let Scratch { queries, logits, folding, expanded, turned, .. } = &mut *self.scratch;
-                logits.fill(0.0);
-                if store.frames(layer).pre_rope.is_some() {
-                    let keys = &expanded[self.index * d * PAGE_TOKENS..][..d * PAGE_TOKENS];
-                    let shape = mix::Shape {
-                        m: self.queries,
-                        weight_stride: d,
-                        rows: d,
-                        row_stride: PAGE_TOKENS,
-                        units: PAGE_TOKENS,
-                        y_stride: PAGE_TOKENS,
-                    };
-                    mix_rows::<Plain<f32>>(isa, &turned[own.clone()], keys, shape, logits);
-                } else {
-                    let page = self.call.page(self.span, self.kv_head, tokens.start, &side);
-                    let weights = Weights { values: &queries[own.clone()], count: self.queries, stride: d };
-                    let mut sums = Sums { values: &mut *logits, stride: PAGE_TOKENS };
-                    page.accumulate(isa, 0..d, weights, &mut sums, folding);
-                    if side.token_hadamard {
-                        rotate_tokens(logits);
-                    }
-                }
-            }
-        }
-        // Protected tokens are seen as they were.
-        let Scratch { queries, logits, sinks, .. } = &mut *self.scratch;
-        for &(token, slot) in &*sinks {
-            let [key, _] = store.sink(self.span, layer, self.kv_head, slot);
-            let shape = dot::Shape { m: self.queries, n: 1, k: d };
-            dot_rows(isa, &queries[own.clone()], key, shape, &mut |i, _, sum| logits[i * PAGE_TOKENS + token] = sum);
-        }
-    }
-
-    /// Logits of tokens outside of pages, given as up to two runs of rows.
-    fn plain_logits<E: Element>(&mut self, runs: [&[E]; 2]) {
-        let d = self.call.heads.dim;
-        let own = self.own();
-        let Scratch { queries, logits, .. } = &mut *self.scratch;
-        let mut first = 0;
-        for run in runs {
-            let shape = dot::Shape { m: self.queries, n: run.len() / d, k: d };
-            dot_rows(self.call.isa, &queries[own.clone()], run, shape, &mut |i, j, sum| {
-                logits[i * PAGE_TOKENS + first + j] = sum
-            });
-            first += shape.n;
-        }
-    }
-
-    /// Hides rows of the pass in flight from the queries of earlier rows.
-    fn mask(&mut self, query_rows: Range<usize>, key_rows: Range<usize>, group: usize) {
-        for (i, row) in query_rows.enumerate() {
-            let visible = (row + 1).clamp(key_rows.start, key_rows.end) - key_rows.start;
-            for logits in self.scratch.logits[i * group * PAGE_TOKENS..].chunks_exact_mut(PAGE_TOKENS).take(group) {
-                logits[visible..key_rows.len()].fill(f32::NEG_INFINITY);
-            }
-        }
-    }
-
-    /// Turns `tokens` logits into weights in the frame of the largest logit so far, and moves the sums there.
-    fn softmax(&mut self, tokens: usize) {
-        let states = self.partials.chunks_exact_mut(self.call.heads.dim + 2);
-        for (logits, state) in self.scratch.logits.chunks_exact_mut(PAGE_TOKENS).zip(states) {
-            let logits = &mut logits[..tokens];
-            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            if largest > state[0] {
-                let shrink = (state[0] - largest).exp();
-                for sum in &mut state[1..] {
-                    *sum *= shrink;
-                }
-                state[0] = largest;
-            }
-            if state[0] == f32::NEG_INFINITY {
-                logits.fill(0.0);
-                continue;
-            }
-            exp_shifted(self.call.isa, logits, state[0]);
-            state[1] += logits.iter().sum::<f32>();
-        }
-    }
-
-    /// Adds the weighted values of tokens that lie in one page; their weights are the first ones.
-    fn page_values(&mut self, tokens: Range<usize>) {
-        let Call { isa, store, layer, heads, .. } = self.call;
-        let (d, stride) = (heads.dim, heads.dim + 2);
-        let side = match store.layout().layers[layer].page.values {
-            SideLayout::Half { rows } => {
-                let page = store.page(self.span, layer, self.kv_head, tokens.start);
-                return self.plain_values([half_rows(page, rows, tokens, d), &[]], 0);
-            }
-            SideLayout::Packed(side) => side,
-        };
-        let Scratch { logits, folding, sinks, .. } = &mut *self.scratch;
-        for &(token, slot) in sinks.iter().filter(|(token, _)| *token < tokens.len()) {
-            let [_, value] = store.sink(self.span, layer, self.kv_head, slot);
-            for (weights, state) in logits.chunks_exact_mut(PAGE_TOKENS).zip(self.partials.chunks_exact_mut(stride)) {
-                let weight = std::mem::take(&mut weights[token]);
-                for (sum, value) in state[2..].iter_mut().zip(value) {
-                    *sum += weight * value.widen();
-                }
-            }
-        }
-        if side.token_hadamard {
-            rotate_tokens(logits);
-        }
-        let slots = tokens.start % PAGE_TOKENS..tokens.start % PAGE_TOKENS + tokens.len();
-        let weights = Weights { values: logits, count: self.queries, stride: PAGE_TOKENS };
-        let mut sums = Sums { values: &mut self.partials[2..], stride };
-        self.call
-            .page(self.span, self.kv_head, tokens.start, &side)
-            .accumulate(isa, slots, weights, &mut sums, folding);
-    }
-
-    /// Adds the weighted values of tokens outside of pages; their weights begin at `first`.
-    fn plain_values<E: Element>(&mut self, runs: [&[E]; 2], first: usize) {
-        let d = self.call.heads.dim;
-        let mut first = first;
-        for run in runs {
-            let rows = run.len() / d;
-            let shape = mix::Shape {
-                m: self.queries,
-                weight_stride: PAGE_TOKENS,
-                rows,
-                row_stride: d,
-                units: d,
-                y_stride: d + 2,
-            };
-            mix_rows::<Plain<E>>(self.call.isa, &self.scratch.logits[first..], run, shape, &mut self.partials[2..]);
-            first += rows;
-        }
-    }
-}
-
-impl<'a> Call<'a> {
-    fn page(&self, span: &Span, kv_head: usize, token: usize, side: &'a PackedSide) -> Page<'a> {
-        let bytes = self.store.page(span, self.layer, kv_head, token);
-        Page { bytes, chunk: self.store.chunk_page(span, self.layer, kv_head, token), side }
-    }
-}
-
-/// Rotates the 128 numbers of each row along the tokens of a page.
-fn rotate_tokens(rows: &mut [f32]) {
-    let hadamard = Hadamard::new(PAGE_TOKENS).expect("a power of two");
-    rows.chunks_exact_mut(PAGE_TOKENS).for_each(|row| hadamard.apply(row));
-}
-
-/// fp16 rows of tokens within a page.
-fn half_rows(page: &[u8], offset: usize, tokens: Range<usize>, head_dim: usize) -> &[f16] {
-    let row = head_dim * size_of::<f16>();
-    let start = offset + tokens.start % PAGE_TOKENS * row;
-    bytemuck::cast_slice(&page[start..start + tokens.len() * row])
 }

@@ -1,6 +1,7 @@
 //! The CPU: the reference for every other device.
 
 mod attention;
+mod block;
 mod dot;
 mod element;
 mod encode;

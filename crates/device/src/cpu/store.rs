@@ -4,7 +4,7 @@ use super::encode::{Encoder, Tokens, write_chunk_factor, write_page_factor};
 use super::frames::Frames;
 use super::sinks::Protected;
 use crate::{Batch, DeviceError, Span};
-use dibit_cache::{CacheLayout, Extras, PAGE_TOKENS, SideLayout};
+use dibit_cache::{CacheLayout, ClassTokens, Extras, PAGE_TOKENS, SideLayout};
 use dibit_quant::{QuantError, low_rank};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -114,21 +114,15 @@ impl CpuStore {
         &self.frames[layer]
     }
 
-    /// Bytes of the page that holds `token`.
-    pub(super) fn page(&self, span: &Span, layer: usize, kv_head: usize, token: usize) -> &[u8] {
-        self.block_page(span.blocks[token / PAGE_TOKENS], layer, kv_head)
+    /// Bytes of the page of `block` that holds tokens of `class`.
+    pub(super) fn page(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> &[u8] {
+        let offset = self.layout.page_offset(class, block, layer, kv_head);
+        &self.pages[offset..offset + self.layout.layer(class, layer).page.stride]
     }
 
-    /// Bytes of the first page of the chunk that holds `token`; its own page where pages share nothing.
-    pub(super) fn chunk_page(&self, span: &Span, layer: usize, kv_head: usize, token: usize) -> &[u8] {
-        let index = token / PAGE_TOKENS;
-        let first = self.sequences[span.slot as usize].chunks.get(index).map_or(index, |first| *first as usize);
-        self.block_page(span.blocks[first], layer, kv_head)
-    }
-
-    fn block_page(&self, block: u32, layer: usize, kv_head: usize) -> &[u8] {
-        let offset = self.layout.page_offset(block, layer, kv_head);
-        &self.pages[offset..offset + self.layout.layers[layer].page.stride]
+    /// The first block of the chunk that block number `index` of a sequence belongs to.
+    pub(super) fn chunk_start(&self, span: &Span, index: usize) -> usize {
+        self.sequences[span.slot as usize].chunks.get(index).map_or(index, |first| *first as usize)
     }
 
     /// Positions that a layer of a sequence protects, in the order of their slots.
@@ -250,15 +244,18 @@ impl CpuStore {
         for (which, tokens) in [(Which::Keys, keys), (Which::Values, values)] {
             let mut first = tokens.start;
             while first < tokens.end {
-                let last = tokens.end.min(first / PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS);
-                self.fill_page(layer, span, heads.clone(), which, first..last)?;
+                let place = place(span, first);
+                // Tokens of a class go one by one to its next slots.
+                let room = if span.classes.is_empty() { PAGE_TOKENS - place.slot } else { 1 };
+                let last = tokens.end.min(first + room);
+                self.fill_page(layer, span, heads.clone(), which, first..last, place)?;
                 first = last;
             }
         }
         Ok(())
     }
 
-    /// Writes tokens of one page, for the heads of a frame.
+    /// Writes tokens of one page, for the heads of a frame, from `place` on.
     fn fill_page(
         &mut self,
         layer: usize,
@@ -266,10 +263,11 @@ impl CpuStore {
         heads: Range<usize>,
         which: Which,
         tokens: Range<usize>,
+        place: Place,
     ) -> Result<(), QuantError> {
         let Self { layout, frames, pages, keys, values, sequences, scratch } = self;
         let d = layout.shape.head_dim;
-        let own = &layout.layers[layer];
+        let own = layout.layer(place.class, layer);
         let (rows, side) = match which {
             Which::Keys => (keys, own.page.keys),
             Which::Values => (values, own.page.values),
@@ -307,9 +305,9 @@ impl CpuStore {
                 }
             }
         }
-        let slots = tokens.start % PAGE_TOKENS..tokens.start % PAGE_TOKENS + tokens.len();
+        let slots = place.slot..place.slot + tokens.len();
         for ((index, kv_head), wide) in heads.enumerate().zip(scratch.wide.chunks_exact_mut(per_head)) {
-            let offset = layout.page_offset(span.blocks[tokens.start / PAGE_TOKENS], layer, kv_head);
+            let offset = layout.page_offset(place.class, place.block, layer, kv_head);
             let page = &mut pages[offset..offset + own.page.stride];
             match side {
                 SideLayout::Half { rows } => {
@@ -335,7 +333,7 @@ impl CpuStore {
             let Some(factors) = side.factors.filter(|_| !blocks.is_empty()) else { continue };
             let all = low_rank(error, self.layout.shape.head_dim, factors.rank);
             for (place, block) in blocks.clone().enumerate() {
-                let offset = self.layout.page_offset(span.blocks[block], layer, first_head + index);
+                let offset = self.layout.page_offset(0, span.blocks[block], layer, first_head + index);
                 let page = &mut self.pages[offset..offset + page_layout.stride];
                 write_page_factor(factors, &all, place, page);
                 if place == 0 {
@@ -347,6 +345,23 @@ impl CpuStore {
             chunks[blocks.clone()].fill(blocks.start as u32);
         }
     }
+}
+
+/// Where a packed token lies.
+#[derive(Clone, Copy)]
+struct Place {
+    class: usize,
+    block: u32,
+    slot: usize,
+}
+
+fn place(span: &Span, token: usize) -> Place {
+    let in_class = |(class, own): (usize, &ClassTokens)| {
+        let index = own.tokens.binary_search(&(token as u32)).ok()?;
+        Some(Place { class, block: own.blocks[index / PAGE_TOKENS], slot: index % PAGE_TOKENS })
+    };
+    let without = || Place { class: 0, block: span.blocks[token / PAGE_TOKENS], slot: token % PAGE_TOKENS };
+    span.classes.iter().enumerate().find_map(in_class).unwrap_or_else(without)
 }
 
 impl Slots {

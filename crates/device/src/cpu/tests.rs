@@ -18,6 +18,8 @@ struct Case {
     head_dim: usize,
     /// Tokens that the layer is made to protect where the scheme looks for massive activations.
     sinks: Vec<usize>,
+    /// Classes of the tokens.
+    classes: Vec<u8>,
 }
 
 /// fp16-representable numbers with outlier channels.
@@ -44,7 +46,7 @@ impl Case {
             let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * head_dim;
             scheme.calibration = Some(Arc::new(Calibration { layers: vec![calibration(shape, frame); 2] }));
         }
-        Case { scheme, heads, kv_heads, head_dim, sinks: Vec::new() }.protecting(&[0, 5, 133, 260])
+        Case { scheme, heads, kv_heads, head_dim, sinks: Vec::new(), classes: Vec::new() }.protecting(&[0, 5, 133, 260])
     }
 
     /// Makes schemes that look for massive activations find these tokens.
@@ -64,7 +66,7 @@ impl Case {
 
     fn manager(&self, len: usize, sequences: usize) -> CacheManager {
         let layout = self.layout();
-        let blocks = sequences * layout.window.blocks(len);
+        let blocks = sequences * layout.blocks(len);
         CacheManager::new(layout, blocks, sequences)
     }
 
@@ -101,9 +103,20 @@ impl Case {
             },
             chunks: borders.windows(2).map(|pair| pair[0]..pair[1]).filter(|chunk| !chunk.is_empty()).collect(),
         };
-        let exact = |data| self.by_head(data, self.kv_heads, position + 1);
-        let keys = reference.seen(self.scheme.keys, true, &exact(k), cached, window.packed_keys(cached));
-        let values = reference.seen(self.scheme.values, false, &exact(v), cached, window.packed_values(cached));
+        let seen = |is_keys: bool, data: &[f32]| {
+            let exact = self.by_head(data, self.kv_heads, position + 1);
+            let packed = if is_keys { window.packed_keys(cached) } else { window.packed_values(cached) };
+            let of_class = |class: usize| {
+                let (keys, values) = self.scheme.sides(class, LAYER);
+                reference.seen(if is_keys { keys } else { values }, is_keys, &exact, cached, packed)
+            };
+            // Tokens of classes are quantised one by one, so each is what its class makes of it.
+            let by_class: Vec<reference::Heads> = (0..=self.scheme.classes.len()).map(of_class).collect();
+            let class = |token: usize| self.classes.get(token).map_or(0, |class| usize::from(*class));
+            let head = |head: usize| (0..=position).map(|token| by_class[class(token)][head][token].clone()).collect();
+            (0..self.kv_heads).map(head).collect::<reference::Heads>()
+        };
+        let (keys, values) = (seen(true, k), seen(false, v));
         let queries = self.by_head(q, self.heads, position + 1);
         let mut out = Vec::new();
         for (head, queries) in queries.iter().enumerate() {
@@ -195,6 +208,8 @@ fn pass(
 ) {
     let mut batch = Batch::new(mode);
     for (sequence, rows) in sequences.iter_mut() {
+        let new = sequence.len()..sequence.len() + *rows;
+        manager.classify(sequence, case.classes.get(new).unwrap_or_default()).unwrap();
         manager.reserve(sequence, sequence.len() + *rows).unwrap();
         batch.push(sequence, *rows, case.scheme.window);
     }
@@ -262,6 +277,60 @@ fn every_scheme_and_head_size_equals_the_reference() {
             }
         }
     }
+}
+
+/// Text at 4 bit in the layer, everything else at 2 bit: AKVQ-VL's text-salient layers.
+fn with_classes(window: &str) -> Case {
+    let text = format!(
+        "name = \"vl\"\n[keys]\nbits = 2\naxis = \"token\"\ngroup = 64\ntransform = \"hadamard\"\n[values]\nbits = 2\n\
+         group = 64\n[sinks]\nkind = \"massive\"\ncount = 4\n{window}[classes.text.layers.1]\nkeys = {{ bits = 4 }}\n\
+         values = {{ bits = 3 }}\n"
+    );
+    let mut case = Case::new(Scheme::parse(&text, "vl").unwrap(), 4, 2, 64);
+    case.classes = (0..700).map(|token| u8::from(token % 7 < 3 || token / 100 == 2)).collect();
+    case
+}
+
+#[test]
+fn classes_of_tokens_have_bits_and_pages_of_their_own() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    for window in ["", "[window]\ntokens = 128\nschedule = \"guaranteed\"\n"] {
+        let case = with_classes(window);
+        let [q, k, v] = data(&case, 700);
+        let passes = [350, 300, 49, 1];
+        let out = run(&cpu, &case, Mode::Chunk, &passes, &q, &k, &v);
+        let width = case.heads * case.head_dim;
+        for position in [0, 349, 350, 649, 650, 699] {
+            let expected = case.reference(&q, &k, &v, position, &passes);
+            close(&format!("{window} at {position}"), &out[position * width..][..width], &expected);
+        }
+    }
+    // Decoding token by token finds the same places.
+    let case = with_classes("").protecting(&[0]);
+    let [q, k, v] = data(&case, 300);
+    let single = run(&cpu, &case, Mode::Chunk, &[1; 300], &q, &k, &v);
+    assert_eq!(run(&cpu, &case, Mode::Streaming, &[300], &q, &k, &v), single);
+}
+
+#[test]
+fn classes_take_the_bytes_of_their_own_bits() {
+    let case = with_classes("");
+    let mut manager = case.manager(700, 1);
+    let mut sequence = manager.open().unwrap();
+    assert!(manager.classify(&mut sequence, &[2]).unwrap_err().to_string().contains("1 classes"));
+    manager.classify(&mut sequence, &case.classes).unwrap();
+    manager.reserve(&mut sequence, 700).unwrap();
+    manager.advance(&mut sequence, 700);
+    let of_text = case.classes.iter().filter(|class| **class == 1).count();
+    assert_eq!(sequence.num_blocks(), of_text.div_ceil(128) + (700 - of_text).div_ceil(128));
+    let usage = manager.layout().sequence_usage(&sequence, Default::default());
+    // Layer 0 has 2 bit for all; scales and zeros take half a bit in groups of 64.
+    let side = |bits: usize| 2 * (64 * bits / 8 + 4);
+    let others = 2 * side(2) * (700 - of_text);
+    let texts = (side(2) + (side(4) + side(3)) / 2) * of_text;
+    assert_eq!(usage.used_bytes, 2 * (others + texts));
+    manager.clear(&mut sequence);
+    assert_eq!((sequence.num_blocks(), manager.free_blocks()), (0, manager.num_blocks()));
 }
 
 #[test]

@@ -1,0 +1,115 @@
+//! Which choices go together.
+
+use super::Scheme;
+use super::choices::{Axis, Class, Correction, Packed, Side, Sinks, Transform};
+use crate::{Schedule, Window};
+
+/// Why a scheme is none: what the text says wrongly, or choices that do not go together.
+pub(super) enum Problem {
+    Parse(String),
+    Unsupported { problem: String, supported: String },
+}
+
+pub(super) fn unsupported<T>(problem: impl Into<String>, supported: impl Into<String>) -> Result<T, Problem> {
+    Err(Problem::Unsupported { problem: problem.into(), supported: supported.into() })
+}
+
+impl From<toml::de::Error> for Problem {
+    fn from(error: toml::de::Error) -> Self {
+        Problem::Parse(error.to_string().trim().to_owned())
+    }
+}
+
+/// One of the two sides, by its name in the file.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Which {
+    Keys,
+    Values,
+}
+
+impl Which {
+    pub(super) fn name(self) -> &'static str {
+        if self == Which::Keys { "keys" } else { "values" }
+    }
+
+    pub(super) fn default_axis(self) -> Axis {
+        if self == Which::Keys { Axis::Channel } else { Axis::Token }
+    }
+}
+
+pub(super) fn needs_chunks(side: Side) -> bool {
+    matches!(side, Side::Packed(Packed { low_rank: 1.., .. }))
+}
+
+/// What only whole pages can hold needs a schedule that packs whole pages.
+pub(super) fn check_pages(side: Side, which: Which, window: Window, sinks: Sinks) -> Result<(), Problem> {
+    let Side::Packed(packed) = side else { return Ok(()) };
+    let name = which.name();
+    let along_tokens = if packed.axis == Axis::Channel {
+        Some(format!("{name} per channel"))
+    } else if packed.transform == Transform::TokenHadamard {
+        Some(format!("{name}.transform = \"token-hadamard\""))
+    } else if packed.low_rank > 0 {
+        Some(format!("{name}.low_rank"))
+    } else if packed.outliers > 0.0 && which == Which::Keys {
+        Some("keys.outliers".to_owned())
+    } else {
+        None
+    };
+    if let Some(what) = along_tokens {
+        match (window.schedule, which) {
+            (Schedule::Guaranteed, _) | (Schedule::Kivi, Which::Keys) => {}
+            (Schedule::None, _) => {
+                return unsupported(
+                    format!("{what} without a [window]"),
+                    "a window, since a group of a channel needs 128 tokens",
+                );
+            }
+            (Schedule::Kivi, Which::Values) => {
+                return unsupported(
+                    format!("{what} under the kivi schedule, which packs values one by one"),
+                    "schedule = \"guaranteed\"",
+                );
+            }
+        }
+    }
+    if packed.low_rank > 0 && window.schedule == Schedule::Kivi {
+        return unsupported(format!("{name}.low_rank under the kivi schedule"), "schedule = \"guaranteed\"");
+    }
+    if packed.transform == Transform::TokenHadamard && sinks != Sinks::None {
+        return unsupported(format!("{name}.transform = \"token-hadamard\" with [sinks]"), "one of the two");
+    }
+    Ok(())
+}
+
+pub(super) fn check_correction(correction: Correction, keys: Side) -> Result<(), Problem> {
+    if correction != Correction::None && keys == Side::Half {
+        return unsupported("a correction on 16-bit keys", "a correction on packed keys");
+    }
+    Ok(())
+}
+
+/// Tokens of a class leave the window one by one, each to the next place in the pages of its class.
+pub(super) fn check_classes(scheme: &Scheme) -> Result<(), Problem> {
+    if scheme.window.schedule == Schedule::Kivi {
+        return unsupported("[classes] under the kivi schedule", "schedule = \"guaranteed\", or no window");
+    }
+    for side in scheme.all_sides() {
+        let Side::Packed(packed) = side else { continue };
+        let along_tokens = packed.axis == Axis::Channel || packed.low_rank > 0 || packed.outliers > 0.0;
+        if along_tokens || matches!(packed.transform, Transform::TokenHadamard | Transform::PreRope(_)) {
+            return unsupported(
+                "[classes] with groups, factors or outliers along tokens, or keys before RoPE",
+                "axis = \"token\" and transform none, hadamard or basis, for keys and values of all classes",
+            );
+        }
+    }
+    let transforms = |class: &Class| (class.keys.transform(), class.values.transform());
+    let base = (scheme.keys.transform(), scheme.values.transform());
+    if scheme.classes.iter().any(|class| transforms(class) != base)
+        || scheme.overrides().any(|own| (own.keys.transform(), own.values.transform()) != base)
+    {
+        return unsupported("[classes] with different transforms", "one transform of keys and one of values");
+    }
+    Ok(())
+}

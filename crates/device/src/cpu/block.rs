@@ -1,0 +1,260 @@
+//! Up to 128 tokens as the queries of one KV head see them: logits, weights, weighted values.
+
+use super::attention::{Call, Scratch};
+use super::dot::{self, dot_rows};
+use super::element::Element;
+use super::exp::exp_shifted;
+use super::mix::{self, Plain, mix_rows};
+use super::page::{Page, Sums, Weights};
+use crate::Span;
+use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
+use dibit_quant::Hadamard;
+use half::f16;
+use std::ops::Range;
+
+/// Up to 128 cached tokens.
+pub(super) enum Tokens {
+    /// Tokens whose keys lie in one page: their numbers among the packed tokens of their class.
+    Packed(Range<usize>),
+    /// Tokens whose keys lie in the window: their positions.
+    Recent(Range<usize>),
+}
+
+/// One block of up to 128 keys, seen by the queries of one KV head of an item.
+pub(super) struct Block<'a> {
+    pub call: Call<'a>,
+    pub span: &'a Span,
+    pub class: usize,
+    pub kv_head: usize,
+    /// Number of the KV head in its frame.
+    pub index: usize,
+    pub queries: usize,
+    pub scratch: &'a mut Scratch,
+    pub partials: &'a mut [f32],
+}
+
+impl Block<'_> {
+    /// Adds the tokens to the sums. Without classes, those up to `packed_values` have their values in a page.
+    pub(super) fn look(&mut self, tokens: &Tokens, packed_values: usize) {
+        let (range, in_page) = match tokens {
+            Tokens::Packed(slots) => (slots.clone(), true),
+            Tokens::Recent(positions) => (positions.clone(), false),
+        };
+        // Keys and values of classes leave the window together.
+        let border = match self.span.classes.is_empty() {
+            true => packed_values.clamp(range.start, range.end),
+            false if in_page => range.end,
+            false => range.start,
+        };
+        self.find_sinks(range.start..if in_page { range.end } else { border });
+        let Call { store, layer, .. } = self.call;
+        if in_page {
+            self.page_logits(range.clone());
+        } else {
+            self.plain_logits(store.ring_keys(self.span, layer, self.kv_head, range.clone()));
+        }
+        self.softmax(range.len());
+        if border > range.start {
+            self.page_values(range.start..border);
+        }
+        if range.end > border {
+            let runs = store.ring_values(self.span, layer, self.kv_head, border..range.end);
+            self.plain_values(runs, border - range.start);
+        }
+    }
+
+    /// Notes the protected tokens among packed tokens of one page.
+    fn find_sinks(&mut self, tokens: Range<usize>) {
+        let all = self.call.store.sinks(self.span, self.call.layer).iter().enumerate();
+        let own = self.span.classes.get(self.class);
+        let number = |position: u32| match own {
+            Some(own) => own.tokens.binary_search(&position).ok(),
+            None => Some(position as usize),
+        };
+        self.scratch.sinks.clear();
+        self.scratch.sinks.extend(
+            all.filter_map(|(slot, position)| Some((number(*position)?, slot)))
+                .filter(|(token, _)| tokens.contains(token))
+                .map(|(token, slot)| (token - tokens.start, slot)),
+        );
+    }
+
+    /// Block of a packed token, and the first one of its chunk.
+    fn blocks(&self, token: usize) -> [u32; 2] {
+        let index = token / PAGE_TOKENS;
+        match self.span.classes.get(self.class) {
+            Some(own) => [own.blocks[index]; 2],
+            None => [index, self.call.store.chunk_start(self.span, index)].map(|index| self.span.blocks[index]),
+        }
+    }
+
+    /// A packed side of the page that holds a token.
+    fn page<'b>(&self, token: usize, side: &'b PackedSide) -> Page<'b>
+    where
+        Self: 'b,
+    {
+        let Call { store, layer, .. } = self.call;
+        let [bytes, chunk] = self.blocks(token).map(|block| store.page(self.class, block, layer, self.kv_head));
+        Page { bytes, chunk, side }
+    }
+
+    /// The queries of this KV head.
+    fn own(&self) -> Range<usize> {
+        let width = self.queries * self.call.heads.dim;
+        self.index * width..(self.index + 1) * width
+    }
+
+    /// Logits of tokens that lie in one page.
+    fn page_logits(&mut self, tokens: Range<usize>) {
+        let Call { isa, store, layer, heads, .. } = self.call;
+        let d = heads.dim;
+        let own = self.own();
+        match store.layout().layer(self.class, layer).page.keys {
+            SideLayout::Half { rows } => {
+                let page = store.page(self.class, self.blocks(tokens.start)[0], layer, self.kv_head);
+                self.plain_logits([half_rows(page, rows, tokens, d), &[]]);
+            }
+            SideLayout::Packed(side) => {
+                let page = self.page(tokens.start, &side);
+                let Scratch { queries, logits, folding, expanded, turned, .. } = &mut *self.scratch;
+                logits.fill(0.0);
+                if store.frames(layer).pre_rope.is_some() {
+                    let keys = &expanded[self.index * d * PAGE_TOKENS..][..d * PAGE_TOKENS];
+                    let shape = mix::Shape {
+                        m: self.queries,
+                        weight_stride: d,
+                        rows: d,
+                        row_stride: PAGE_TOKENS,
+                        units: PAGE_TOKENS,
+                        y_stride: PAGE_TOKENS,
+                    };
+                    mix_rows::<Plain<f32>>(isa, &turned[own.clone()], keys, shape, logits);
+                } else {
+                    let weights = Weights { values: &queries[own.clone()], count: self.queries, stride: d };
+                    let mut sums = Sums { values: &mut *logits, stride: PAGE_TOKENS };
+                    page.accumulate(isa, 0..d, weights, &mut sums, folding);
+                    if side.token_hadamard {
+                        rotate_tokens(logits);
+                    }
+                }
+            }
+        }
+        // Protected tokens are seen as they were.
+        let Scratch { queries, logits, sinks, .. } = &mut *self.scratch;
+        for &(token, slot) in &*sinks {
+            let [key, _] = store.sink(self.span, layer, self.kv_head, slot);
+            let shape = dot::Shape { m: self.queries, n: 1, k: d };
+            dot_rows(isa, &queries[own.clone()], key, shape, &mut |i, _, sum| logits[i * PAGE_TOKENS + token] = sum);
+        }
+    }
+
+    /// Logits of tokens outside of pages, given as up to two runs of rows.
+    pub(super) fn plain_logits<E: Element>(&mut self, runs: [&[E]; 2]) {
+        let d = self.call.heads.dim;
+        let own = self.own();
+        let Scratch { queries, logits, .. } = &mut *self.scratch;
+        let mut first = 0;
+        for run in runs {
+            let shape = dot::Shape { m: self.queries, n: run.len() / d, k: d };
+            dot_rows(self.call.isa, &queries[own.clone()], run, shape, &mut |i, j, sum| {
+                logits[i * PAGE_TOKENS + first + j] = sum
+            });
+            first += shape.n;
+        }
+    }
+
+    /// Hides rows of the pass in flight from the queries of earlier rows.
+    pub(super) fn mask(&mut self, query_rows: Range<usize>, key_rows: Range<usize>, group: usize) {
+        for (i, row) in query_rows.enumerate() {
+            let visible = (row + 1).clamp(key_rows.start, key_rows.end) - key_rows.start;
+            for logits in self.scratch.logits[i * group * PAGE_TOKENS..].chunks_exact_mut(PAGE_TOKENS).take(group) {
+                logits[visible..key_rows.len()].fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+
+    /// Turns `tokens` logits into weights in the frame of the largest logit so far, and moves the sums there.
+    pub(super) fn softmax(&mut self, tokens: usize) {
+        let states = self.partials.chunks_exact_mut(self.call.heads.dim + 2);
+        for (logits, state) in self.scratch.logits.chunks_exact_mut(PAGE_TOKENS).zip(states) {
+            let logits = &mut logits[..tokens];
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            if largest > state[0] {
+                let shrink = (state[0] - largest).exp();
+                for sum in &mut state[1..] {
+                    *sum *= shrink;
+                }
+                state[0] = largest;
+            }
+            if state[0] == f32::NEG_INFINITY {
+                logits.fill(0.0);
+                continue;
+            }
+            exp_shifted(self.call.isa, logits, state[0]);
+            state[1] += logits.iter().sum::<f32>();
+        }
+    }
+
+    /// Adds the weighted values of tokens that lie in one page; their weights are the first ones.
+    fn page_values(&mut self, tokens: Range<usize>) {
+        let Call { isa, store, layer, heads, .. } = self.call;
+        let (d, stride) = (heads.dim, heads.dim + 2);
+        let side = match store.layout().layer(self.class, layer).page.values {
+            SideLayout::Half { rows } => {
+                let page = store.page(self.class, self.blocks(tokens.start)[0], layer, self.kv_head);
+                return self.plain_values([half_rows(page, rows, tokens, d), &[]], 0);
+            }
+            SideLayout::Packed(side) => side,
+        };
+        let page = self.page(tokens.start, &side);
+        let Scratch { logits, folding, sinks, .. } = &mut *self.scratch;
+        for &(token, slot) in sinks.iter().filter(|(token, _)| *token < tokens.len()) {
+            let [_, value] = store.sink(self.span, layer, self.kv_head, slot);
+            for (weights, state) in logits.chunks_exact_mut(PAGE_TOKENS).zip(self.partials.chunks_exact_mut(stride)) {
+                let weight = std::mem::take(&mut weights[token]);
+                for (sum, value) in state[2..].iter_mut().zip(value) {
+                    *sum += weight * value.widen();
+                }
+            }
+        }
+        if side.token_hadamard {
+            rotate_tokens(logits);
+        }
+        let slots = tokens.start % PAGE_TOKENS..tokens.start % PAGE_TOKENS + tokens.len();
+        let weights = Weights { values: logits, count: self.queries, stride: PAGE_TOKENS };
+        let mut sums = Sums { values: &mut self.partials[2..], stride };
+        page.accumulate(isa, slots, weights, &mut sums, folding);
+    }
+
+    /// Adds the weighted values of tokens outside of pages; their weights begin at `first`.
+    pub(super) fn plain_values<E: Element>(&mut self, runs: [&[E]; 2], first: usize) {
+        let d = self.call.heads.dim;
+        let mut first = first;
+        for run in runs {
+            let rows = run.len() / d;
+            let shape = mix::Shape {
+                m: self.queries,
+                weight_stride: PAGE_TOKENS,
+                rows,
+                row_stride: d,
+                units: d,
+                y_stride: d + 2,
+            };
+            mix_rows::<Plain<E>>(self.call.isa, &self.scratch.logits[first..], run, shape, &mut self.partials[2..]);
+            first += rows;
+        }
+    }
+}
+
+/// Rotates the 128 numbers of each row along the tokens of a page.
+fn rotate_tokens(rows: &mut [f32]) {
+    let hadamard = Hadamard::new(PAGE_TOKENS).expect("a power of two");
+    rows.chunks_exact_mut(PAGE_TOKENS).for_each(|row| hadamard.apply(row));
+}
+
+/// fp16 rows of tokens within a page.
+fn half_rows(page: &[u8], offset: usize, tokens: Range<usize>, head_dim: usize) -> &[f16] {
+    let row = head_dim * size_of::<f16>();
+    let start = offset + tokens.start % PAGE_TOKENS * row;
+    bytemuck::cast_slice(&page[start..start + tokens.len() * row])
+}
