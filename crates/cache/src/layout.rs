@@ -232,6 +232,24 @@ impl CacheLayout {
         self.layers.iter().map(|layer| layer.values == Transform::Hadamard).collect()
     }
 
+    /// What the model's shape changes of what the scheme asks for, as sentences.
+    pub fn notes(&self) -> Vec<String> {
+        let heads = self.shape.num_key_value_heads;
+        let fewer = self.layers.iter().find_map(|layer| match layer.keys {
+            Transform::PreRope(choice) if choice.heads > layer.rotated_heads => {
+                Some((choice.heads, layer.rotated_heads))
+            }
+            _ => None,
+        });
+        let note = |(wanted, rotated)| {
+            format!(
+                "{}: keys are rotated over {rotated} heads, not {wanted}: the model has {heads} KV heads",
+                self.name
+            )
+        };
+        fewer.map(note).into_iter().collect()
+    }
+
     /// Name of the scheme.
     pub fn scheme_name(&self) -> &str {
         &self.name
@@ -362,6 +380,8 @@ mod tests {
             let (local, global) = (layer("rotatekv"), layer("rotatekv-paper"));
             assert_eq!((local.rotated_heads, local.frame), (rotated, rotated), "{heads} heads");
             assert_eq!((global.rotated_heads, global.frame), (rotated, heads));
+            let layout = CacheLayout::new(&Scheme::load("rotatekv").unwrap(), shape).unwrap();
+            assert_eq!(layout.notes().len(), usize::from(rotated < 4));
         }
     }
 

@@ -86,7 +86,7 @@ pub struct Factors {
 pub struct Outliers {
     /// How many at each end of a row.
     pub per_end: usize,
-    /// Offset of what they differ by from what their codes stand for, fp16 `[row][2 per_end]`.
+    /// Offset of the values, fp16 `[row][2 per_end]`.
     pub values: usize,
     /// Offset of their lanes, bytes `[row][2 per_end]`.
     pub lanes: usize,

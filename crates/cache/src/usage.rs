@@ -1,4 +1,4 @@
-//! Honest bits: what cached tokens take, counted from real bytes (METHODS 13).
+//! Honest bits: what cached tokens take, counted from real bytes.
 
 use crate::manager::ClassTokens;
 use crate::{CacheLayout, LayerLayout, PAGE_TOKENS, PageLayout, Sequence};
@@ -142,7 +142,7 @@ mod tests {
     fn kivi_takes_2_46_bits_at_8192_tokens() {
         for scheme in ["kivi", "kvlinc"] {
             let usage = used(scheme, 8192);
-            // 2.25 * 63/64 + 16 / 64 (METHODS 13.1).
+            // 2.25 * 63/64 + 16 / 64.
             assert!((usage.bits() - 2.46484375).abs() < 1e-9, "{}", usage.bits());
             // The ring has 256 slots for 128 tokens.
             assert!((usage.allocated_bits() - (2.46484375 + 0.25)).abs() < 1e-3, "{}", usage.allocated_bits());
@@ -174,7 +174,7 @@ mod tests {
     fn bits_at_8192_tokens_are_those_of_the_papers() {
         let bits = |scheme: &str| used(scheme, 8192).bits();
         let base = 2.25 * 63.0 / 64.0 + 0.25;
-        // METHODS 13.1, n being the packed tokens of the prompt: QuaRot, ResQ and GEAR-L with groups of 128 and of 64.
+        // n being the packed tokens of the prompt: QuaRot, ResQ and GEAR-L with groups of 128 and of 64.
         let factors = |n: f64| 16.0 * 2.0 * (1.0 / 128.0 + 1.0 / n) * 63.0 / 64.0;
         assert!((bits("quarot") - base).abs() < 1e-9);
         assert!((bits("resq") - (2.6875 * 63.0 / 64.0 + 0.25)).abs() < 1e-9);

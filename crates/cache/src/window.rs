@@ -1,7 +1,7 @@
 //! The window of recent tokens kept in 16 bit, and when tokens leave it.
 //!
 //! Everything here is a closed form of the number of cached tokens `len`, so that the state of a
-//! cache is known from `len` alone, however the tokens came in (METHODS 4.3).
+//! cache is known from `len` alone, however the tokens came in.
 
 use crate::PAGE_TOKENS;
 

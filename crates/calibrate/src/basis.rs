@@ -1,4 +1,4 @@
-//! ResQ's orthogonal bases (METHODS 10).
+//! ResQ's orthogonal bases.
 
 use nalgebra::{DMatrix, SymmetricEigen};
 use rand_chacha::ChaCha8Rng;

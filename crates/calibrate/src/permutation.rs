@@ -1,4 +1,4 @@
-//! RotateKV's order of key channels (METHODS 6.2).
+//! RotateKV's order of key channels.
 
 use dibit_cache::{LayerLayout, Permutation, PreRope, Statistic};
 use dibit_quant::Hadamard;

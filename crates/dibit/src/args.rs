@@ -13,6 +13,9 @@ Examples:
   dibit generate \"Once upon a time\"
   dibit chat --model Qwen/Qwen3-0.6B
   dibit perplexity --text wiki.txt --kv kivi,kvlinc
+  dibit compare --text wiki.txt --report report
+  dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
+  dibit ruler --tasks niah_single_1,vt --samples 10
   dibit inspect --model meta-llama/Llama-3.1-8B --context 131072 --kv fp16,kvlinc
 
 Without --model, the bundled model runs: 16 M parameters, for trying things out.
@@ -116,6 +119,11 @@ pub struct SamplingArgs {
     /// Seed of the random numbers [default: from the clock]
     #[arg(long, allow_negative_numbers = true)]
     pub seed: Option<u64>,
+}
+
+fn calibrated_help() -> String {
+    let calibrated = Scheme::built_in().filter(|name| Scheme::load(name).is_ok_and(|scheme| scheme.is_calibrated()));
+    format!("The scheme: {}, or a file ending in .toml", calibrated.collect::<Vec<_>>().join(", "))
 }
 
 fn scheme_help() -> String {
@@ -281,8 +289,8 @@ pub struct CompareArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Ctrl-C keeps what was gathered in FILE.partial; the same command goes on from there. The same model, text, options and
-seed make the same file.
+Ctrl-C keeps what was gathered in FILE.partial; the same command goes on from there.
+The same model, text, options and seed make the same file.
 
 Examples:
   dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
@@ -290,8 +298,7 @@ Examples:
 pub struct CalibrateArgs {
     #[command(flatten)]
     pub run: RunArgs,
-    /// The scheme
-    #[arg(long, value_name = "SCHEME")]
+    #[arg(long, value_name = "SCHEME", help = calibrated_help())]
     pub kv: String,
     /// Text to run the model on, UTF-8; of a .jsonl file, the "text" of every line. Not the text to measure with
     #[arg(long, value_name = "FILE")]

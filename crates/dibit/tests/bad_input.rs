@@ -88,7 +88,7 @@ fn a_scheme_file_that_cannot_be_used_says_why() {
             ["needs a calibration", "dibit calibrate --kv"],
         ),
         (base.replace("tokens = 128", "tokens = 100"), ["window.tokens = 100", "multiples of 128"]),
-        (base.split("[window]").next().unwrap().to_owned(), ["without a [window]", "128 tokens"]),
+        (base.split("[window]").next().unwrap().to_owned(), ["without a [window]", "tokens = 128"]),
         (base.replace("\"kivi\"", "\"lazy\""), ["unknown variant `lazy`", "`guaranteed`"]),
         (format!("{base}[sink]\n"), ["malformed", "unknown field `sink`"]),
         (format!("{base}[sinks]\nkind = \"first\"\ncount = 0\n"), ["sinks.count = 0", "1 to 1024"]),

@@ -1,7 +1,7 @@
 //! Perplexity and KL divergence of schemes under streaming semantics.
 //!
 //! A row at position `t` sees the packed keys and values that decoding token by token would show it
-//! (METHODS 4.3, A12): within each layer tokens are stored, and the window flushed, one after the other. The
+//! (docs/schemes.md): within each layer tokens are stored, and the window flushed, one after the other. The
 //! reference `fp16` has nothing packed; it is evaluated as one exact prefill.
 
 use crate::EvalError;

@@ -1,4 +1,4 @@
-//! Low-rank factors of a quantisation error (GEAR, METHODS 11).
+//! Low-rank factors of a quantisation error (GEAR).
 
 /// Repetitions of the power iteration in GEAR's code.
 const LOOPS: usize = 3;

@@ -8,7 +8,7 @@ use half::f16;
 pub enum Quantizer {
     /// `x^ = s code + min`: KIVI, KVLinC, GEAR. See [`Affine`].
     FloatMin,
-    /// `x^ = s (code - z)` with an integer `z`: RotateKV, AKVQ-VL, QuaRot, ResQ (METHODS 2.2).
+    /// `x^ = s (code - z)` with an integer `z`: RotateKV, AKVQ-VL, QuaRot, ResQ.
     ///
     /// `mx = clip max`, `mn = clip min`, `s = (mx - mn) / (2^b - 1)`, `z = round(-mn / s)`, not clamped;
     /// `code = clamp(round(x / s) + z, 0, 2^b - 1)`. A group without range keeps `clip` times its value.

@@ -10,6 +10,18 @@ pub(super) enum Problem {
     Unsupported { problem: String, supported: String },
 }
 
+impl Problem {
+    /// Says where in the file the problem is.
+    pub(super) fn within(self, place: &str) -> Self {
+        match self {
+            Problem::Parse(message) => Problem::Parse(format!("[{place}]: {message}")),
+            Problem::Unsupported { problem, supported } => {
+                Problem::Unsupported { problem: format!("[{place}]: {problem}"), supported }
+            }
+        }
+    }
+}
+
 pub(super) fn unsupported<T>(problem: impl Into<String>, supported: impl Into<String>) -> Result<T, Problem> {
     Err(Problem::Unsupported { problem: problem.into(), supported: supported.into() })
 }
@@ -62,7 +74,7 @@ pub(super) fn check_pages(side: Side, which: Which, window: Window, sinks: Sinks
             (Schedule::None, _) => {
                 return unsupported(
                     format!("{what} without a [window]"),
-                    "a window, since a group of a channel needs 128 tokens",
+                    "a [window], as with tokens = 128 and schedule = \"guaranteed\": a group along tokens needs 128 of them",
                 );
             }
             (Schedule::Kivi, Which::Values) => {

@@ -28,7 +28,7 @@ pub enum Permutation {
     Global,
 }
 
-/// What channels are ordered by (METHODS 6.2).
+/// What channels are ordered by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Statistic {
@@ -129,7 +129,7 @@ pub enum Sinks {
     Pivots(Pivots),
 }
 
-/// How pivot tokens are found (METHODS 7.2).
+/// How pivot tokens are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pivots {
     /// Tokens at most.
@@ -190,7 +190,7 @@ pub struct LayerOverride {
     pub correction: Correction,
 }
 
-/// Tokens of one kind, with bits and pages of their own (AKVQ-VL, METHODS 7.2). Every token that is of no class is stored
+/// Tokens of one kind, with bits and pages of their own (AKVQ-VL). Every token that is of no class is stored
 /// as the scheme says for all.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Class {

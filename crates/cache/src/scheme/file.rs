@@ -148,6 +148,9 @@ pub(super) fn parse(text: &str, origin: &str) -> Result<Scheme, SchemeError> {
 
 impl SchemeFile {
     fn validate(self) -> Result<Scheme, Problem> {
+        if self.name.trim().is_empty() {
+            return unsupported("name = \"\"", "a name, which tables and files show");
+        }
         let no_window = Window { tokens: 0, schedule: Schedule::None };
         let window = self.window.map(WindowFile::validate).transpose()?.unwrap_or(no_window);
         let sinks = self.sinks.map(SinksFile::validate).transpose()?.unwrap_or(Sinks::None);
@@ -203,14 +206,15 @@ fn overrides(
     side: &impl Fn(&toml::Table, Which) -> Result<Side, Problem>,
 ) -> Result<Vec<LayerOverride>, Problem> {
     let mut all = Vec::new();
-    for (layers, own) in files {
-        let layers = range(&layers)?;
-        let keys = side(&merge(keys, own.keys), Which::Keys)?;
-        let values = side(&merge(values, own.values), Which::Values)?;
+    for (name, own) in files {
+        let within = |problem: Problem| problem.within(&format!("layers.\"{name}\""));
+        let layers = range(&name)?;
+        let keys = side(&merge(keys, own.keys), Which::Keys).map_err(within)?;
+        let values = side(&merge(values, own.values), Which::Values).map_err(within)?;
         // A correction of all layers leaves those out that have nothing to correct.
         let inherited = if keys == Side::Half { Correction::None } else { correction };
         let correction = own.correction.unwrap_or(inherited);
-        check_correction(correction, keys)?;
+        check_correction(correction, keys).map_err(within)?;
         all.push(LayerOverride { layers, keys, values, correction });
     }
     all.sort_by_key(|own| own.layers.start);
@@ -229,6 +233,17 @@ fn merge(base: &toml::Table, own: toml::Table) -> toml::Table {
         return own;
     }
     let mut merged = base.clone();
+    // What belongs to a choice goes with it.
+    for (choice, parts) in [
+        ("quantizer", &["clip", "include_zero"][..]),
+        ("transform", &["position", "heads", "permutation", "statistic"]),
+        ("position", &["transform", "heads", "permutation", "statistic"]),
+        ("permutation", &["statistic"]),
+    ] {
+        if own.contains_key(choice) {
+            parts.iter().for_each(|part| drop(merged.remove(*part)));
+        }
+    }
     merged.extend(own);
     merged
 }
@@ -275,8 +290,8 @@ impl SideFile {
             low_rank: self.low_rank.unwrap_or(0),
             outliers: share(&format!("{name}.outliers"), self.outliers, 0.25)?,
         };
-        if self.low_rank == Some(0) || packed.low_rank > MAX_RANK {
-            return unsupported(format!("{name}.low_rank = {}", packed.low_rank), format!("1 to {MAX_RANK}"));
+        if packed.low_rank > MAX_RANK {
+            return unsupported(format!("{name}.low_rank = {}", packed.low_rank), format!("0 to {MAX_RANK}"));
         }
         let beside_codes = packed.high_precision > 0.0 || packed.low_rank > 0 || packed.outliers > 0.0;
         if beside_codes && matches!(packed.transform, Transform::PreRope(_) | Transform::TokenHadamard) {
@@ -371,8 +386,8 @@ impl SideFile {
 fn share(name: &str, value: Option<f32>, most: f32) -> Result<f32, Problem> {
     match value {
         None => Ok(0.0),
-        Some(value) if value > 0.0 && value <= most => Ok(value),
-        Some(value) => unsupported(format!("{name} = {value}"), format!("a share above 0, at most {most}")),
+        Some(value) if (0.0..=most).contains(&value) => Ok(value),
+        Some(value) => unsupported(format!("{name} = {value}"), format!("a share, at most {most}")),
     }
 }
 

@@ -53,12 +53,13 @@ fn unsupported_combinations_name_what_is_supported() {
     let no_window = BASE.split("[window]").next().unwrap().to_owned();
     let cases = [
         (BASE.replace("bits = 2", "bits = 5"), "2, 3, 4, 8, 16"),
+        (BASE.replace("mine", " "), "a name"),
         (BASE.replace("group = 32", "group = 48"), "32, 64, 128"),
         (BASE.replace("\"guaranteed\"", "\"kivi\""), "multiples of 128"),
         (BASE.replace("tokens = 64", "tokens = 100000"), "at most 4096"),
         (BASE.replace("bits = 4\n", "bits = 16\n"), "packed codes"),
-        (no_window.clone(), "a window"),
-        (no_window.replace("bits = 2", "bits = 2\naxis = \"token\"\ntransform = \"token-hadamard\""), "a window"),
+        (no_window.clone(), "a [window]"),
+        (no_window.replace("bits = 2", "bits = 2\naxis = \"token\"\ntransform = \"token-hadamard\""), "a [window]"),
         (BASE.replace("bits = 4\ngroup = 32", "bits = 16\ntransform = \"hadamard\""), "packed codes"),
         (
             BASE.replace("bits = 4", "bits = 4\naxis = \"channel\"")
@@ -75,7 +76,7 @@ fn unsupported_combinations_name_what_is_supported() {
         (two("position = \"pre-rope\"\nlow_rank = 2"), "after RoPE"),
         (two("position = \"pre-rope\"\ntransform = \"basis\""), "before RoPE"),
         (BASE.replace("bits = 4", "bits = 4\nposition = \"pre-rope\""), "keys.position"),
-        (two("low_rank = 17"), "1 to 16"),
+        (two("low_rank = 17"), "0 to 16"),
         (two("high_precision = 0.9"), "at most 0.5"),
         (two("outliers = -1.0"), "at most 0.25"),
         (format!("attention = \"stored\"\n{}", two("low_rank = 2")), "attention = \"exact\""),
@@ -118,6 +119,19 @@ fn choices_of_some_layers_lie_over_those_of_all() {
     assert_eq!((all[1], all[2]), (all[0], ((2, 128), (4, 32))));
     assert_eq!(all[3], ((16, 0), (4, 64)));
     assert!(!scheme.is_exact() && !scheme.is_calibrated() && Scheme::load("resq").unwrap().is_calibrated());
+}
+
+#[test]
+fn choices_of_a_layer_take_back_what_belongs_to_others() {
+    let text = format!(
+        "{}[layers.0]\nkeys = {{ quantizer = \"float-min\", low_rank = 0 }}\n[layers.1]\nkeys = {{ clip = 7.0 }}\n",
+        BASE.replace("bits = 2", "bits = 2\nquantizer = \"integer-zero\"\nclip = 0.8\nlow_rank = 2")
+    );
+    let error = message(&text);
+    assert!(error.contains("[layers.\"1\"]: keys.clip = 7"), "{error}");
+    let scheme = Scheme::parse(text.split("[layers.1]").next().unwrap(), "mine.toml").unwrap();
+    assert_eq!(scheme.sides(0, 0).0.to_string(), "2 bit per channel, groups of 128, float minimum, as they are");
+    assert!(scheme.sides(0, 1).0.to_string().contains("clip 0.8, as they are, error of rank 2"));
 }
 
 #[test]

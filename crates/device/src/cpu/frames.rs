@@ -83,7 +83,7 @@ fn matrix(basis: &[f32], kv_head: usize, d: usize) -> impl Iterator<Item = &[f32
     basis[kv_head * d * d..(kv_head + 1) * d * d].chunks_exact(d)
 }
 
-/// Keys that are stored before RoPE, rotated over adjacent heads and reordered (RotateKV, METHODS 6.1).
+/// Keys that are stored before RoPE, rotated over adjacent heads and reordered (RotateKV).
 ///
 /// Outside of pages keys lie after RoPE as everywhere. RoPE is undone when they enter a page, and applied again when
 /// the page is read, in two parts: the angle of the page's first token turns the query back, once for a page, and the

@@ -1,4 +1,4 @@
-//! What a cache holds, written one number at a time from the methods' equations (METHODS 2 to 11). Only tests use it.
+//! What a cache holds, written one number at a time from the methods' equations. Only tests use it.
 
 use dibit_cache::{Axis, LayerCalibration, PAGE_TOKENS, Packed, Permutation, PreRope, Side, Transform};
 use dibit_quant::{Bits, Hadamard, Quantizer};
@@ -197,7 +197,7 @@ impl Reference {
         self.calibration.permutation.as_ref().filter(|_| choice.permutation != Permutation::None)
     }
 
-    /// RoPE undone, heads rotated together, channels reordered (METHODS 6.1).
+    /// RoPE undone, heads rotated together, channels reordered.
     fn before_rope(&self, choice: PreRope, heads: &mut Heads, packed: usize) {
         for t in 0..packed {
             let mut all = self.turned(heads, t, -1.0);
@@ -266,7 +266,7 @@ fn along_tokens(heads: &mut Heads, packed: usize) {
     }
 }
 
-/// QF or QI on one group (METHODS 2.1, 2.2).
+/// QF or QI on one group.
 fn fake_quantise(quantizer: Quantizer, bits: Bits, values: &[f32]) -> Vec<f32> {
     if values.is_empty() {
         return Vec::new();
@@ -296,7 +296,7 @@ fn fake_quantise(quantizer: Quantizer, bits: Bits, values: &[f32]) -> Vec<f32> {
     }
 }
 
-/// `L = Q P^T` of METHODS 11: three rounds from a fixed start, factors rounded to fp16.
+/// GEAR's `L = Q P^T`: three rounds from a fixed start, factors rounded to fp16.
 fn power_iteration(error: &[Vec<f32>], rank: usize) -> Vec<Vec<f32>> {
     let d = error[0].len();
     let uniform = |counter: u64| {

@@ -4,7 +4,7 @@ use dibit_cache::{Pivots, Sinks};
 use std::ops::Range;
 
 /// A massive activation is above this, and above this many times the median of the tokens' largest (Sun et al. 2024,
-/// relaxed; METHODS 7.2).
+/// relaxed).
 const MASSIVE: f32 = 100.0;
 const MASSIVE_OVER_MEDIAN: f32 = 50.0;
 
@@ -77,7 +77,7 @@ impl Protected {
     }
 }
 
-/// Rows of the `count` largest magnitudes, the largest first; a row may occur more than once (RotateKV, METHODS 6.3).
+/// Rows of the `count` largest magnitudes, the largest first; a row may occur more than once (RotateKV).
 fn largest(hidden: &[f32], width: usize, count: usize) -> impl Iterator<Item = usize> {
     let mut found: Vec<(f32, usize)> = Vec::with_capacity(count + 1);
     for (row, values) in hidden.chunks_exact(width).enumerate() {

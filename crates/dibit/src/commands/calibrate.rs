@@ -79,6 +79,9 @@ pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pret
 
 /// Gives a scheme the calibration among `files` that was made for it; none where there are no files.
 pub fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
+    if !scheme.is_calibrated() && !files.is_empty() {
+        return Err(CalibrationError::NotNeeded(scheme.origin.clone()).into());
+    }
     let mut reasons = Vec::new();
     for file in files {
         match Artefact::attach(file, pretrained, scheme) {

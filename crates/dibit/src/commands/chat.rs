@@ -33,7 +33,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     let mut chat = Chat::new(&mut engine, args.system.as_deref())?;
     note(&format!("{}\n{HELP}", model_line(pretrained, &cpu.describe())));
 
-    announce(&scheme);
+    announce(&scheme, &pretrained.config)?;
     // The editor takes SIGINT for itself when it is made; an answer needs it.
     let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
     let interrupted = interrupt_flag(false)?;

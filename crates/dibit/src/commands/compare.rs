@@ -7,10 +7,9 @@ use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
 use dibit_device::Cpu;
 use dibit_engine::{Engine, Options};
-use dibit_eval::ruler::{Haystack, SampleOptions, Task};
+use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study};
 use dibit_model::{Pretrained, windows};
-use indicatif::ProgressBar;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -43,23 +42,18 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         calibrated_schemes(&args.schemes, &args.calibration, &pretrained)?
     };
     let schemes = with_reference(schemes)?;
-    schemes.iter().for_each(announce);
+    schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let cpu = cpu(&args.run)?;
     let interrupted = interrupt_flag(true)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
+    let prompts = prompts(args, &pretrained, haystack)?;
     let Some(mut comparison) = measure(args, &cpu, &pretrained, &schemes, &ids, &interrupted)? else {
         return Ok(stopped());
     };
     comparison.text = args.text.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let studied = page.as_ref().map(|_| look(&cpu, &pretrained, &ids, args.context)).transpose()?;
-    if args.samples > 0 {
-        let haystack = haystack.unwrap_or_else(|| {
-            tracing::info!("without --haystack, RULER's noise sentences stand in for essays; that is easier");
-            Haystack::noise()
-        });
-        if !retrieve(args, &cpu, pretrained, &schemes, &haystack, &interrupted, &mut comparison)? {
-            return Ok(stopped());
-        }
+    if !prompts.is_empty() && !retrieve(args, &cpu, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
+        return Ok(stopped());
     }
     write!(std::io::stdout(), "{}", render(&comparison)).context(STDOUT)?;
     if let Some(path) = &args.json {
@@ -177,19 +171,30 @@ fn look(cpu: &Cpu, pretrained: &Pretrained, ids: &[u32], context: usize) -> Resu
     Ok(study::study(shape, &layers)?)
 }
 
+/// Retrieval prompts, none where they are not asked for.
+fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystack>) -> Result<Vec<Sample>> {
+    if args.samples == 0 {
+        return Ok(Vec::new());
+    }
+    let haystack = haystack.unwrap_or_else(|| {
+        tracing::info!("without --haystack, RULER's noise sentences stand in for essays; that is easier");
+        Haystack::noise()
+    });
+    let options = SampleOptions { length: args.context, count: args.samples as usize, seed: args.seed };
+    retrieval::samples(pretrained, &TASKS, options, &haystack, false).context("--samples 0 leaves retrieval out")
+}
+
 /// Adds the retrieval accuracy of every scheme; false where Ctrl-C came.
 fn retrieve(
     args: &CompareArgs,
     cpu: &Cpu,
     pretrained: Pretrained,
     schemes: &[Scheme],
-    haystack: &Haystack,
+    samples: &[Sample],
     interrupted: &AtomicBool,
     comparison: &mut Comparison,
 ) -> Result<bool> {
-    let options = SampleOptions { length: args.context, count: args.samples as usize, seed: args.seed };
-    let samples = retrieval::samples(&pretrained, &TASKS, options, haystack, false)?;
-    let bar: ProgressBar = bar(schemes.len() * samples.len());
+    let bar = bar(schemes.len() * samples.len());
     // A scheme may change the weights, so the next one takes fresh ones.
     let mut loaded = Some(pretrained);
     for (index, scheme) in schemes.iter().enumerate() {
@@ -197,7 +202,7 @@ fn retrieve(
         let options = Options { context: args.context, sequences: 1, prefill_chunk: None };
         let mut engine = Engine::new(cpu, &mut pretrained, scheme, options)?;
         bar.set_message(format!("{}: retrieval", scheme.name));
-        let answers = retrieval::run(&mut engine, &samples, |begun| {
+        let answers = retrieval::run(&mut engine, samples, |begun| {
             bar.set_position((index * samples.len() + begun) as u64);
             if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;

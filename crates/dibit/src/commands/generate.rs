@@ -33,7 +33,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     for request in &requests {
         engine.check(request, 0)?;
     }
-    announce(&scheme);
+    announce(&scheme, &pretrained.config)?;
 
     let interrupted = interrupt_flag(true)?;
     let start = Instant::now();

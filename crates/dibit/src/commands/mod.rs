@@ -12,10 +12,10 @@ pub mod ruler;
 use crate::args::{RunArgs, SamplingArgs};
 use crate::output;
 use anyhow::Result;
-use dibit_cache::{Scheme, Usage};
+use dibit_cache::{CacheLayout, Scheme, Usage};
 use dibit_device::Cpu;
 use dibit_engine::Sampling;
-use dibit_model::{GenerationConfig, Pretrained};
+use dibit_model::{GenerationConfig, ModelConfig, Pretrained};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -24,11 +24,12 @@ fn schemes(names: &[String]) -> Result<Vec<Scheme>> {
     names.iter().map(|name| Ok(Scheme::load(name.trim())?)).collect()
 }
 
-/// Says what a scheme that is about to run cannot do yet.
-fn announce(scheme: &Scheme) {
-    if let Some(notice) = scheme.notice() {
-        tracing::info!("{notice}");
+/// Says what a scheme that is about to run cannot do yet, or not on this model.
+fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
+    for note in CacheLayout::new(scheme, config.cache_shape())?.notes().into_iter().chain(scheme.notice()) {
+        tracing::info!("{note}");
     }
+    Ok(())
 }
 
 fn cpu(args: &RunArgs) -> Result<Cpu> {

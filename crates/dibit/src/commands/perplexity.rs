@@ -17,7 +17,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     let pretrained = source::load(&args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration, &pretrained)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
-    schemes.iter().for_each(announce);
+    schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let cpu = cpu(&args.run)?;
     let options = PerplexityOptions { context: args.context, windows: args.windows.map(|n| n as usize) };
     let interrupted = interrupt_flag(true)?;

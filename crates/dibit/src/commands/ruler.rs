@@ -113,7 +113,7 @@ fn check(args: &RulerArgs, pretrained: &Pretrained, schemes: &[Scheme]) -> Resul
     }
     for scheme in schemes {
         pretrained.config.cache_layout(scheme)?;
-        announce(scheme);
+        announce(scheme, &pretrained.config)?;
     }
     Ok(())
 }
