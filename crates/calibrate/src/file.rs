@@ -1,8 +1,9 @@
 //! Safetensors files that are either complete or not there.
 
 use crate::CalibrationError;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use std::collections::HashMap;
+use safetensors::tensor::{Dtype, SafeTensors, TensorInfo};
+use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
@@ -15,10 +16,18 @@ pub(crate) struct Array<T> {
 /// A file's tensors and metadata.
 #[derive(Default)]
 pub(crate) struct Contents {
-    pub metadata: HashMap<String, String>,
+    pub metadata: BTreeMap<String, String>,
     pub floats: Vec<(String, Array<f32>)>,
     pub doubles: Vec<(String, Array<f64>)>,
     pub integers: Vec<(String, Array<u32>)>,
+}
+
+/// An entry of a file's header.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Entry<'a> {
+    Metadata(&'a BTreeMap<String, String>),
+    Tensor(TensorInfo),
 }
 
 /// Largest file that is read; what calibration makes is far smaller.
@@ -28,33 +37,47 @@ impl Contents {
     /// Writes the file beside its place, makes it durable and moves it there.
     pub(crate) fn write(&self, path: &Path) -> Result<(), CalibrationError> {
         let problem = |source| CalibrationError::Write { path: path.to_owned(), source };
-        let mut tensors: Vec<(&str, Dtype, &[usize], Vec<u8>)> = Vec::new();
-        for (name, array) in &self.floats {
-            tensors.push((name, Dtype::F32, &array.shape, array.values.iter().flat_map(|x| x.to_le_bytes()).collect()));
+        // What is moved to a device or a pipe takes its place.
+        if path.exists() && !path.is_file() {
+            return Err(problem(std::io::Error::other("it is not a file")));
         }
-        for (name, array) in &self.doubles {
-            tensors.push((name, Dtype::F64, &array.shape, array.values.iter().flat_map(|x| x.to_le_bytes()).collect()));
-        }
-        for (name, array) in &self.integers {
-            tensors.push((name, Dtype::U32, &array.shape, array.values.iter().flat_map(|x| x.to_le_bytes()).collect()));
-        }
-        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-            let view = TensorView::new(*dtype, shape.to_vec(), bytes).expect("as many bytes as the shape says");
-            (*name, view)
-        });
-        let bytes = safetensors::serialize(views, Some(self.metadata.clone()))
-            .map_err(|error| problem(std::io::Error::other(error.to_string())))?;
-        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // A link is followed.
+        let target = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let directory = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
         builder.prefix(".dibit-");
         // As for every new file, the umask decides what of this is left.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let mut file = builder.tempfile_in(directory).map_err(problem)?;
-        file.write_all(&bytes).map_err(problem)?;
+        file.write_all(&self.bytes()).map_err(problem)?;
         file.as_file().sync_all().map_err(problem)?;
-        file.persist(path).map_err(|error| problem(error.error))?;
+        file.persist(target).map_err(|error| problem(error.error))?;
         Ok(())
+    }
+
+    /// The bytes of the file. The same contents make the same bytes, which the library's own hash maps do not.
+    fn bytes(&self) -> Vec<u8> {
+        let mut header = BTreeMap::from([("__metadata__", Entry::Metadata(&self.metadata))]);
+        let mut data = Vec::new();
+        let mut add = |name, dtype, shape: &[usize], bytes: Vec<u8>| {
+            let data_offsets = (data.len(), data.len() + bytes.len());
+            header.insert(name, Entry::Tensor(TensorInfo { dtype, shape: shape.to_vec(), data_offsets }));
+            data.extend(bytes);
+        };
+        // The widest first, so that all are aligned.
+        for (name, Array { shape, values }) in &self.doubles {
+            add(name, Dtype::F64, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect());
+        }
+        for (name, Array { shape, values }) in &self.floats {
+            add(name, Dtype::F32, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect());
+        }
+        for (name, Array { shape, values }) in &self.integers {
+            add(name, Dtype::U32, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect());
+        }
+        let mut header = serde_json::to_vec(&header).expect("strings and numbers");
+        header.resize(header.len().next_multiple_of(8), b' ');
+        [&(header.len() as u64).to_le_bytes(), &header[..], &data].concat()
     }
 
     pub(crate) fn read(path: &Path) -> Result<Self, CalibrationError> {
@@ -67,7 +90,8 @@ impl Contents {
         let bytes = std::fs::read(path).map_err(problem)?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| malformed(error.to_string()))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|error| malformed(error.to_string()))?;
-        let mut contents = Contents { metadata: header.metadata().clone().unwrap_or_default(), ..Contents::default() };
+        let metadata = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
+        let mut contents = Contents { metadata, ..Contents::default() };
         for (name, view) in tensors.iter() {
             let (name, shape) = (name.to_owned(), view.shape().to_vec());
             match view.dtype() {
