@@ -30,27 +30,28 @@ impl Moments {
         }
     }
 
-    /// One basis for each KV head from its own moments: ResQ's choice for values.
-    pub(crate) fn by_head(&self, high: usize, seed: u64) -> Vec<f32> {
+    /// One basis for each KV head from its own moments: ResQ's choice for values. Heads take streams of random numbers
+    /// from `stream` on.
+    pub(crate) fn by_head(&self, high: usize, seed: u64, stream: u64) -> Vec<f32> {
         let d = self.head_dim;
         let heads = self.sums.chunks_exact(d * d).enumerate();
-        heads.flat_map(|(head, sums)| basis(sums, d, high, seed + head as u64)).collect()
+        heads.flat_map(|(head, sums)| basis(sums, d, high, seed, stream + head as u64)).collect()
     }
 
     /// The same basis for every KV head, from the mean of their moments: ResQ's choice for keys.
-    pub(crate) fn shared(&self, high: usize, seed: u64) -> Vec<f32> {
+    pub(crate) fn shared(&self, high: usize, seed: u64, stream: u64) -> Vec<f32> {
         let d = self.head_dim;
         let mut mean = vec![0.0; d * d];
         for sums in self.sums.chunks_exact(d * d) {
             mean.iter_mut().zip(sums).for_each(|(mean, sum)| *mean += sum);
         }
-        basis(&mean, d, high, seed).repeat(self.sums.len() / (d * d))
+        basis(&mean, d, high, seed, stream).repeat(self.sums.len() / (d * d))
     }
 }
 
 /// `U blockdiag(Q_low, Q_high)`: eigenvectors by ascending eigenvalue, the `high` last ones and the others each mixed by
 /// a random rotation of their own. Row-major; applied to row vectors.
-fn basis(moments: &[f64], d: usize, high: usize, seed: u64) -> Vec<f32> {
+fn basis(moments: &[f64], d: usize, high: usize, seed: u64, stream: u64) -> Vec<f32> {
     let mut matrix = DMatrix::from_row_slice(d, d, moments);
     let damping = DAMPING * matrix.trace() / d as f64;
     for i in 0..d {
@@ -61,6 +62,7 @@ fn basis(moments: &[f64], d: usize, high: usize, seed: u64) -> Vec<f32> {
     order.sort_by(|a, b| eigen.eigenvalues[*a].total_cmp(&eigen.eigenvalues[*b]));
     let sorted = DMatrix::from_fn(d, d, |row, column| eigen.eigenvectors[(row, order[column])]);
     let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(stream);
     let low = d - high;
     let mut rotation = DMatrix::zeros(d, d);
     rotation.view_mut((0, 0), (low, low)).copy_from(&orthogonal(low, &mut random));
@@ -113,9 +115,10 @@ mod tests {
         let mut moments = Moments::new(1, d);
         let tokens = tokens(d);
         tokens.iter().for_each(|token| moments.add(token));
-        let basis = moments.by_head(high, 7);
-        assert_eq!(moments.by_head(high, 7), basis);
-        assert_ne!(moments.by_head(high, 8), basis);
+        let basis = moments.by_head(high, 7, 0);
+        assert_eq!(moments.by_head(high, 7, 0), basis);
+        assert_ne!(moments.by_head(high, 8, 0), basis);
+        assert_ne!(moments.by_head(high, 7, 1), basis);
         let mut energy = vec![0.0f64; d];
         for token in &tokens {
             for (j, energy) in energy.iter_mut().enumerate() {
@@ -135,7 +138,7 @@ mod tests {
         let mut moments = Moments::new(2, 8);
         for scale in [0.0, 1.0] {
             moments.sums.fill(scale);
-            for basis in [moments.shared(1, 0), moments.by_head(1, 0)] {
+            for basis in [moments.shared(1, u64::MAX, 0), moments.by_head(1, u64::MAX, 0)] {
                 assert_eq!(basis.len(), 128);
                 for head in basis.chunks_exact(64) {
                     for i in 0..8 {

@@ -20,7 +20,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(30);
 pub struct Options {
     /// Tokens of a sequence.
     pub context: usize,
-    /// Tokens in all, at most; `None` for the whole text.
+    /// Tokens in all, rounded up to whole sequences; `None` for as many as the text fills.
     pub tokens: Option<usize>,
     /// Seed of random rotations.
     pub seed: u64,
@@ -72,12 +72,14 @@ impl Layer {
         }
     }
 
-    fn finish(&self, layout: &LayerLayout, seed: u64) -> LayerCalibration {
+    fn finish(&self, layout: &LayerLayout, seed: u64, layer: usize) -> LayerCalibration {
+        // Every basis has a stream of random numbers of its own.
+        let stream = (layer as u64) << 32;
+        let (keys, values) = (high_channels(&layout.page.keys), high_channels(&layout.page.values));
         LayerCalibration {
             permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
-            key_basis: self.keys.as_ref().map(|own| own.shared(high_channels(&layout.page.keys), seed)),
-            // Another stream of random numbers than the keys'.
-            value_basis: self.values.as_ref().map(|own| own.by_head(high_channels(&layout.page.values), !seed)),
+            key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
+            value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
         }
     }
 }
@@ -170,7 +172,7 @@ pub fn calibrate<D: Device>(
     let needed = context - config.bos_token_id.iter().len();
     let short = count.is_some_and(|count| windows.len() < count);
     if windows.is_empty() || short {
-        let needed = needed * count.unwrap_or(1);
+        let needed = needed.saturating_mul(count.unwrap_or(1));
         return Err(CalibrationError::TextTooShort { tokens: ids.len(), needed });
     }
     let fingerprint = Fingerprint::new(pretrained, scheme);
@@ -202,8 +204,7 @@ pub fn calibrate<D: Device>(
         }
     }
     let layers = gathered.layers.iter().zip(&layout.layers).enumerate();
-    let seed = |index: usize| options.seed.wrapping_add(index as u64 * 0x1_0000);
-    let layers = layers.map(|(index, (own, layout))| own.finish(layout, seed(index))).collect();
+    let layers = layers.map(|(index, (own, layout))| own.finish(layout, options.seed, index)).collect();
     let tokens = windows.len() * context;
     Ok(Some(Artefact {
         fingerprint,
@@ -249,5 +250,31 @@ impl<'a, D: Device> Pass<'a, D> {
         let result = self.model.observe(device, &mut self.workspace, &mut self.store, &batch, window, &mut observer);
         self.manager.close(sequence);
         Ok(result?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dibit_cache::CacheShape;
+
+    #[test]
+    fn no_two_bases_are_mixed_by_the_same_numbers() {
+        let shape = CacheShape { num_layers: 2, num_key_value_heads: 2, head_dim: 64 };
+        let layout = CacheLayout::new(&Scheme::load("resq").unwrap(), shape).unwrap();
+        // Without moments a basis is nothing but its random rotation.
+        let gathered = Gathered::new(&layout);
+        for seed in [0, 1, u64::MAX] {
+            let mut bases: Vec<Vec<f32>> = Vec::new();
+            for (index, (own, layout)) in gathered.layers.iter().zip(&layout.layers).enumerate() {
+                let made = own.finish(layout, seed, index);
+                bases.push(made.key_basis.unwrap()[..64 * 64].to_vec());
+                bases.extend(made.value_basis.unwrap().chunks_exact(64 * 64).map(<[f32]>::to_vec));
+            }
+            assert_eq!(bases.len(), 6);
+            for (index, basis) in bases.iter().enumerate() {
+                assert!(!bases[..index].contains(basis), "seed {seed}, basis {index}");
+            }
+        }
     }
 }
