@@ -2,7 +2,7 @@
 
 use crate::file::{Array, Contents};
 use crate::{CalibrationError, Fingerprint};
-use dibit_cache::{Calibration, LayerCalibration, Scheme};
+use dibit_cache::{Calibration, LayerCalibration, Scheme, SchemeError};
 use dibit_model::Pretrained;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,8 +24,8 @@ pub struct Artefact {
 impl Artefact {
     /// Writes the file: it is complete, or not there.
     ///
-    /// Tensors are `layers.{i}.permutation` (u32), `layers.{i}.key_basis` and `layers.{i}.value_basis` (f32, \[KV head,
-    /// head_dim, head_dim\]); the fingerprint is JSON in the metadata.
+    /// Tensors are `layers.{i}.permutation` (u32), `layers.{i}.key_basis` and `layers.{i}.value_basis` (f32), all of one
+    /// dimension: the numbers of [`LayerCalibration`] in their order. The fingerprint is JSON in the metadata.
     ///
     /// # Errors
     /// [`CalibrationError::Write`].
@@ -65,8 +65,18 @@ impl Artefact {
         let mut calibration = Calibration { layers: vec![LayerCalibration::default(); layers] };
         let place = |name: &str| -> Option<(usize, String)> {
             let (index, part) = name.strip_prefix("layers.")?.split_once('.')?;
-            Some((index.parse().ok().filter(|index| *index < layers)?, part.to_owned()))
+            let number = index.parse::<usize>().ok().filter(|number| *number < layers)?;
+            // One spelling, so that no tensor occurs twice.
+            (number.to_string() == index).then(|| (number, part.to_owned()))
         };
+        let shapes = contents.integers.iter().map(|(name, array)| (name, array.shape.len()));
+        let shapes = shapes.chain(contents.floats.iter().map(|(name, array)| (name, array.shape.len())));
+        if let Some((name, _)) = shapes.into_iter().find(|(_, dimensions)| *dimensions != 1) {
+            return Err(malformed(&format!("tensor {name} has not one dimension")));
+        }
+        if let Some((name, _)) = contents.doubles.first() {
+            return Err(malformed(&format!("it has a tensor {name} of 64-bit numbers")));
+        }
         for (name, array) in contents.integers {
             match place(&name) {
                 Some((index, part)) if part == "permutation" => {
@@ -90,7 +100,7 @@ impl Artefact {
     /// Gives a scheme the calibration in a file, where that was made for it and for this model.
     ///
     /// # Errors
-    /// Those of [`Artefact::load`], and [`CalibrationError::Mismatch`].
+    /// Those of [`Artefact::load`], and [`CalibrationError::Mismatch`]. The scheme is then as it was.
     pub fn attach(path: &Path, pretrained: &Pretrained, scheme: &mut Scheme) -> Result<(), CalibrationError> {
         let artefact = Artefact::load(path)?;
         let expected = Fingerprint::new(pretrained, scheme);
@@ -102,9 +112,13 @@ impl Artefact {
                 expected: expected.to_owned(),
             });
         }
-        scheme.calibration = Some(Arc::new(artefact.calibration));
+        let calibrated = Scheme { calibration: Some(Arc::new(artefact.calibration)), ..scheme.clone() };
         // What does not fit is said here, by the file's name, and not when a cache is made.
-        pretrained.config.cache_layout(scheme)?;
+        pretrained.config.cache_layout(&calibrated).map_err(|error| match error {
+            SchemeError::Calibration { problem, .. } => CalibrationError::Malformed { path: path.to_owned(), problem },
+            other => other.into(),
+        })?;
+        *scheme = calibrated;
         Ok(())
     }
 }

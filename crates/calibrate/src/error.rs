@@ -69,6 +69,14 @@ pub enum CalibrationError {
         /// What it is to be used for.
         expected: String,
     },
+    /// What a stopped calibration gathered belongs to another one, or is damaged.
+    #[error("cannot go on from {path}: {problem}; delete it to begin again", path = path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// The scheme does not suit the model.
     #[error(transparent)]
     Scheme(#[from] dibit_cache::SchemeError),

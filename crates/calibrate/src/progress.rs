@@ -31,6 +31,20 @@ impl Source {
         let text = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         Source { text, context, sequences: windows.len(), seed }
     }
+
+    /// The first part in which this source differs from another: its name, and both values.
+    fn difference(&self, other: &Source) -> Option<(&'static str, String, String)> {
+        let parts = |source: &Source| {
+            [
+                ("number of tokens of a sequence", source.context.to_string()),
+                ("number of sequences", source.sequences.to_string()),
+                ("text", source.text.clone()),
+                ("seed", source.seed.to_string()),
+            ]
+        };
+        let pairs = parts(self).into_iter().zip(parts(other));
+        pairs.map(|((what, own), (_, other))| (what, own, other)).find(|(_, own, other)| own != other)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,7 +74,7 @@ pub(crate) fn save(
 /// Reads what was gathered, if there is a state of just this calibration; returns the number of sequences in it.
 ///
 /// # Errors
-/// [`CalibrationError::Malformed`] for a damaged file, [`CalibrationError::Mismatch`] for that of another run.
+/// [`CalibrationError::Read`], and [`CalibrationError::State`] for a damaged file or that of another run.
 pub(crate) fn resume(
     path: &Path,
     fingerprint: &Fingerprint,
@@ -70,30 +84,26 @@ pub(crate) fn resume(
     if !path.exists() {
         return Ok(0);
     }
-    let malformed = |problem: &str| CalibrationError::Malformed {
-        path: path.to_owned(),
-        problem: format!("{problem}; delete it to begin again"),
-    };
-    let contents = Contents::read(path)?;
+    let unusable = |problem: String| CalibrationError::State { path: path.to_owned(), problem };
+    let contents = Contents::read(path).map_err(|error| match error {
+        CalibrationError::Malformed { problem, .. } => unusable(problem),
+        other => other,
+    })?;
     let state = contents.metadata.get(STATE).and_then(|text| serde_json::from_str::<State>(text).ok());
-    let state = state.ok_or_else(|| malformed("it is not the state of a calibration"))?;
-    let mismatch = |what: &'static str, found: String, expected: String| CalibrationError::Mismatch {
-        path: path.to_owned(),
-        what,
-        found,
-        expected: format!("{expected} (delete the file to begin again)"),
-    };
-    if let Some((what, found, expected)) = state.fingerprint.difference(fingerprint) {
-        return Err(mismatch(what, found.to_owned(), expected.to_owned()));
-    }
-    if state.source != *source {
-        return Err(mismatch("text, number of tokens or seed", format!("{:?}", state.source), format!("{source:?}")));
+    let state = state.ok_or_else(|| unusable("it is not the state of a calibration".into()))?;
+    let fingerprints = state.fingerprint.difference(fingerprint);
+    let fingerprints = fingerprints.map(|(what, found, expected)| (what, found.to_owned(), expected.to_owned()));
+    if let Some((what, found, expected)) = fingerprints.or_else(|| state.source.difference(source)) {
+        return Err(unusable(format!("it is of another {what}: {found}, and this run has {expected}")));
     }
     for (name, sums) in gathered.sums_mut() {
         let saved = contents.doubles.iter().find(|(other, _)| *other == name);
         let saved = saved.filter(|(_, array)| array.values.len() == sums.len());
-        let (_, array) = saved.ok_or_else(|| malformed(&format!("{name} is missing")))?;
+        let (_, array) = saved.ok_or_else(|| unusable(format!("{name} is missing")))?;
         sums.copy_from_slice(&array.values);
     }
-    if state.done > source.sequences { Err(malformed("it has more sequences than the text")) } else { Ok(state.done) }
+    if state.done > source.sequences {
+        return Err(unusable("it has more sequences than the text".into()));
+    }
+    Ok(state.done)
 }

@@ -4,7 +4,7 @@ use crate::output::{STDOUT, bar, check_writable, note};
 use crate::{Outcome, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
+use dibit_calibrate::{Artefact, CalibrationError, Options, Progress, calibrate};
 use dibit_model::Pretrained;
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -17,15 +17,12 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
         return Err(CalibrationError::NotNeeded(args.kv.clone()).into());
     }
     let text = text::read_documents(&args.text)?;
-    check_writable(&args.out)?;
+    check_place(args)?;
     let pretrained = source::load(&args.run.model)?;
     CacheLayout::new(&scheme, pretrained.config.cache_shape())?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
     let cpu = cpu(&args.run)?;
     let state = state_path(&args.out);
-    if state.exists() {
-        note(&format!("going on from {}", state.display()));
-    }
     let options = Options {
         context: args.context.min(pretrained.config.max_position_embeddings),
         tokens: Some(args.tokens),
@@ -34,7 +31,11 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     };
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
+    let mut begun = false;
     let artefact = calibrate(&cpu, &pretrained, &scheme, &ids, &options, |progress| {
+        if !std::mem::replace(&mut begun, true) {
+            announce(progress, options.context, &state);
+        }
         bar.set_length(progress.sequences as u64);
         bar.set_position(progress.done as u64);
         bar.set_message(format!("sequences of {} tokens", options.context));
@@ -61,6 +62,29 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// Checks that the file can be written, and that nothing is lost by it.
+fn check_place(args: &CalibrateArgs) -> Result<()> {
+    let out = &args.out;
+    check_writable(out)?;
+    if out.exists() && !out.is_file() {
+        bail!("cannot write {}: it is not a file, and a calibration must be one", out.display());
+    }
+    let same = |a: &Path, b: &Path| Some(a.canonicalize().ok()? == b.canonicalize().ok()?);
+    if same(out, &args.text) == Some(true) {
+        bail!("cannot write {}: it is the text; choose another place for the calibration", out.display());
+    }
+    Ok(())
+}
+
+/// Says what is about to run.
+fn announce(progress: Progress, context: usize, state: &Path) {
+    let Progress { done, sequences } = progress;
+    match done {
+        0 => note(&format!("running {sequences} sequences of {context} tokens")),
+        _ => note(&format!("going on from {}: {done} of {sequences} sequences are done", state.display())),
+    }
+}
+
 /// Where a calibration keeps its state while it runs.
 fn state_path(out: &Path) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
@@ -71,6 +95,9 @@ fn state_path(out: &Path) -> PathBuf {
 /// Loads schemes and gives each that needs one its calibration from `files`.
 pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
     let mut schemes = schemes(names)?;
+    if !files.is_empty() && !schemes.iter().any(Scheme::is_calibrated) {
+        bail!("none of the schemes {} needs a calibration; leave --calibration out", names.join(", "));
+    }
     for scheme in schemes.iter_mut().filter(|scheme| scheme.is_calibrated()) {
         attach(scheme, files, pretrained)?;
     }
@@ -86,14 +113,14 @@ pub fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -
     for file in files {
         match Artefact::attach(file, pretrained, scheme) {
             Ok(()) => return Ok(()),
-            Err(error) => reasons.push(error),
+            Err(error) => reasons.push(anyhow::Error::from(error)),
         }
     }
     match reasons.len() {
         0 => Ok(()),
-        1 => Err(reasons.remove(0).into()),
+        1 => Err(reasons.remove(0)),
         _ => {
-            let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason}")).collect();
+            let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason:#}")).collect();
             bail!("no calibration suits scheme {}:{}", scheme.name, reasons.concat())
         }
     }
