@@ -4,7 +4,7 @@ mod common;
 
 use common::{program, run};
 
-const COMMANDS: [&str; 5] = ["generate", "chat", "perplexity", "inspect", "completions"];
+const COMMANDS: [&str; 7] = ["generate", "chat", "perplexity", "calibrate", "ruler", "inspect", "completions"];
 
 #[test]
 fn help_lists_the_commands_and_shows_examples() {

@@ -1,0 +1,112 @@
+//! A cache in permutations and bases at 8 bit against the 16-bit cache: rotations, biases, norms of heads and rotary
+//! embeddings are undone where they must be.
+
+mod common;
+
+use common::{FIXTURES, dummy, fixture, make, options, parse, resq, rotatekv, text};
+use dibit_cache::{CacheManager, Scheme};
+use dibit_device::{Batch, Cpu, Device, Mode};
+use dibit_model::{Model, Pretrained, Workspace};
+use serde_json::json;
+use std::sync::Arc;
+
+/// Two pages, the second one not full.
+const CONTEXT: usize = 200;
+
+/// Enough for a window of 128 tokens to be flushed.
+const LONG_CONTEXT: usize = 300;
+
+/// Logits of each token, decoded one after the other.
+fn logits(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32]) -> Vec<Vec<f32>> {
+    let (cpu, config) = (Cpu::new(Some(2)).unwrap(), &pretrained.config);
+    let layout = config.cache_layout(scheme).unwrap();
+    let mut weights = pretrained.weights.clone();
+    weights.rotate_values(&cpu, config.head_dim, &layout.rotated_values()).unwrap();
+    let model = Model::new(&cpu, config, &weights).unwrap();
+    let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
+    let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
+    let mut workspace = Workspace::new(&cpu, config, ids.len(), ids.len()).unwrap();
+    let mut sequence = manager.open().unwrap();
+    manager.reserve(&mut sequence, ids.len()).unwrap();
+    let mut batch = Batch::new(Mode::Streaming);
+    batch.push(&sequence, ids.len(), layout.window);
+    model.forward(&cpu, &mut workspace, &mut store, &batch, ids).unwrap();
+    let (rows, mut all): (Vec<usize>, _) = ((0..ids.len()).collect(), Vec::new());
+    model.logits(&cpu, &mut workspace, &rows, &mut all).unwrap();
+    all.chunks_exact(config.vocab_size).map(<[f32]>::to_vec).collect()
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from(x - largest).exp()).sum();
+    logits.iter().map(|&x| f64::from(x - largest) - sum.ln()).collect()
+}
+
+/// Mean KL divergence in nats.
+fn kl(reference: &[Vec<f32>], other: &[Vec<f32>]) -> f64 {
+    let of = |(p, q): (&Vec<f32>, &Vec<f32>)| -> f64 {
+        log_softmax(p).iter().zip(log_softmax(q)).map(|(p, q)| p.exp() * (p - q)).sum()
+    };
+    reference.iter().zip(other).map(of).sum::<f64>() / reference.len() as f64
+}
+
+/// Root mean square of the differences, as a share of the spread of logits.
+fn error(reference: &[Vec<f32>], other: &[Vec<f32>]) -> f64 {
+    let square = |row: &[f32], mean: f64| row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>();
+    let mean = |row: &[f32]| row.iter().map(|&x| f64::from(x)).sum::<f64>() / row.len() as f64;
+    let spread: f64 = reference.iter().map(|row| square(row, mean(row))).sum();
+    let difference =
+        |(a, b): (&Vec<f32>, &Vec<f32>)| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+    (reference.iter().zip(other).map(difference).sum::<f64>() / spread).sqrt()
+}
+
+fn calibrated(pretrained: &Pretrained, mut scheme: Scheme) -> Scheme {
+    let artefact = make(pretrained, &scheme, &text(300, 9), &options(150));
+    scheme.calibration = Some(Arc::new(artefact.calibration));
+    scheme
+}
+
+/// The method at 8 bit and at 2 bit on every architecture.
+fn compare(scheme: impl Fn(u32) -> String) {
+    let mut models: Vec<_> = FIXTURES.iter().map(|name| (*name, fixture(name))).collect();
+    models.push(("6 KV heads", dummy(6, 1, json!({}))));
+    for (name, pretrained) in models {
+        let ids = text(CONTEXT, 5);
+        let exact = logits(&pretrained, &Scheme::load("fp16").unwrap(), &ids);
+        let [eight, two] = [8, 2].map(|bits| logits(&pretrained, &calibrated(&pretrained, parse(&scheme(bits))), &ids));
+        let [near, far] = [&eight, &two].map(|other| error(&exact, other));
+        // 255 steps where there were 3. Numbers in the wrong place differ as much as those of 2 bit, or more.
+        assert!(near < 0.03 && near < far / 20.0, "{name}: {near} at 8 bit, {far} at 2 bit");
+        let [near, far] = [&eight, &two].map(|other| kl(&exact, other));
+        assert!(near < 2e-3 && far > 0.05 && far.is_finite(), "{name}: KL {near} at 8 bit, {far} at 2 bit");
+    }
+}
+
+#[test]
+fn rotated_keys_in_a_local_order_are_themselves() {
+    compare(|bits| rotatekv(bits, "local", "mean"));
+}
+
+#[test]
+fn rotated_keys_in_a_global_order_are_themselves() {
+    compare(|bits| rotatekv(bits, "global", "magnitude"));
+}
+
+#[test]
+fn keys_and_values_in_a_basis_are_themselves() {
+    compare(resq);
+}
+
+#[test]
+fn the_built_in_schemes_run_and_cost_something() {
+    let ids = text(LONG_CONTEXT, 5);
+    for name in ["qwen2-bias-bf16", "qwen3-hd256-bf16"] {
+        let pretrained = fixture(name);
+        let exact = logits(&pretrained, &Scheme::load("fp16").unwrap(), &ids);
+        for scheme in ["rotatekv", "rotatekv-window", "rotatekv-paper", "resq", "resq-official"] {
+            let scheme = calibrated(&pretrained, Scheme::load(scheme).unwrap());
+            let cost = kl(&exact, &logits(&pretrained, &scheme, &ids));
+            assert!(cost > 1e-4 && cost < 10.0, "{name}, {}: {cost}", scheme.name);
+        }
+    }
+}
