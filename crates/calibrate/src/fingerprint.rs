@@ -1,6 +1,6 @@
 //! What a calibration was made for.
 
-use dibit_cache::{Schedule, Scheme, Sinks};
+use dibit_cache::{Class, LayerOverride, Schedule, Scheme, Sinks};
 use dibit_device::Tensor;
 use dibit_model::{LinearWeights, Pretrained};
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,8 @@ pub struct Fingerprint {
     pub sinks: String,
     /// Layers with choices of their own.
     pub layers: String,
+    /// Classes of tokens with choices of their own.
+    pub classes: String,
 }
 
 impl Fingerprint {
@@ -45,7 +47,10 @@ impl Fingerprint {
             Sinks::Massive(count) => format!("massive activations, {count}"),
             Sinks::Pivots(pivots) => format!("pivots, {}, per layer: {}", pivots.count, pivots.per_layer),
         };
-        let own = |own: &dibit_cache::LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, own.values);
+        let own = |own: &LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, own.values);
+        let layers = |all: &[LayerOverride]| all.iter().map(own).collect::<Vec<_>>().join(" | ");
+        let class =
+            |class: &Class| format!("{}: {}; {}; {}", class.name, class.keys, class.values, layers(&class.layers));
         Fingerprint {
             version: VERSION.to_owned(),
             model: model_hash(pretrained),
@@ -53,12 +58,13 @@ impl Fingerprint {
             values: scheme.values.to_string(),
             window,
             sinks,
-            layers: scheme.layers.iter().map(own).collect::<Vec<_>>().join(" | "),
+            layers: layers(&scheme.layers),
+            classes: scheme.classes.iter().map(class).collect::<Vec<_>>().join(" | "),
         }
     }
 
     /// Names and values of all parts.
-    pub(crate) fn parts(&self) -> [(&'static str, &str); 7] {
+    pub(crate) fn parts(&self) -> [(&'static str, &str); 8] {
         [
             ("version", &self.version),
             ("model", &self.model),
@@ -67,6 +73,7 @@ impl Fingerprint {
             ("window", &self.window),
             ("sinks", &self.sinks),
             ("choice of single layers", &self.layers),
+            ("choice of classes", &self.classes),
         ]
     }
 
@@ -101,12 +108,14 @@ fn model_hash(pretrained: &Pretrained) -> String {
         }
     };
     add(&pretrained.weights.embed);
+    add(&pretrained.weights.norm);
+    add(&pretrained.weights.lm_head);
     for layer in &pretrained.weights.layers {
         let mut linear = |weights: &LinearWeights| {
             add(&weights.weight);
             weights.bias.iter().for_each(&mut add);
         };
-        [&layer.q, &layer.k, &layer.gate, &layer.down].into_iter().for_each(&mut linear);
+        [&layer.q, &layer.k, &layer.gate, &layer.up, &layer.down].into_iter().for_each(&mut linear);
         [&layer.input_norm, &layer.post_norm].into_iter().chain(&layer.q_norm).chain(&layer.k_norm).for_each(&mut add);
     }
     hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()

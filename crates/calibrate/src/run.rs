@@ -3,11 +3,9 @@
 use crate::basis::Moments;
 use crate::permutation::ChannelSums;
 use crate::{Artefact, CalibrationError, Fingerprint, Source, progress};
-use dibit_cache::{
-    CacheLayout, CacheManager, Calibration, LayerCalibration, LayerLayout, Scheme, SideLayout, Transform,
-};
-use dibit_device::{Batch, Device, Mode};
-use dibit_model::{Model, Observation, Pretrained, Workspace, windows};
+use dibit_cache::{CacheLayout, Calibration, LayerCalibration, LayerLayout, Scheme, SideLayout, Transform};
+use dibit_device::Device;
+use dibit_model::{ExactPass, Observation, Pretrained, windows};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -183,7 +181,9 @@ pub fn calibrate<D: Device>(
         Some(path) => progress::resume(path, &fingerprint, &source, &mut gathered)?,
         None => 0,
     };
-    let mut pass = Pass::new(device, pretrained, context)?;
+    let mut pass = ExactPass::new(device, config, &pretrained.weights, context)?;
+    let width = config.num_key_value_heads * config.head_dim;
+    let inv_freq = config.rope.inv_freq(config.head_dim);
     let save =
         |path: &Path, done: usize, gathered: &Gathered| progress::save(path, &fingerprint, &source, done, gathered);
     let mut saved = Instant::now();
@@ -198,7 +198,7 @@ pub fn calibrate<D: Device>(
             save(path, index, &gathered)?;
             saved = Instant::now();
         }
-        pass.run(device, window, &mut gathered)?;
+        pass.run(device, window, &mut |seen: Observation| gathered.add(seen, width, &inv_freq))?;
         if let Some(layer) = gathered.broken_layer() {
             return Err(CalibrationError::NotFinite { layer });
         }
@@ -211,70 +211,4 @@ pub fn calibrate<D: Device>(
         source: format!("{tokens} tokens in sequences of {context}, text {}, seed {}", source.text, options.seed),
         calibration: Calibration { layers },
     }))
-}
-
-/// What runs sequences.
-struct Pass<'a, D: Device> {
-    pretrained: &'a Pretrained,
-    model: Model<D>,
-    manager: CacheManager,
-    store: D::Store,
-    workspace: Workspace<D>,
-    inv_freq: Vec<f32>,
-}
-
-impl<'a, D: Device> Pass<'a, D> {
-    fn new(device: &D, pretrained: &'a Pretrained, context: usize) -> Result<Self, CalibrationError> {
-        let config = &pretrained.config;
-        let exact = config.cache_layout(&Scheme::load("fp16")?)?;
-        let blocks = exact.window.blocks(context);
-        Ok(Pass {
-            model: Model::new(device, config, &pretrained.weights)?,
-            store: device.store(&exact, blocks, 1, context)?,
-            workspace: Workspace::new(device, config, context, 1)?,
-            manager: CacheManager::new(exact, blocks, 1),
-            inv_freq: config.rope.inv_freq(config.head_dim),
-            pretrained,
-        })
-    }
-
-    fn run(&mut self, device: &D, window: &[u32], gathered: &mut Gathered) -> Result<(), CalibrationError> {
-        let config = &self.pretrained.config;
-        let width = config.num_key_value_heads * config.head_dim;
-        let mut sequence = self.manager.open()?;
-        self.manager.reserve(&mut sequence, window.len())?;
-        let mut batch = Batch::new(Mode::Chunk);
-        batch.push(&sequence, window.len(), self.manager.layout().window);
-        let inv_freq = &self.inv_freq;
-        let mut observer = |seen: Observation| gathered.add(seen, width, inv_freq);
-        let result = self.model.observe(device, &mut self.workspace, &mut self.store, &batch, window, &mut observer);
-        self.manager.close(sequence);
-        Ok(result?)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use dibit_cache::CacheShape;
-
-    #[test]
-    fn no_two_bases_are_mixed_by_the_same_numbers() {
-        let shape = CacheShape { num_layers: 2, num_key_value_heads: 2, head_dim: 64 };
-        let layout = CacheLayout::new(&Scheme::load("resq").unwrap(), shape).unwrap();
-        // Without moments a basis is nothing but its random rotation.
-        let gathered = Gathered::new(&layout);
-        for seed in [0, 1, u64::MAX] {
-            let mut bases: Vec<Vec<f32>> = Vec::new();
-            for (index, (own, layout)) in gathered.layers.iter().zip(&layout.layers).enumerate() {
-                let made = own.finish(layout, seed, index);
-                bases.push(made.key_basis.unwrap()[..64 * 64].to_vec());
-                bases.extend(made.value_basis.unwrap().chunks_exact(64 * 64).map(<[f32]>::to_vec));
-            }
-            assert_eq!(bases.len(), 6);
-            for (index, basis) in bases.iter().enumerate() {
-                assert!(!bases[..index].contains(basis), "seed {seed}, basis {index}");
-            }
-        }
-    }
 }

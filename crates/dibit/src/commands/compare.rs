@@ -1,5 +1,5 @@
 use super::calibrate::{attach, calibrated_schemes};
-use super::{announce, cpu, interrupt_flag, schemes};
+use super::{announce, cpu, evaluation_progress, interrupt_flag, schemes};
 use crate::args::CompareArgs;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, retrieval, source, text};
@@ -117,14 +117,7 @@ fn measure(
 ) -> Result<Option<Comparison>> {
     let options = PerplexityOptions { context: args.context, windows: Some(args.windows as usize) };
     let bar = bar(0);
-    let mut steps = 0;
-    let figures = perplexity(cpu, pretrained, schemes, ids, options, |progress| {
-        bar.set_length((progress.windows * progress.schemes) as u64);
-        bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
-        bar.set_position(steps);
-        steps += 1;
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    let figures = perplexity(cpu, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
     let Some(figures) = figures else { return Ok(None) };
     bar.set_message("attention");
     let times = attention_times(cpu, &pretrained.config, schemes, args.context)?;

@@ -16,6 +16,8 @@ use dibit_cache::{CacheLayout, Scheme, Usage};
 use dibit_device::Cpu;
 use dibit_engine::Sampling;
 use dibit_model::{GenerationConfig, ModelConfig, Pretrained};
+use indicatif::ProgressBar;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -62,6 +64,21 @@ fn interrupt_flag(twice_ends: bool) -> Result<Arc<AtomicBool>> {
         }
     })?;
     Ok(flag)
+}
+
+/// Shows on a bar how far an evaluation is, and stops it once Ctrl-C was pressed.
+fn evaluation_progress<'a>(
+    bar: &'a ProgressBar,
+    interrupted: &'a AtomicBool,
+) -> impl FnMut(dibit_eval::Progress) -> ControlFlow<()> + 'a {
+    let mut steps = 0;
+    move |progress| {
+        bar.set_length((progress.windows * progress.schemes) as u64);
+        bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
+        bar.set_position(steps);
+        steps += 1;
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
 }
 
 /// The model in a line.

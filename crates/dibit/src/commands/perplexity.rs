@@ -1,13 +1,11 @@
 use super::calibrate::calibrated_schemes;
-use super::{announce, cpu, interrupt_flag, schemes};
+use super::{announce, cpu, evaluation_progress, interrupt_flag, schemes};
 use crate::args::PerplexityArgs;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::{Outcome, source, text};
 use anyhow::{Context, Result};
 use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
 use std::io::Write;
-use std::ops::ControlFlow;
-use std::sync::atomic::Ordering;
 
 pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     // Names that mean nothing are said before a model is loaded.
@@ -22,14 +20,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     let options = PerplexityOptions { context: args.context, windows: args.windows.map(|n| n as usize) };
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
-    let mut steps = 0;
-    let report = perplexity(&cpu, &pretrained, &schemes, &ids, options, |progress| {
-        bar.set_length((progress.windows * progress.schemes) as u64);
-        bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
-        bar.set_position(steps);
-        steps += 1;
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    let report = perplexity(&cpu, &pretrained, &schemes, &ids, options, evaluation_progress(&bar, &interrupted))?;
     bar.finish_and_clear();
     let Some(report) = report else {
         note("interrupted: no figures are shown or written");
