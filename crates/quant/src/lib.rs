@@ -15,5 +15,5 @@ pub use affine::Affine;
 pub use error::QuantError;
 pub use hadamard::Hadamard;
 pub use low_rank::{LowRank, low_rank};
-pub use pack::{Bits, Plane, get, pack, packed_len, put, unpack};
+pub use pack::{Bits, Plane, pack, packed_len, put, unpack};
 pub use quantizer::{Parameters, Quantizer};

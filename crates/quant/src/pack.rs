@@ -124,19 +124,6 @@ pub fn put(bits: Bits, lanes: usize, lane: usize, code: u8, row: &mut [u8]) {
     }
 }
 
-/// The code of one lane of a packed row of `lanes` codes.
-///
-/// # Panics
-/// If `row` is not exactly [`packed_len`] bytes long, or has no such lane.
-pub fn get(bits: Bits, lanes: usize, lane: usize, row: &[u8]) -> u8 {
-    assert_eq!(row.len(), packed_len(bits, lanes), "packed row of {lanes} codes");
-    assert!(lane < lanes, "lane {lane} of {lanes}");
-    planes(bits, lanes).fold(0, |code, (plane, bytes)| {
-        let field = row[bytes.start + lane % bytes.len()] >> (lane / bytes.len() * plane.width);
-        code | (field & plane.mask()) << plane.shift
-    })
-}
-
 /// Unpacks `packed` into `codes`; the inverse of [`pack`].
 ///
 /// # Panics
@@ -199,9 +186,6 @@ mod tests {
             for (lane, &code) in raw.iter().enumerate().rev() {
                 put(bits, raw.len(), lane, code ^ bits.max_code(), &mut put_in);
                 put(bits, raw.len(), lane, code, &mut put_in);
-            }
-            for (lane, &code) in raw.iter().enumerate() {
-                prop_assert_eq!(get(bits, raw.len(), lane, &packed), code & bits.max_code());
             }
             prop_assert_eq!(put_in, packed);
         }

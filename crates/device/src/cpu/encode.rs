@@ -88,6 +88,11 @@ impl Encoder {
                 let at = (tokens.cover(side).0.start * 2 * outliers.per_end) + place;
                 put_half(page, outliers.values + at * size_of::<f16>(), f16::from_f32(value));
                 page[outliers.lanes + at] = lane as u8;
+                // What is kept aside is read as its difference to code 0, so that no code must be looked up.
+                let span = side.group_spans().find(|span| span.lanes.contains(&lane)).expect("a lane of the side");
+                let start = side.codes + row * side.row_bytes;
+                let codes = &mut page[start + span.bytes.start..start + span.bytes.end];
+                put(side.bits, span.lanes.len(), lane - span.lanes.start, 0, codes);
             }
         }
         Ok(())

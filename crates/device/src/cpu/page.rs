@@ -8,7 +8,7 @@ use super::element::Element;
 use super::mix::{self, Codes, Plain, mix_rows};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::{Bits, Quantizer, get, packed_len};
+use dibit_quant::{Bits, Quantizer};
 use half::f16;
 use std::ops::Range;
 
@@ -223,36 +223,23 @@ impl Page<'_> {
         }
     }
 
-    /// Adds what the outliers of each row differ by from what their codes stand for.
+    /// Adds what the outliers of each row differ by from code 0, which they have.
     fn add_outliers(self, outliers: Outliers, rows: Range<usize>, weights: Weights, sums: &mut Sums) {
         let count = 2 * outliers.per_end;
         let all = self.halves(outliers.values);
+        let (scales, zeros) = (self.halves(self.side.scales), self.halves(self.side.zeros));
+        let integer = self.side.quantizer != Quantizer::FloatMin;
         for row in rows.start..rows.end.min(self.side.rows) {
-            let values = &all[row * count..(row + 1) * count];
             let lanes = &self.bytes[outliers.lanes + row * count..][..count];
-            for (value, &lane) in values.iter().zip(lanes) {
+            for (value, &lane) in all[row * count..].iter().zip(lanes) {
                 let lane = usize::from(lane);
-                let difference = value.widen() - self.value(row, lane);
+                let at = self.side.parameter(row, lane);
+                let difference = value.widen() - offset(integer, scales[at].widen(), zeros[at].widen());
                 for (weights, sums) in weights.rows().zip(sums.rows()) {
                     sums[lane] += weights[row - rows.start] * difference;
                 }
             }
         }
-    }
-
-    /// What the code of one row and lane stands for.
-    fn value(self, row: usize, lane: usize) -> f32 {
-        let side = self.side;
-        let step = if side.along == Along::Lanes { side.group } else { side.lanes };
-        let first = lane / step * step;
-        let lanes = step.min(side.lanes - first);
-        let start = side.codes + row * side.row_bytes + lane / step * packed_len(side.bits, step);
-        let packed = &self.bytes[start..start + packed_len(side.bits, lanes)];
-        let code = get(side.bits, lanes, lane - first, packed);
-        let at = side.parameter(row, lane);
-        let scale = self.halves(side.scales)[at].widen();
-        let zero = self.halves(side.zeros)[at].widen();
-        f32::from(code) * scale + offset(side.quantizer != Quantizer::FloatMin, scale, zero)
     }
 
     /// Expands every row, where nothing lies beside the codes: row `row` is written to `out[place(row)..]`.
