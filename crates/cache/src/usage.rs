@@ -114,7 +114,7 @@ impl CacheLayout {
 
 /// Bytes of so many packed keys and values of one KV head in every layer.
 fn packed_bytes<'a>(layers: impl IntoIterator<Item = &'a LayerLayout>, keys: usize, values: usize) -> usize {
-    // Both divisions are exact: a page's bytes are a multiple of its 128 tokens, or the count is one of 128.
+    // Whole pages divide exactly; of single tokens less than a byte is lost.
     let own = |page: &PageLayout| keys * page.key_bytes / PAGE_TOKENS + values * page.value_bytes / PAGE_TOKENS;
     layers.into_iter().map(|layer| own(&layer.page)).sum()
 }

@@ -109,7 +109,8 @@ pub trait Device: Send + Sync {
     fn silu_mul(&self, gate: &mut Self::Buffer, up: &Self::Buffer, len: usize);
 
     /// Shows the residual stream that enters a layer, a row of `width` numbers for each row of the batch, to schemes
-    /// that choose by it which tokens of a prompt they protect. Comes before [`Device::write_kv`].
+    /// that choose by it which tokens of a prompt they protect. Comes before [`Device::write_kv`], for every layer of a
+    /// pass in their order: what layer 0 sees makes forget what the pass before found.
     fn observe(&self, store: &mut Self::Store, layer: usize, batch: &Batch, hidden: &Self::Buffer, width: usize);
 
     /// What a sequence, by its slot, holds beside pages and window once it has `len` tokens.

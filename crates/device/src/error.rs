@@ -37,7 +37,7 @@ pub enum DeviceError {
     #[error("the cache of scheme {0} was laid out without the tables that its transforms need")]
     Tables(String),
     /// A group of keys or values cannot be quantised.
-    #[error("layer {layer}: {source}")]
+    #[error("layer {layer}: {source}; its keys or values are too large for this scheme, try --kv fp16 or --dtype f32")]
     Quantize {
         /// Decoder layer.
         layer: usize,

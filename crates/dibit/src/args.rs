@@ -306,9 +306,9 @@ pub struct CalibrateArgs {
     /// Tokens of it
     #[arg(long, default_value = "131072", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     pub tokens: usize,
-    /// Tokens of a sequence, at most the model's
-    #[arg(short, long, default_value = "2048")]
-    pub context: usize,
+    /// Tokens of a sequence [default: 2048, or what the model supports]
+    #[arg(short, long)]
+    pub context: Option<usize>,
     /// Seed of random rotations
     #[arg(long, default_value = "0")]
     pub seed: u64,

@@ -20,6 +20,9 @@ pub enum Quantizer {
     },
 }
 
+/// Largest zero point: fp16 ends at 65504, and a scale may be rounded down.
+const MAX_ZERO: f32 = 65000.0;
+
 /// What is stored of a group besides its codes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Parameters {
@@ -44,13 +47,15 @@ impl Quantizer {
         if include_zero {
             (min, max) = (min.min(0.0), max.max(0.0));
         }
-        let scale = f16::from_f32((max - min) / f32::from(bits.max_code()));
-        if scale == f16::ZERO {
-            let zero = if min == 0.0 { 0.0 } else { -min.signum() };
-            return Ok(Parameters { scale: f16::from_f32(min.abs()), zero: f16::from_f32(zero) });
+        let step = (max - min) / f32::from(bits.max_code());
+        if f16::from_f32(step) == f16::ZERO {
+            // Code 0, which every value of the group gets, stands for the minimum.
+            return Ok(Parameters { scale: f16::from_f32(-min), zero: f16::ONE });
         }
+        // A narrow group far from zero takes a step that leaves its zero point within fp16.
+        let scale = f16::from_f32(step.max(min.abs() / MAX_ZERO));
         let zero = f16::from_f32((-min / scale.to_f32()).round_ties_even());
-        if zero.is_finite() { Ok(Parameters { scale, zero }) } else { Err(QuantError::Range { min, max }) }
+        Ok(Parameters { scale, zero })
     }
 
     /// The code of `value` in a group with these parameters.
@@ -131,13 +136,36 @@ mod tests {
     }
 
     #[test]
+    fn narrow_groups_far_from_zero_keep_their_place() {
+        let quarot = Quantizer::IntegerZero { clip: 1.0, include_zero: false };
+        for group in [[300.0f32, 301.0], [100.0, 100.25], [1.0, 1.000_976_6], [-6001.0, -6000.0]] {
+            for bits in Bits::ALL {
+                // fp16 holds eleven bits of a zero point, as it does of a minimum.
+                let slack = (group[1] - group[0]) + group[0].abs() * 2f32.powi(-10);
+                for (x, value) in group.iter().zip(back(quarot, &group, bits).2) {
+                    assert!((x - value).abs() <= slack, "{group:?} at {bits:?}: {value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn clipped_groups_without_range_keep_that_share_of_their_value() {
+        for clip in [0.3, 0.5, 0.8] {
+            for value in [5.0, -5.0, 0.0] {
+                let (_, codes, values) =
+                    back(Quantizer::IntegerZero { clip, include_zero: false }, &[value; 2], Bits::Two);
+                assert!((values[0] - clip * value).abs() < 3e-3 && codes == [0, 0], "{clip} {value}: {values:?}");
+            }
+        }
+    }
+
+    #[test]
     fn bad_groups_are_refused() {
         for quantizer in [Quantizer::FloatMin, ROTATEKV] {
             assert!(matches!(quantizer.fit(&[0.0, f32::NAN], Bits::Two), Err(QuantError::NonFinite { index: 1, .. })));
             assert_eq!(quantizer.fit(&[], Bits::Two), Err(QuantError::Empty));
         }
-        // A zero point that fp16 cannot hold.
-        assert!(matches!(ROTATEKV.fit(&[6000.0, 6001.0], Bits::Eight), Err(QuantError::Range { .. })));
     }
 
     proptest! {

@@ -121,7 +121,10 @@ pub(super) fn check_classes(scheme: &Scheme) -> Result<(), Problem> {
     if scheme.classes.iter().any(|class| transforms(class) != base)
         || scheme.overrides().any(|own| (own.keys.transform(), own.values.transform()) != base)
     {
-        return unsupported("[classes] with different transforms", "one transform of keys and one of values");
+        return unsupported(
+            "[classes] with different transforms",
+            "one transform of keys and one of values, 16 bit counting as none",
+        );
     }
     Ok(())
 }

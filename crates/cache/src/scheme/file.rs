@@ -183,8 +183,10 @@ impl SchemeFile {
         }
         for (name, own) in self.classes {
             let (keys, values) = (merge(&self.keys, own.keys), merge(&self.values, own.values));
-            let layers = overrides(own.layers, &keys, &values, Correction::None, &side)?;
-            let (keys, values) = (side(&keys, Which::Keys)?, side(&values, Which::Values)?);
+            let within = |problem: Problem| problem.within(&format!("classes.{name}"));
+            let layers = overrides(own.layers, &keys, &values, Correction::None, &side).map_err(within)?;
+            let keys = side(&keys, Which::Keys).map_err(within)?;
+            let values = side(&values, Which::Values).map_err(within)?;
             scheme.classes.push(Class { name, keys, values, layers });
         }
         if !scheme.classes.is_empty() {
@@ -236,8 +238,8 @@ fn merge(base: &toml::Table, own: toml::Table) -> toml::Table {
     // What belongs to a choice goes with it.
     for (choice, parts) in [
         ("quantizer", &["clip", "include_zero"][..]),
-        ("transform", &["position", "heads", "permutation", "statistic"]),
-        ("position", &["transform", "heads", "permutation", "statistic"]),
+        ("transform", &["heads", "permutation", "statistic"]),
+        ("position", &["heads", "permutation", "statistic"]),
         ("permutation", &["statistic"]),
     ] {
         if own.contains_key(choice) {
@@ -253,7 +255,7 @@ fn range(text: &str) -> Result<Range<usize>, Problem> {
     let number = |text: &str| text.trim().parse::<usize>().ok();
     let range = match text.split_once("..") {
         Some((start, end)) => number(start).zip(number(end)).map(|(start, end)| start..end),
-        None => number(text).map(|layer| layer..layer + 1),
+        None => number(text).and_then(|layer| Some(layer..layer.checked_add(1)?)),
     };
     match range {
         Some(range) if !range.is_empty() => Ok(range),

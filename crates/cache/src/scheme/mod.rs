@@ -135,7 +135,7 @@ impl Scheme {
     /// What the scheme asks for and this version does not do, as a sentence; `None` where nothing is missing.
     pub fn notice(&self) -> Option<String> {
         let linear = |correction: Correction| correction == Correction::Linear;
-        (linear(self.correction) || self.layers.iter().any(|own| linear(own.correction))).then(|| {
+        (linear(self.correction) || self.overrides().any(|own| linear(own.correction))).then(|| {
             format!("{}: the linear correction is not implemented yet; running the quantiser without it", self.name)
         })
     }

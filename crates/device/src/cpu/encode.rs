@@ -236,18 +236,34 @@ fn write_high(side: &PackedSide, tokens: &Tokens, page: &mut [u8]) {
 }
 
 /// Writes one page's rows of the factors of a chunk.
-pub(super) fn write_page_factor(factors: Factors, all: &LowRank, page_in_chunk: usize, page: &mut [u8]) {
+///
+/// # Errors
+/// [`QuantError::Range`] where fp16 cannot hold them.
+pub(super) fn write_page_factor(
+    factors: Factors,
+    all: &LowRank,
+    page_in_chunk: usize,
+    page: &mut [u8],
+) -> Result<(), QuantError> {
     let numbers = PAGE_TOKENS * factors.rank;
     let own = &all.tokens[page_in_chunk * numbers..(page_in_chunk + 1) * numbers];
-    write_halves(page, factors.page, own);
+    write_halves(page, factors.page, own)
 }
 
 /// Writes the factor that the pages of a chunk share into the first of them.
-pub(super) fn write_chunk_factor(factors: Factors, all: &LowRank, page: &mut [u8]) {
-    write_halves(page, factors.chunk, &all.channels);
+///
+/// # Errors
+/// [`QuantError::Range`] where fp16 cannot hold it: it grows with the error and with the root of the chunk's tokens.
+pub(super) fn write_chunk_factor(factors: Factors, all: &LowRank, page: &mut [u8]) -> Result<(), QuantError> {
+    write_halves(page, factors.chunk, &all.channels)
 }
 
-fn write_halves(page: &mut [u8], offset: usize, values: &[f32]) {
+fn write_halves(page: &mut [u8], offset: usize, values: &[f32]) -> Result<(), QuantError> {
+    let (min, max) = values.iter().fold((0f32, 0f32), |(min, max), x| (min.min(*x), max.max(*x)));
+    if max.max(-min) > f16::MAX.to_f32() {
+        return Err(QuantError::Range { min, max });
+    }
     let target = &mut page[offset..offset + values.len() * size_of::<f16>()];
     bytemuck::cast_slice_mut::<u8, f16>(target).convert_from_f32_slice(values);
+    Ok(())
 }

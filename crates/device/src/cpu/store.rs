@@ -230,7 +230,8 @@ impl CpuStore {
                     .map_err(|source| DeviceError::Quantize { layer, source })?;
             }
             for index in 0..frame {
-                self.finish_chunk(layer, span, first_head, index, filled[0]..filled[1]);
+                self.finish_chunk(layer, span, first_head, index, filled[0]..filled[1])
+                    .map_err(|source| DeviceError::Quantize { layer, source })?;
             }
         }
         Ok(())
@@ -326,7 +327,14 @@ impl CpuStore {
     }
 
     /// Factors what the codes of newly filled pages miss, for head `index` of the frame that begins at `first_head`.
-    fn finish_chunk(&mut self, layer: usize, span: &Span, first_head: usize, index: usize, blocks: Range<usize>) {
+    fn finish_chunk(
+        &mut self,
+        layer: usize,
+        span: &Span,
+        first_head: usize,
+        index: usize,
+        blocks: Range<usize>,
+    ) -> Result<(), QuantError> {
         let page_layout = self.layout.layers[layer].page;
         for (side, error) in [page_layout.keys, page_layout.values].into_iter().zip(&self.scratch.errors[index]) {
             let SideLayout::Packed(side) = side else { continue };
@@ -335,15 +343,16 @@ impl CpuStore {
             for (place, block) in blocks.clone().enumerate() {
                 let offset = self.layout.page_offset(0, span.blocks[block], layer, first_head + index);
                 let page = &mut self.pages[offset..offset + page_layout.stride];
-                write_page_factor(factors, &all, place, page);
+                write_page_factor(factors, &all, place, page)?;
                 if place == 0 {
-                    write_chunk_factor(factors, &all, page);
+                    write_chunk_factor(factors, &all, page)?;
                 }
             }
             let chunks = &mut self.sequences[span.slot as usize].chunks;
             chunks.resize(chunks.len().max(blocks.end), 0);
             chunks[blocks.clone()].fill(blocks.start as u32);
         }
+        Ok(())
     }
 }
 

@@ -11,6 +11,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
+/// Tokens of a sequence, where the user does not say and the model is made for so many.
+const CONTEXT: usize = 2048;
+
 pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     let scheme = Scheme::load(&args.kv)?;
     if !scheme.is_calibrated() {
@@ -24,7 +27,7 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     let cpu = cpu(&args.run)?;
     let state = state_path(&args.out);
     let options = Options {
-        context: args.context.min(pretrained.config.max_position_embeddings),
+        context: args.context.unwrap_or(CONTEXT.min(pretrained.config.max_position_embeddings)),
         tokens: Some(args.tokens),
         seed: args.seed,
         state: Some(state.clone()),

@@ -25,10 +25,8 @@ const STUDIED: usize = 1024;
 const TASKS: [Task; 4] = [Task::NiahSingle2, Task::NiahSingle3, Task::NiahMultikey1, Task::NiahMultiquery];
 
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
-    let all = args.schemes.iter().any(|name| name.trim() == "all");
-    if !all {
-        schemes(&args.schemes)?;
-    }
+    let (all, named): (Vec<String>, Vec<String>) = args.schemes.iter().cloned().partition(|name| name.trim() == "all");
+    schemes(&named)?;
     let text = text::read(&args.text)?;
     let haystack = args.haystack.as_deref().map(retrieval::haystack).transpose()?;
     let page = args.report.as_deref().map(prepare_report).transpose()?;
@@ -36,10 +34,9 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         check_writable(path)?;
     }
     let pretrained = source::load(&args.run.model)?;
-    let schemes = if all {
-        built_in(&args.calibration, &pretrained)?
-    } else {
-        calibrated_schemes(&args.schemes, &args.calibration, &pretrained)?
+    let schemes = match all.is_empty() {
+        true => calibrated_schemes(&named, &args.calibration, &pretrained)?,
+        false => built_in(&named, &args.calibration, &pretrained)?,
     };
     let schemes = with_reference(schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
@@ -50,6 +47,9 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let Some(mut comparison) = measure(args, &cpu, &pretrained, &schemes, &ids, &interrupted)? else {
         return Ok(stopped());
     };
+    if comparison.windows < args.windows as usize {
+        tracing::warn!("the text fills {} windows, fewer than the {} asked for", comparison.windows, args.windows);
+    }
     comparison.text = args.text.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let studied = page.as_ref().map(|_| look(&cpu, &pretrained, &ids, args.context)).transpose()?;
     if !prompts.is_empty() && !retrieve(args, &cpu, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
@@ -75,17 +75,19 @@ fn stopped() -> Outcome {
     Outcome::Interrupted
 }
 
-/// Every built-in scheme; those that lack their calibration are left out, which is said.
-fn built_in(files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
+/// Every built-in scheme, and those that are named besides. Built-in ones that lack their calibration are left out, which
+/// is said; one that is named is refused.
+fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
     let mut all = Vec::new();
-    for name in Scheme::built_in() {
+    let others = named.iter().map(|name| name.trim()).filter(|name| !Scheme::built_in().any(|known| known == *name));
+    let names: Vec<&str> = Scheme::built_in().map(|name| -> &str { name }).chain(others).collect();
+    for name in names {
         let mut scheme = Scheme::load(name)?;
-        if scheme.is_calibrated() && attach(&mut scheme, files, pretrained).is_err() {
-            scheme.calibration = None;
-        }
-        match pretrained.config.cache_layout(&scheme) {
+        let attached = if scheme.is_calibrated() { attach(&mut scheme, files, pretrained) } else { Ok(()) };
+        match attached.and_then(|()| Ok(pretrained.config.cache_layout(&scheme)?)) {
             Ok(_) => all.push(scheme),
-            Err(error) => tracing::info!("{name} is left out: {error}"),
+            Err(error) if named.iter().any(|own| own.trim() == name) => return Err(error),
+            Err(error) => tracing::info!("{name} is left out: {error:#}"),
         }
     }
     Ok(all)

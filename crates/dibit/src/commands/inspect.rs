@@ -79,7 +79,7 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> 
     let plan = MemoryPlan::new(config, &layout, options);
     let usage = layout.planned_usage(options.context);
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
-    let fixed = layout.window_bytes() + plan.pass_bytes;
+    let fixed = layout.allocated_bytes(layout.blocks(0)) + plan.pass_bytes;
     Ok(Row {
         scheme: scheme.name.clone(),
         plan,

@@ -1,7 +1,11 @@
 //! Attention over a cache against a plain reference in f64, written from the method's equations.
 
 use super::reference::{self, Reference};
+mod classes;
+mod random;
+
 use super::*;
+use classes::with_classes;
 use dibit_cache::{
     CacheManager, CacheShape, Calibration, LayerCalibration, Pivots, Scheme, Sees, Sequence, Sinks, Window,
 };
@@ -160,11 +164,24 @@ fn calibration(shape: CacheShape, frame: usize) -> LayerCalibration {
     }
 }
 
-/// Runs passes of the given lengths and returns the attention output of every row.
+/// Runs passes of the given lengths on a fresh cache and returns the attention output of every row.
 fn run(cpu: &Cpu, case: &Case, mode: Mode, passes: &[usize], q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
     let total: usize = passes.iter().sum();
     let mut manager = case.manager(total, 1);
     let mut cache = cpu.store(manager.layout(), manager.num_blocks(), 1, total).unwrap();
+    run_on(cpu, case, &mut manager, &mut cache, mode, passes, [q, k, v])
+}
+
+/// The same on a cache that may have been used before.
+fn run_on(
+    cpu: &Cpu,
+    case: &Case,
+    manager: &mut CacheManager,
+    cache: &mut CpuCache,
+    mode: Mode,
+    passes: &[usize],
+    [q, k, v]: [&[f32]; 3],
+) -> Vec<f32> {
     let mut sequence = manager.open().unwrap();
     let mut outs = Vec::new();
     for &rows in passes {
@@ -173,8 +190,8 @@ fn run(cpu: &Cpu, case: &Case, mode: Mode, passes: &[usize], q: &[f32], k: &[f32
         pass(
             cpu,
             case,
-            &mut manager,
-            &mut cache,
+            manager,
+            cache,
             &mut [(&mut sequence, rows)],
             mode,
             |data| match data {
@@ -186,6 +203,9 @@ fn run(cpu: &Cpu, case: &Case, mode: Mode, passes: &[usize], q: &[f32], k: &[f32
         );
         outs.extend(out);
     }
+    let used = manager.layout().sequence_usage(&sequence, cpu.extras(cache, sequence.slot(), sequence.len()));
+    assert!(used.used_bytes <= used.allocated_bytes, "{}: {used:?}", case.scheme.name);
+    manager.close(sequence);
     outs
 }
 
@@ -216,7 +236,9 @@ fn pass(
     let rows = batch.rows();
     let positions: Vec<usize> = batch.positions().map(|position| position as usize).collect();
     let hidden = positions.iter().map(|position| if case.sinks.contains(position) { 1000.0 } else { 1.0 }).collect();
-    cpu.observe(cache, LAYER, &batch, &hidden, 1);
+    for layer in 0..=LAYER {
+        cpu.observe(cache, layer, &batch, &hidden, 1);
+    }
     cpu.write_kv(cache, LAYER, &batch, 0..rows, &data(Data::Key), &data(Data::Value)).unwrap();
     cpu.attention(cache, LAYER, &batch, 0..rows, case.heads, &data(Data::Query), out).unwrap();
     cpu.commit(cache, LAYER, &batch).unwrap();
@@ -277,60 +299,6 @@ fn every_scheme_and_head_size_equals_the_reference() {
             }
         }
     }
-}
-
-/// Text at 4 bit in the layer, everything else at 2 bit: AKVQ-VL's text-salient layers.
-fn with_classes(window: &str) -> Case {
-    let text = format!(
-        "name = \"vl\"\n[keys]\nbits = 2\naxis = \"token\"\ngroup = 64\ntransform = \"hadamard\"\n[values]\nbits = 2\n\
-         group = 64\n[sinks]\nkind = \"massive\"\ncount = 4\n{window}[classes.text.layers.1]\nkeys = {{ bits = 4 }}\n\
-         values = {{ bits = 3 }}\n"
-    );
-    let mut case = Case::new(Scheme::parse(&text, "vl").unwrap(), 4, 2, 64);
-    case.classes = (0..700).map(|token| u8::from(token % 7 < 3 || token / 100 == 2)).collect();
-    case
-}
-
-#[test]
-fn classes_of_tokens_have_bits_and_pages_of_their_own() {
-    let cpu = Cpu::new(Some(2)).unwrap();
-    for window in ["", "[window]\ntokens = 128\nschedule = \"guaranteed\"\n"] {
-        let case = with_classes(window);
-        let [q, k, v] = data(&case, 700);
-        let passes = [350, 300, 49, 1];
-        let out = run(&cpu, &case, Mode::Chunk, &passes, &q, &k, &v);
-        let width = case.heads * case.head_dim;
-        for position in [0, 349, 350, 649, 650, 699] {
-            let expected = case.reference(&q, &k, &v, position, &passes);
-            close(&format!("{window} at {position}"), &out[position * width..][..width], &expected);
-        }
-    }
-    // Decoding token by token finds the same places.
-    let case = with_classes("").protecting(&[0]);
-    let [q, k, v] = data(&case, 300);
-    let single = run(&cpu, &case, Mode::Chunk, &[1; 300], &q, &k, &v);
-    assert_eq!(run(&cpu, &case, Mode::Streaming, &[300], &q, &k, &v), single);
-}
-
-#[test]
-fn classes_take_the_bytes_of_their_own_bits() {
-    let case = with_classes("");
-    let mut manager = case.manager(700, 1);
-    let mut sequence = manager.open().unwrap();
-    assert!(manager.classify(&mut sequence, &[2]).unwrap_err().to_string().contains("1 classes"));
-    manager.classify(&mut sequence, &case.classes).unwrap();
-    manager.reserve(&mut sequence, 700).unwrap();
-    manager.advance(&mut sequence, 700);
-    let of_text = case.classes.iter().filter(|class| **class == 1).count();
-    assert_eq!(sequence.num_blocks(), of_text.div_ceil(128) + (700 - of_text).div_ceil(128));
-    let usage = manager.layout().sequence_usage(&sequence, Default::default());
-    // Layer 0 has 2 bit for all; scales and zeros take half a bit in groups of 64.
-    let side = |bits: usize| 2 * (64 * bits / 8 + 4);
-    let others = 2 * side(2) * (700 - of_text);
-    let texts = (side(2) + (side(4) + side(3)) / 2) * of_text;
-    assert_eq!(usage.used_bytes, 2 * (others + texts));
-    manager.clear(&mut sequence);
-    assert_eq!((sequence.num_blocks(), manager.free_blocks()), (0, manager.num_blocks()));
 }
 
 #[test]
@@ -402,6 +370,48 @@ fn batch_equals_single(case: &Case) {
     for ((len, [q, k, v]), batched) in lengths.into_iter().zip(&all).zip(batched) {
         assert_eq!(run(&cpu, case, Mode::Chunk, &[len, 1], q, k, v), batched, "{}", case.scheme.name);
     }
+}
+
+#[test]
+fn a_sequence_finds_nothing_of_the_one_before_it() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    let cases = Scheme::built_in().map(|name| Case::new(scheme(name), 4, 2, 64)).chain([with_classes("")]);
+    for case in cases {
+        let data = data(&case, 700);
+        let loud: Vec<Vec<f32>> = data.iter().map(|numbers| numbers.iter().map(|x| -100.0 * x).collect()).collect();
+        let before = Case { sinks: vec![3, 200, 310, 399], ..Case::new(case.scheme.clone(), 4, 2, 64) };
+        let [q, k, v] = &data;
+        for (mode, passes) in
+            [(Mode::Chunk, &[300, 229, 1][..]), (Mode::Chunk, &[1, 1, 420, 1]), (Mode::Streaming, &[400])]
+        {
+            let fresh = run(&cpu, &case, mode, passes, q, k, v);
+            let mut manager = case.manager(700, 1);
+            let mut cache = cpu.store(manager.layout(), manager.num_blocks(), 1, 700).unwrap();
+            run_on(&cpu, &before, &mut manager, &mut cache, mode, &[650, 1], [&loud[0], &loud[1], &loud[2]]);
+            let reused = run_on(&cpu, &case, &mut manager, &mut cache, mode, passes, [q, k, v]);
+            assert!(fresh == reused, "{}, {mode:?} {passes:?}", case.scheme.name);
+        }
+    }
+}
+
+#[test]
+fn factors_that_fp16_cannot_hold_are_refused() {
+    let cpu = Cpu::new(Some(1)).unwrap();
+    let case = Case::new(scheme("gear-l"), 1, 1, 64);
+    let mut manager = case.manager(641, 1);
+    let mut cache = cpu.store(manager.layout(), manager.num_blocks(), 1, 641).unwrap();
+    let mut sequence = manager.open().unwrap();
+    manager.reserve(&mut sequence, 641).unwrap();
+    let mut batch = Batch::new(Mode::Chunk);
+    batch.push(&sequence, 641, case.scheme.window);
+    // Most numbers of one channel lie between two codes that are 10,000 apart.
+    let mut k = noise(1, 641 * 64, 64);
+    for token in 0..641 {
+        k[token * 64 + 7] = [0.0, 30000.0, 4500.0, 25500.0][if token % 128 < 2 { token % 128 } else { 2 + token % 2 }];
+    }
+    cpu.write_kv(&mut cache, LAYER, &batch, 0..641, &k, &noise(2, 641 * 64, 64)).unwrap();
+    let error = cpu.commit(&mut cache, LAYER, &batch).unwrap_err().to_string();
+    assert!(error.contains("layer 1") && error.contains("--kv fp16"), "{error}");
 }
 
 #[test]
@@ -501,43 +511,5 @@ proptest! {
             let expected = case.reference(&q, &k, &v, position - 1, &passes);
             close(name, &out[(position - 1) * width..][..width], &expected);
         }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(150))]
-    #[test]
-    fn random_choices(
-        (key_bits, value_bits) in (0usize..4, 0usize..4), group in 0usize..3, axes in 0usize..4,
-        (key_quantizer, value_quantizer) in (0usize..3, 0usize..3), (key_transform, value_transform) in (0usize..6, 0usize..4),
-        sinks in 0usize..3, window in 0usize..3, head_dim in 0usize..3, kv_heads in 1usize..5,
-        passes in prop::collection::vec(1usize..300, 1..4),
-    ) {
-        let quantizer = |which: usize| ["float-min\"", "integer-zero\"\nclip = 0.9", "integer-zero\"\ninclude_zero = true"][which];
-        let transform = |which: usize| [
-            "transform = \"none\"", "transform = \"hadamard\"", "transform = \"basis\"", "transform = \"token-hadamard\"",
-            "transform = \"grouped-hadamard\"\npermutation = \"global\"", "position = \"pre-rope\"",
-        ][which];
-        let beside = |on: bool| if on { "low_rank = 2\noutliers = 0.02\nhigh_precision = 0.07\n" } else { "" };
-        let side = |bits: usize, channel: bool, which: usize, form: usize, more: &str| format!(
-            "bits = {}\naxis = \"{}\"\ngroup = {}\nquantizer = \"{}\n{}\n{more}",
-            [2, 3, 4, 8][bits], if channel { "channel" } else { "token" }, [32, 64, 128][group], quantizer(which), transform(form)
-        );
-        let keys = side(key_bits, axes & 1 == 0, key_quantizer, key_transform, beside(key_transform < 3 && axes & 2 == 0));
-        let values = side(value_bits, axes & 2 != 0, value_quantizer, value_transform, beside(value_transform < 3 && axes & 1 == 0));
-        let text = format!(
-            "name = \"random\"\n[keys]\n{keys}\n[values]\n{values}\n{}{}",
-            ["", "[window]\ntokens = 50\nschedule = \"guaranteed\"\n", "[window]\ntokens = 128\nschedule = \"kivi\"\n"][window],
-            ["", "[sinks]\nkind = \"first\"\ncount = 5\n", "[sinks]\nkind = \"massive\"\ncount = 1\n"][sinks],
-        );
-        // Combinations that are refused are another test's.
-        let Ok(scheme) = Scheme::parse(&text, "random") else { return Ok(()) };
-        let case = Case::new(scheme, 2 * kv_heads, kv_heads, [64, 80, 128][head_dim]).protecting(&[0]);
-        let tokens = passes.iter().sum();
-        let [q, k, v] = data(&case, tokens);
-        let out = run(&Cpu::new(Some(2)).unwrap(), &case, Mode::Chunk, &passes, &q, &k, &v);
-        let width = case.heads * case.head_dim;
-        let expected = case.reference(&q, &k, &v, tokens - 1, &passes);
-        close(&text, &out[(tokens - 1) * width..], &expected);
     }
 }
