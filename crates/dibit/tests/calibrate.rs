@@ -202,10 +202,12 @@ fn documents_are_read_one_after_the_other() {
 fn sequences_are_as_long_as_the_model_allows() {
     let place = Place::new();
     let of = |options: &[&str]| place.calibrate_small("rotatekv", options);
-    let done = of(&["--context", "2048", "--tokens", "1024"]).succeeds();
+    let (model, out) = (fixture("qwen2-bias-bf16"), place.folder.file("default.safetensors"));
+    let inputs = ["calibrate", "--kv", "rotatekv", "--model", &model, "--text", &place.text];
+    let done = run(&[&inputs[..], &["--tokens", "1024", "--out", &out]].concat()).succeeds();
     assert!(done.stdout.contains("from 1024 tokens in sequences of 1024"), "{}", done.stdout);
     assert!(of(&["--tokens", "65"]).succeeds().stdout.contains("from 128 tokens in sequences of 64"));
-    for context in ["0", "1"] {
+    for context in ["0", "1", "1025"] {
         let words = [&format!("sequences of {context} tokens"), "between 2 and", "1024"];
         place.fails(|| of(&["--context", context]), &words);
     }
@@ -314,7 +316,8 @@ fn a_damaged_state_is_not_gone_on_from() {
 fn help_shows_what_is_kept_and_examples() {
     let help = run(&["calibrate", "--help"]).succeeds().stdout;
     let example = "Examples:\n  dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors";
-    for part in [example, "FILE.partial", "[default: 131072]", "[default: 2048]", "the \"text\" of every line"] {
+    for part in [example, "FILE.partial", "[default: 131072]", "[default: 2048, or what", "the \"text\" of every line"]
+    {
         assert!(help.contains(part), "'{part}' is not in {help}");
     }
 }
