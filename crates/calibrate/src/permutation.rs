@@ -1,7 +1,7 @@
 //! RotateKV's order of key channels.
 
 use dibit_cache::{LayerLayout, Permutation, PreRope, Statistic};
-use dibit_quant::Hadamard;
+use dibit_quant::{Hadamard, turn_back};
 
 /// Sums over tokens of the rotated key channels of one layer, before RoPE.
 pub(crate) struct ChannelSums {
@@ -31,14 +31,8 @@ impl ChannelSums {
     pub(crate) fn add(&mut self, key: &[f32], position: usize, inv_freq: &[f32]) {
         self.buffer.clear();
         self.buffer.extend_from_slice(key);
-        let half = self.head_dim / 2;
-        for (c, frequency) in inv_freq.iter().enumerate() {
-            let (sine, cosine) = (position as f32 * frequency).sin_cos();
-            for head in self.buffer.chunks_exact_mut(self.head_dim) {
-                let (a, b) = (head[c], head[c + half]);
-                (head[c], head[c + half]) = (a * cosine + b * sine, b * cosine - a * sine);
-            }
-        }
+        let angles = inv_freq.iter().map(|frequency| position as f32 * frequency);
+        turn_back(&mut self.buffer, self.head_dim, angles.map(|angle| (angle.cos(), angle.sin())));
         if let Some(hadamard) = &self.hadamard {
             self.buffer.chunks_exact_mut(hadamard.order()).for_each(|heads| hadamard.apply(heads));
         }

@@ -1,5 +1,6 @@
 //! Weights as they come from a checkpoint: mapped where the layout allows, owned where they were changed.
 
+use dibit_quant::splitmix;
 use half::{bf16, f16};
 use memmap2::Mmap;
 #[cfg(unix)]
@@ -295,14 +296,6 @@ impl Tensor {
         }
         Tensor::from_blocks(dtype, self.rows, self.cols, 1, |row, block| block.copy_from_slice(&self.row(row)))
     }
-}
-
-/// The SplitMix64 generator, by counter.
-fn splitmix(counter: u64) -> u64 {
-    let mut x = counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 #[cfg(test)]

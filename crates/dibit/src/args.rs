@@ -121,6 +121,23 @@ pub struct SamplingArgs {
     pub seed: Option<u64>,
 }
 
+#[derive(Args)]
+pub struct CalibrationArgs {
+    /// What `dibit calibrate` made for the schemes that need it
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    pub calibration: Vec<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct HaystackArgs {
+    #[arg(
+        long,
+        value_name = "FILE",
+        help = "Essays to hide needles in: text, or JSON with a field \"text\" [default: RULER's noise sentences]"
+    )]
+    pub haystack: Option<PathBuf>,
+}
+
 fn calibrated_help() -> String {
     let calibrated = Scheme::built_in().filter(|name| Scheme::load(name).is_ok_and(|scheme| scheme.is_calibrated()));
     format!("The scheme: {}, or a file ending in .toml", calibrated.collect::<Vec<_>>().join(", "))
@@ -223,9 +240,8 @@ pub struct PerplexityArgs {
     /// Cache schemes, separated by commas; fp16 is always there as the reference
     #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
     pub kv: Vec<String>,
-    /// What `dibit calibrate` made for the schemes that need it
-    #[arg(long, value_name = "FILES", value_delimiter = ',')]
-    pub calibration: Vec<PathBuf>,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
     /// Tokens of a window
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
@@ -255,9 +271,8 @@ pub struct CompareArgs {
     /// Cache schemes, separated by commas; all takes the built-in ones. fp16 is always there as the reference
     #[arg(long, visible_alias = "kv", value_delimiter = ',', default_value = "all", value_name = "SCHEMES")]
     pub schemes: Vec<String>,
-    /// What `dibit calibrate` made for the schemes that need it
-    #[arg(long, value_name = "FILES", value_delimiter = ',')]
-    pub calibration: Vec<PathBuf>,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
     /// Tokens of a window, and of a retrieval prompt
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
@@ -270,12 +285,8 @@ pub struct CompareArgs {
     /// Seed of the retrieval prompts
     #[arg(long, default_value = "42")]
     pub seed: u64,
-    #[arg(
-        long,
-        value_name = "FILE",
-        help = "Essays to hide needles in: text, or JSON with a field \"text\" [default: RULER's noise sentences]"
-    )]
-    pub haystack: Option<PathBuf>,
+    #[command(flatten)]
+    pub haystack: HaystackArgs,
     /// Write all figures there
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -332,9 +343,8 @@ pub struct RulerArgs {
     /// Cache schemes, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
     pub kv: Vec<String>,
-    /// What `dibit calibrate` made for the schemes that need it
-    #[arg(long, value_name = "FILES", value_delimiter = ',')]
-    pub calibration: Vec<PathBuf>,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
     /// Tasks, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "all")]
     pub tasks: Vec<String>,
@@ -354,12 +364,8 @@ pub struct RulerArgs {
     /// Seed of the prompts
     #[arg(long, default_value = "42")]
     pub seed: u64,
-    #[arg(
-        long,
-        value_name = "FILE",
-        help = "Essays to hide needles in: text, or JSON with a field \"text\" [default: RULER's noise sentences]"
-    )]
-    pub haystack: Option<PathBuf>,
+    #[command(flatten)]
+    pub haystack: HaystackArgs,
     /// Put prompts into the model's chat template; without it the text is continued as it is
     #[arg(long)]
     pub chat: bool,

@@ -80,7 +80,7 @@ impl Comparison {
         }
         csv.push_str(",perplexity,kl_mean,kl_p999,top1_agreement,retrieval,cache_bytes,attention_micros\n");
         for row in self.sorted() {
-            let mut fields = vec![quoted(&row.scheme), quoted(&row.summary), number(Some(row.bits))];
+            let mut fields = vec![csv_field(&row.scheme), csv_field(&row.summary), number(Some(row.bits))];
             fields.extend(contexts.iter().map(|context| number(row.bits_at(*context))));
             fields.extend([row.perplexity, row.kl_mean, row.kl_p999, row.top1_agreement].map(|x| number(Some(x))));
             fields.extend([number(row.retrieval), row.cache_bytes.to_string(), number(row.attention_micros)]);
@@ -102,7 +102,8 @@ fn number(value: Option<f64>) -> String {
     value.filter(|x| x.is_finite()).map(|x| x.to_string()).unwrap_or_default()
 }
 
-fn quoted(field: &str) -> String {
+/// A field of CSV, quoted where it must be (RFC 4180).
+pub fn csv_field(field: &str) -> String {
     if field.contains([',', '"', '\r', '\n']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.into() }
 }
 

@@ -10,7 +10,7 @@ mod sample;
 pub mod study;
 mod timing;
 
-pub use comparison::{Comparison, ComparisonRow};
+pub use comparison::{Comparison, ComparisonRow, csv_field};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
 pub use sample::sample;
 pub use timing::attention_times;

@@ -10,6 +10,8 @@ mod hadamard;
 mod low_rank;
 mod pack;
 mod quantizer;
+mod rope;
+mod splitmix;
 
 pub use affine::Affine;
 pub use error::QuantError;
@@ -17,3 +19,5 @@ pub use hadamard::Hadamard;
 pub use low_rank::{LowRank, low_rank};
 pub use pack::{Bits, Plane, pack, packed_len, put, unpack};
 pub use quantizer::{Parameters, Quantizer};
+pub use rope::turn_back;
+pub use splitmix::splitmix;

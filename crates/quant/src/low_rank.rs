@@ -1,5 +1,7 @@
 //! Low-rank factors of a quantisation error (GEAR).
 
+use crate::splitmix;
+
 /// Repetitions of the power iteration in GEAR's code.
 const LOOPS: usize = 3;
 
@@ -50,12 +52,9 @@ pub fn low_rank(error: &[f32], cols: usize, rank: usize) -> LowRank {
     LowRank { tokens, channels }
 }
 
-/// Uniform numbers of `[0, 1)` by counter (SplitMix64).
+/// Uniform numbers of `[0, 1)` by counter.
 fn uniform(counter: u64) -> f32 {
-    let mut x = counter.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((x ^ (x >> 31)) >> 40) as f32 / (1u64 << 24) as f32
+    (splitmix(counter) >> 40) as f32 / (1u64 << 24) as f32
 }
 
 /// Gram-Schmidt on the columns of a row-major matrix, twice over, in f64. Columns that depend on earlier ones become

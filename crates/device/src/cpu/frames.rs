@@ -1,7 +1,7 @@
 //! The frames in which keys and values are stored: rotations of heads, and keys before their rotary embedding.
 
 use dibit_cache::{CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, PreRope, Tables, Transform};
-use dibit_quant::Hadamard;
+use dibit_quant::{Hadamard, turn_back};
 use std::sync::Arc;
 
 /// What one layer does to keys, queries and values besides quantising them.
@@ -144,15 +144,9 @@ impl PreRopeKeys {
 
     /// From the key after RoPE of the token at `position`, heads of a frame side by side, to what is stored.
     pub(super) fn store(&self, first_head: usize, position: usize, key: &mut [f32], buffer: &mut Vec<f32>) {
-        let half = self.head_dim / 2;
-        for (c, frequency) in self.tables.inv_freq.iter().enumerate() {
-            // The same angle as when the model applied it.
-            let (sine, cosine) = (position as f32 * frequency).sin_cos();
-            for head in key.chunks_exact_mut(self.head_dim) {
-                let (a, b) = (head[c], head[c + half]);
-                (head[c], head[c + half]) = (a * cosine + b * sine, b * cosine - a * sine);
-            }
-        }
+        // The same angles as when the model applied them.
+        let angles = self.tables.inv_freq.iter().map(|frequency| position as f32 * frequency);
+        turn_back(key, self.head_dim, angles.map(|angle| (angle.cos(), angle.sin())));
         if let Some(hadamard) = &self.hadamard {
             key.chunks_exact_mut(hadamard.order()).for_each(|heads| hadamard.apply(heads));
         }
@@ -192,16 +186,9 @@ impl PreRopeKeys {
 
     /// Turns queries back by the angle of the page that begins at `position`.
     pub(super) fn turn_back(&self, position: usize, queries: &[f32], turned: &mut Vec<f32>) {
-        let half = self.head_dim / 2;
         turned.clear();
         turned.extend_from_slice(queries);
-        for (c, frequency) in self.tables.inv_freq.iter().enumerate() {
-            let (sine, cosine) = (position as f64 * f64::from(*frequency)).sin_cos();
-            let (sine, cosine) = (sine as f32, cosine as f32);
-            for query in turned.chunks_exact_mut(self.head_dim) {
-                let (a, b) = (query[c], query[c + half]);
-                (query[c], query[c + half]) = (a * cosine + b * sine, b * cosine - a * sine);
-            }
-        }
+        let angles = self.tables.inv_freq.iter().map(|frequency| position as f64 * f64::from(*frequency));
+        turn_back(turned, self.head_dim, angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)));
     }
 }

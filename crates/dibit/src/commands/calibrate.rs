@@ -1,4 +1,4 @@
-use super::{cpu, interrupt_flag, schemes};
+use super::{cpu, go_on, interrupt_flag, schemes};
 use crate::args::CalibrateArgs;
 use crate::output::{STDOUT, bar, check_writable, note};
 use crate::{Outcome, source, text};
@@ -7,9 +7,7 @@ use dibit_cache::{CacheLayout, Scheme};
 use dibit_calibrate::{Artefact, CalibrationError, Options, Progress, calibrate};
 use dibit_model::Pretrained;
 use std::io::Write;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 /// Tokens of a sequence, where the user does not say and the model is made for so many.
 const CONTEXT: usize = 2048;
@@ -42,7 +40,7 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
         bar.set_length(progress.sequences as u64);
         bar.set_position(progress.done as u64);
         bar.set_message(format!("sequences of {} tokens", options.context));
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        go_on(&interrupted)
     })?;
     bar.finish_and_clear();
     let Some(artefact) = artefact else {

@@ -1,5 +1,5 @@
 use super::calibrate::{attach, calibrated_schemes};
-use super::{announce, cpu, evaluation_progress, interrupt_flag, schemes};
+use super::{announce, cpu, evaluation_progress, go_on, interrupt_flag, schemes};
 use crate::args::CompareArgs;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, retrieval, source, text};
@@ -11,9 +11,8 @@ use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study};
 use dibit_model::{Pretrained, windows};
 use std::io::Write;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 /// Contexts whose bits are shown beside those of the one that is run.
 const LONGER: [usize; 3] = [8192, 32768, 131_072];
@@ -28,15 +27,15 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let (all, named): (Vec<String>, Vec<String>) = args.schemes.iter().cloned().partition(|name| name.trim() == "all");
     schemes(&named)?;
     let text = text::read(&args.text)?;
-    let haystack = args.haystack.as_deref().map(retrieval::haystack).transpose()?;
+    let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
     let page = args.report.as_deref().map(prepare_report).transpose()?;
     for path in [&args.json, &args.csv].into_iter().flatten() {
         check_writable(path)?;
     }
     let pretrained = source::load(&args.run.model)?;
     let schemes = match all.is_empty() {
-        true => calibrated_schemes(&named, &args.calibration, &pretrained)?,
-        false => built_in(&named, &args.calibration, &pretrained)?,
+        true => calibrated_schemes(&named, &args.calibration.calibration, &pretrained)?,
+        false => built_in(&named, &args.calibration.calibration, &pretrained)?,
     };
     let schemes = with_reference(schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
@@ -199,7 +198,7 @@ fn retrieve(
         bar.set_message(format!("{}: retrieval", scheme.name));
         let answers = retrieval::run(&mut engine, samples, |begun| {
             bar.set_position((index * samples.len() + begun) as u64);
-            if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            go_on(interrupted)
         })?;
         let Some(answers) = answers else { return Ok(false) };
         let sum: f64 = answers.iter().map(|answer| answer.score).sum();

@@ -66,6 +66,11 @@ fn interrupt_flag(twice_ends: bool) -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
+/// Whether to go on: not once Ctrl-C was pressed.
+fn go_on(interrupted: &AtomicBool) -> ControlFlow<()> {
+    if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
 /// Shows on a bar how far an evaluation is, and stops it once Ctrl-C was pressed.
 fn evaluation_progress<'a>(
     bar: &'a ProgressBar,
@@ -77,7 +82,7 @@ fn evaluation_progress<'a>(
         bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
         bar.set_position(steps);
         steps += 1;
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        go_on(interrupted)
     }
 }
 

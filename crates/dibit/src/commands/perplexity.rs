@@ -13,7 +13,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     let text = text::read(&args.text)?;
     args.json.as_deref().map(check_writable).transpose()?;
     let pretrained = source::load(&args.run.model)?;
-    let schemes = calibrated_schemes(&args.kv, &args.calibration, &pretrained)?;
+    let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let cpu = cpu(&args.run)?;

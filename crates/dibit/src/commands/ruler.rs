@@ -1,5 +1,5 @@
 use super::calibrate::calibrated_schemes;
-use super::{announce, cpu, interrupt_flag, schemes};
+use super::{announce, cpu, go_on, interrupt_flag, schemes};
 use crate::args::RulerArgs;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use dibit_cache::Scheme;
 use dibit_device::Cpu;
 use dibit_engine::{Engine, EngineError, Options};
+use dibit_eval::csv_field;
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_model::Pretrained;
 use serde_json::{Value, json};
@@ -32,12 +33,12 @@ struct Row<'a> {
 pub fn run(args: &RulerArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
     let tasks = tasks(&args.tasks)?;
-    let haystack = args.haystack.as_deref().map(retrieval::haystack).transpose()?;
+    let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
         check_writable(path)?;
     }
     let pretrained = source::load(&args.run.model)?;
-    let schemes = calibrated_schemes(&args.kv, &args.calibration, &pretrained)?;
+    let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     check(args, &pretrained, &schemes)?;
     let name = pretrained.name.clone();
     let stand_in = haystack.is_none() && tasks.iter().any(|task| task.takes_essay());
@@ -66,7 +67,7 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
         rows.extend(run_scheme(args, &cpu, &mut pretrained, scheme, &prompts, |prompts, sample, before| {
             bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
             bar.set_position((done + before) as u64);
-            if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            go_on(&interrupted)
         })?);
     }
     bar.finish_and_clear();
@@ -231,7 +232,7 @@ fn to_json(args: &RulerArgs, model: &str, tasks: &[Task], rows: &[Row]) -> Value
         "samples": args.samples,
         "seed": args.seed,
         "chat": args.chat,
-        "haystack": args.haystack,
+        "haystack": args.haystack.haystack,
         "results": rows.iter().map(row).collect::<Vec<_>>(),
     })
 }
@@ -240,19 +241,10 @@ fn to_csv(tasks: &[Task], rows: &[Row]) -> String {
     let mut csv = "scheme,context,task,score\n".to_owned();
     for row in rows {
         for &task in tasks {
-            csv += &format!("{},{},{task},{:.2}\n", quoted(row.scheme), row.prompts.context, row.score(task));
+            csv += &format!("{},{},{task},{:.2}\n", csv_field(row.scheme), row.prompts.context, row.score(task));
         }
     }
     csv
-}
-
-/// A field of CSV.
-fn quoted(field: &str) -> String {
-    if field.contains([',', '"', '\n', '\r']) {
-        format!("\"{}\"", field.replace('"', "\"\""))
-    } else {
-        field.to_owned()
-    }
 }
 
 /// The prompts as JSON lines; the fields of the original have its names.
