@@ -11,6 +11,9 @@ use std::sync::Arc;
 /// Layer that is run; the one before it is there because pivots are not looked for in the first.
 const LAYER: usize = 1;
 
+/// How far outputs may be from those of NumPy, which keeps weights in 32 bits where we have 16.
+const TOLERANCE: f32 = 5e-3;
+
 struct Golden<'a> {
     tensors: SafeTensors<'a>,
     metadata: HashMap<String, String>,
@@ -128,7 +131,7 @@ fn decode_attention_of_every_method_is_that_of_numpy() {
             .iter()
             .zip(&expected)
             .fold(0f32, |most, (a, b)| if most >= (a - b).abs() { most } else { (a - b).abs() });
-        if worst.is_nan() || worst > 3e-4 * rms {
+        if worst.is_nan() || worst > TOLERANCE * rms {
             wrong.push(format!("{case}: {worst} of {rms}"));
         }
     }

@@ -225,7 +225,8 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
         }
         for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
             let kv_head = item.first_head + index;
-            let mut block = Block { call, span, class, kv_head, index, queries, scratch, partials };
+            let next = next_page(call, span, class, &tokens, packed_keys, kv_head);
+            let mut block = Block { call, span, class, kv_head, index, queries, next, scratch, partials };
             block.look(&tokens, packed_values);
         }
     };
@@ -250,7 +251,8 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
             let rows = first..item.rows.end.min(first + PAGE_TOKENS);
             for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
                 let kv_head = item.first_head + index;
-                let mut block = Block { call, span, class: 0, kv_head, index, queries, scratch, partials };
+                let (class, next) = (0, None);
+                let mut block = Block { call, span, class, kv_head, index, queries, next, scratch, partials };
                 block.plain_logits([call.store.incoming_keys(kv_head, rows.clone()), &[]]);
                 block.mask(item.rows.clone(), rows.clone(), shared);
                 block.softmax(rows.len());
@@ -258,6 +260,26 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
             }
         }
     }
+}
+
+/// The page behind that of these tokens, where packed keys lie in it. Pages of 16 bit are long enough for the processor
+/// to find by itself.
+fn next_page<'a>(
+    call: Call<'a>,
+    span: &Span,
+    class: usize,
+    tokens: &Tokens,
+    packed_keys: usize,
+    kv_head: usize,
+) -> Option<&'a [u8]> {
+    let Tokens::Packed(slots) = tokens else { return None };
+    let index = slots.start / PAGE_TOKENS + 1;
+    let page = call.store.layout().layer(class, call.layer).page;
+    let packed = matches!((page.keys, page.values), (SideLayout::Packed(_), SideLayout::Packed(_)));
+    if !packed || !span.classes.is_empty() || index * PAGE_TOKENS >= packed_keys {
+        return None;
+    }
+    Some(call.store.page(class, span.blocks[index], call.layer, kv_head))
 }
 
 /// Expands the keys of a page that are stored before RoPE, for all heads of a frame.

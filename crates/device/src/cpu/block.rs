@@ -3,9 +3,10 @@
 use super::attention::{Call, Scratch};
 use super::dot::{self, dot_rows};
 use super::element::Element;
-use super::exp::exp_shifted;
-use super::mix::{self, Plain, mix_rows};
+use super::mix::{self, mix_rows};
 use super::page::{Page, Sums, Weights};
+use super::simd::prefetch;
+use super::softmax::softmax;
 use crate::Span;
 use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
 use dibit_quant::Hadamard;
@@ -29,6 +30,8 @@ pub(super) struct Block<'a> {
     /// Number of the KV head in its frame.
     pub index: usize,
     pub queries: usize,
+    /// The page that is read next, where that is known.
+    pub next: Option<&'a [u8]>,
     pub scratch: &'a mut Scratch,
     pub partials: &'a mut [f32],
 }
@@ -48,12 +51,16 @@ impl Block<'_> {
         };
         self.find_sinks(range.start..if in_page { range.end } else { border });
         let Call { store, layer, .. } = self.call;
+        // Half of the next page is asked for before each half of this one is read.
+        let (next_keys, next_values) = self.next.map(|page| page.split_at(page.len() / 2)).unwrap_or_default();
+        prefetch(next_keys);
         if in_page {
             self.page_logits(range.clone());
         } else {
             self.plain_logits(store.ring_keys(self.span, layer, self.kv_head, range.clone()));
         }
         self.softmax(range.len());
+        prefetch(next_values);
         if border > range.start {
             self.page_values(range.start..border);
         }
@@ -125,10 +132,10 @@ impl Block<'_> {
                         weight_stride: d,
                         rows: d,
                         row_stride: PAGE_TOKENS,
-                        units: PAGE_TOKENS,
+                        lanes: PAGE_TOKENS,
                         y_stride: PAGE_TOKENS,
                     };
-                    mix_rows::<Plain<f32>>(isa, &turned[own.clone()], keys, shape, logits);
+                    mix_rows(isa, &turned[own.clone()], keys, shape, logits);
                 } else {
                     let weights = Weights { values: &queries[own.clone()], count: self.queries, stride: d };
                     let mut sums = Sums { values: &mut *logits, stride: PAGE_TOKENS };
@@ -177,21 +184,7 @@ impl Block<'_> {
     pub(super) fn softmax(&mut self, tokens: usize) {
         let states = self.partials.chunks_exact_mut(self.call.heads.dim + 2);
         for (logits, state) in self.scratch.logits.chunks_exact_mut(PAGE_TOKENS).zip(states) {
-            let logits = &mut logits[..tokens];
-            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            if largest > state[0] {
-                let shrink = (state[0] - largest).exp();
-                for sum in &mut state[1..] {
-                    *sum *= shrink;
-                }
-                state[0] = largest;
-            }
-            if state[0] == f32::NEG_INFINITY {
-                logits.fill(0.0);
-                continue;
-            }
-            exp_shifted(self.call.isa, logits, state[0]);
-            state[1] += logits.iter().sum::<f32>();
+            softmax(self.call.isa, &mut logits[..tokens], state);
         }
     }
 
@@ -237,10 +230,10 @@ impl Block<'_> {
                 weight_stride: PAGE_TOKENS,
                 rows,
                 row_stride: d,
-                units: d,
+                lanes: d,
                 y_stride: d + 2,
             };
-            mix_rows::<Plain<E>>(self.call.isa, &self.scratch.logits[first..], run, shape, &mut self.partials[2..]);
+            mix_rows(self.call.isa, &self.scratch.logits[first..], run, shape, &mut self.partials[2..]);
             first += rows;
         }
     }

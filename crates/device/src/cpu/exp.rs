@@ -1,6 +1,6 @@
 //! The exponential of softmax, in a form that compilers vectorise.
 
-use super::simd::{BASELINE_FMA, dispatch, mul_add};
+use super::simd::mul_add;
 
 /// Below this the result is zero; `exp` is already smaller than 1e-38 there.
 const UNDERFLOW: f32 = -87.0;
@@ -16,38 +16,39 @@ const SERIES: [f32; 6] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.
 
 /// `exp(x)` for `x <= 0`, within 2 units in the last place, exactly 1 at 0 and exactly 0 below -87.
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
+pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     let clamped = if x > UNDERFLOW { x } else { UNDERFLOW };
-    let n = mul_add::<FMA>(clamped, LOG2_E, ROUND) - ROUND;
+    // The integer is in the low bits of what was rounded.
+    let rounded = mul_add::<FMA>(clamped, LOG2_E, ROUND);
+    let n = rounded - ROUND;
     let r = mul_add::<FMA>(n, -LN_2_LOW, mul_add::<FMA>(n, -LN_2_HIGH, clamped));
     let mut series = SERIES[0];
     for coefficient in &SERIES[1..] {
         series = mul_add::<FMA>(series, r, *coefficient);
     }
     let value = mul_add::<FMA>(series, r * r, r) + 1.0;
-    let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23));
     if x >= UNDERFLOW { value * power } else { 0.0 }
-}
-
-#[inline(always)]
-fn body<const FMA: bool>(values: &mut [f32], offset: f32) {
-    for value in values {
-        *value = exp::<FMA>(*value - offset);
-    }
-}
-
-dispatch! {
-    /// `values[i] <- exp(values[i] - offset)`, for values that are at most `offset`.
-    fn exp_shifted<>(values: &mut [f32], offset: f32);
-    baseline: body::<BASELINE_FMA>(values, offset);
-    avx2: body::<true>(values, offset);
-    avx512: body::<true>(values, offset);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::simd::Isa;
+    use crate::cpu::simd::{BASELINE_FMA, Isa, dispatch};
+
+    #[inline(always)]
+    fn body<const FMA: bool>(values: &mut [f32], offset: f32) {
+        for value in values {
+            *value = exp::<FMA>(*value - offset);
+        }
+    }
+
+    dispatch! {
+        fn exp_shifted<>(values: &mut [f32], offset: f32);
+        baseline: body::<BASELINE_FMA>(values, offset);
+        avx2: body::<true>(values, offset);
+        avx512: body::<true>(values, offset);
+    }
 
     #[test]
     fn close_to_the_library_everywhere() {

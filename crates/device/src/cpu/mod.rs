@@ -2,6 +2,7 @@
 
 mod attention;
 mod block;
+mod codes;
 mod dot;
 mod element;
 mod encode;
@@ -12,8 +13,10 @@ mod mix;
 mod page;
 #[cfg(test)]
 mod reference;
+mod scales;
 mod simd;
 mod sinks;
+mod softmax;
 mod store;
 #[cfg(test)]
 mod tests;

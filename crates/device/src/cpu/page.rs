@@ -4,11 +4,13 @@
 //! of tokens and yield channels. Codes are never expanded. With `x^ = s c + z`, scales and zeros that belong to a row
 //! are folded into its weight, `w x^ = (w s) c + w z`, and those that belong to a lane into the sum.
 
+use super::codes::{Codes, IntegerWeights, Line, mix_codes};
 use super::element::Element;
-use super::mix::{self, Codes, Plain, mix_rows};
+use super::mix::{self, mix_rows};
+use super::scales::{Scales, apply, fold, total, unfold};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::{Bits, Quantizer};
+use dibit_quant::unpack;
 use half::f16;
 use std::ops::Range;
 
@@ -48,10 +50,16 @@ impl Sums<'_> {
 pub(super) struct Folding {
     /// Weights with scales folded in.
     folded: Vec<f32>,
-    /// The same for the high plane of a code.
-    raised: Vec<f32>,
+    /// The same as integers.
+    weights: IntegerWeights,
+    /// Packed rows side by side.
+    lines: Vec<Line>,
     /// Weighted codes of one group of rows.
     mixed: Vec<f32>,
+    /// Codes of a row, and what its lanes are scaled and moved by.
+    codes: Vec<u8>,
+    row_scales: Vec<f32>,
+    row_offsets: Vec<f32>,
 }
 
 /// A packed side of a page.
@@ -92,88 +100,58 @@ impl Page<'_> {
     /// Scales and zeros belong to rows: `w x^ = (w s) c + w z`.
     fn groups_of_lanes(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
         let count = rows.len();
-        folding.folded.resize(weights.count * count, 0.0);
+        let Folding { folded, weights: integers, lines, .. } = folding;
+        folded.resize(weights.count * count, 0.0);
         for span in self.side.group_spans() {
-            let first = span.index * self.side.rows + rows.start;
-            let scales = &self.halves(self.side.scales)[first..first + count];
-            let zeros = &self.halves(self.side.zeros)[first..first + count];
-            let folded = folding.folded.chunks_exact_mut(count);
-            for ((weights, folded), sums) in weights.rows().zip(folded).zip(sums.rows()) {
-                let offset = fold(self.side.quantizer, &weights[..count], scales, zeros, folded);
+            let own = self.scales(span.index * self.side.rows + rows.start, count);
+            for ((weights, folded), sums) in weights.rows().zip(folded.chunks_exact_mut(count)).zip(sums.rows()) {
+                let offset = fold(isa, &weights[..count], own, folded);
                 for sum in &mut sums[span.lanes.clone()] {
                     *sum += offset;
                 }
             }
-            let folded = Weights { values: &folding.folded, stride: count, ..weights };
-            self.mix(isa, &span, rows.clone(), folded, &mut folding.raised, sums);
+            integers.load(isa, folded, weights.count, count, count);
+            let y = &mut sums.values[span.lanes.start..];
+            mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride);
         }
     }
 
     /// Scales and zeros belong to lanes: `sum w x^ = s (sum w c) + z (sum w)`.
     fn groups_of_rows(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
         let lanes = self.side.lanes;
-        let wide = lanes.next_multiple_of(8);
+        let Folding { mixed, weights: integers, lines, .. } = folding;
         for (group, all) in self.side.row_groups() {
             let own = all.start.max(rows.start)..all.end.min(rows.end);
             if own.is_empty() {
                 continue;
             }
-            folding.mixed.clear();
-            folding.mixed.resize(weights.count * wide, 0.0);
+            mixed.clear();
+            mixed.resize(weights.count * lanes, 0.0);
             let weights = weights.from(own.start - rows.start);
-            let mut mixed = Sums { values: &mut folding.mixed, stride: wide };
+            integers.load(isa, weights.values, weights.count, weights.stride, own.len());
             for span in self.side.group_spans() {
-                self.mix(isa, &span, own.clone(), weights, &mut folding.raised, &mut mixed);
+                let y = &mut mixed[span.lanes.start..];
+                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes);
             }
-            let scales = &self.halves(self.side.scales)[group * lanes..(group + 1) * lanes];
-            let zeros = &self.halves(self.side.zeros)[group * lanes..(group + 1) * lanes];
-            for ((weights, mixed), sums) in weights.rows().zip(folding.mixed.chunks_exact(wide)).zip(sums.rows()) {
-                let total: f32 = weights[..own.len()].iter().sum();
-                unfold(self.side.quantizer, total, mixed, scales, zeros, sums);
+            let scales = self.scales(group * lanes, lanes);
+            for ((weights, mixed), sums) in weights.rows().zip(mixed.chunks_exact(lanes)).zip(sums.rows()) {
+                unfold(isa, total(isa, &weights[..own.len()]), mixed, scales, &mut sums[..lanes]);
             }
         }
     }
 
-    /// Adds weighted codes of a packed part of some rows.
-    fn mix(
-        self,
-        isa: Isa,
-        span: &GroupSpan,
-        rows: Range<usize>,
-        weights: Weights,
-        raised: &mut Vec<f32>,
-        sums: &mut Sums,
-    ) {
+    /// A packed part of some rows.
+    fn codes(&self, span: &GroupSpan, rows: Range<usize>) -> Codes<'_> {
         let PackedSide { bits, codes, row_bytes, .. } = *self.side;
         let start = codes + rows.start * row_bytes + span.bytes.start;
-        let codes = &self.bytes[start..start + (rows.len() - 1) * row_bytes + span.bytes.len()];
-        let lanes = span.lanes.len();
-        let shape = |plane: usize| mix::Shape {
-            m: weights.count,
-            weight_stride: weights.stride,
-            rows: rows.len(),
-            row_stride: row_bytes,
-            units: bits.planes()[plane].stride(lanes),
-            y_stride: sums.stride,
-        };
-        let y = &mut sums.values[span.lanes.start..];
-        match bits {
-            Bits::Two => mix_rows::<Codes<2>>(isa, weights.values, codes, shape(0), y),
-            Bits::Four => mix_rows::<Codes<4>>(isa, weights.values, codes, shape(0), y),
-            Bits::Eight => mix_rows::<Codes<8>>(isa, weights.values, codes, shape(0), y),
-            Bits::Three => {
-                mix_rows::<Codes<2>>(isa, weights.values, codes, shape(0), y);
-                // The plane of the high bit counts four times.
-                raised.clear();
-                raised.extend(weights.values.iter().map(|weight| 4.0 * weight));
-                let high = &codes[shape(0).units..];
-                let shape = shape(1);
-                mix_rows::<Codes<1>>(isa, raised, high, shape, y);
-                if 4 * shape.units < lanes {
-                    mix_rows::<Codes<1, 4>>(isa, raised, high, shape, &mut y[4 * shape.units..]);
-                }
-            }
-        }
+        let bytes = &self.bytes[start..start + (rows.len() - 1) * row_bytes + span.bytes.len()];
+        Codes { bytes, bits, rows: rows.len(), stride: row_bytes, lanes: span.lanes.len() }
+    }
+
+    /// `count` scales and zeros from number `first` on.
+    fn scales(&self, first: usize, count: usize) -> Scales<'_> {
+        let of = |offset: usize| &self.halves(offset)[first..first + count];
+        Scales { scales: of(self.side.scales), zeros: of(self.side.zeros), quantizer: self.side.quantizer }
     }
 
     /// Adds the channels in 16 bit: rows of keys, lanes of values.
@@ -187,12 +165,12 @@ impl Page<'_> {
             weight_stride: weights.stride,
             rows: own.len(),
             row_stride: high.lanes,
-            units: high.lanes,
+            lanes: high.lanes,
             y_stride: sums.stride,
         };
         let numbers = &self.halves(high.offset)[(own.start - high.first_row) * high.lanes..][..own.len() * high.lanes];
         let weights = &weights.values[own.start - rows.start..];
-        mix_rows::<Plain<f16>>(isa, weights, numbers, shape, &mut sums.values[high.first_lane..]);
+        mix_rows(isa, weights, numbers, shape, &mut sums.values[high.first_lane..]);
     }
 
     /// Adds `E = tokens channels^T`, seen as rows and lanes.
@@ -227,14 +205,13 @@ impl Page<'_> {
     fn add_outliers(self, outliers: Outliers, rows: Range<usize>, weights: Weights, sums: &mut Sums) {
         let count = 2 * outliers.per_end;
         let all = self.halves(outliers.values);
-        let (scales, zeros) = (self.halves(self.side.scales), self.halves(self.side.zeros));
-        let integer = self.side.quantizer != Quantizer::FloatMin;
+        let own = self.scales(0, self.side.num_parameters());
         for row in rows.start..rows.end.min(self.side.rows) {
             let lanes = &self.bytes[outliers.lanes + row * count..][..count];
             for (value, &lane) in all[row * count..].iter().zip(lanes) {
                 let lane = usize::from(lane);
-                let at = self.side.parameter(row, lane);
-                let difference = value.widen() - offset(integer, scales[at].widen(), zeros[at].widen());
+                let (_, offset) = own.at(self.side.parameter(row, lane));
+                let difference = value.widen() - offset;
                 for (weights, sums) in weights.rows().zip(sums.rows()) {
                     sums[lane] += weights[row - rows.start] * difference;
                 }
@@ -245,78 +222,36 @@ impl Page<'_> {
     /// Expands every row, where nothing lies beside the codes: row `row` is written to `out[place(row)..]`.
     pub(super) fn expand(self, isa: Isa, folding: &mut Folding, place: impl Fn(usize) -> usize, out: &mut [f32]) {
         let side = self.side;
-        let one = Weights { values: &[1.0], count: 1, stride: 1 };
-        let mut codes = |row: usize, out: &mut [f32]| {
-            out.fill(0.0);
-            let mut sums = Sums { values: out, stride: side.lanes };
+        let Folding { codes, row_scales, row_offsets, .. } = folding;
+        codes.resize(side.lanes, 0);
+        row_scales.resize(side.lanes, 0.0);
+        row_offsets.resize(side.lanes, 0.0);
+        let own = self.scales(0, side.num_parameters());
+        for row in 0..side.rows {
             for span in side.group_spans() {
-                self.mix(isa, &span, row..row + 1, one, &mut folding.raised, &mut sums);
+                unpack(side.bits, self.codes(&span, row..row + 1).bytes, &mut codes[span.lanes.clone()]);
             }
-        };
-        let (scales, zeros) = (self.halves(side.scales), self.halves(side.zeros));
-        let integer = side.quantizer != Quantizer::FloatMin;
-        let parameters = |at: usize| {
-            let scale = scales[at].widen();
-            (scale, offset(integer, scale, zeros[at].widen()))
-        };
-        match side.along {
-            Along::Lanes => {
-                for row in 0..side.rows {
-                    let out = &mut out[place(row)..][..side.lanes];
-                    codes(row, out);
+            match side.along {
+                Along::Lanes => {
                     for span in side.group_spans() {
-                        let (scale, offset) = parameters(side.parameter(row, span.lanes.start));
-                        out[span.lanes].iter_mut().for_each(|x| *x = *x * scale + offset);
+                        let (scale, offset) = own.at(side.parameter(row, span.lanes.start));
+                        row_scales[span.lanes.clone()].fill(scale);
+                        row_offsets[span.lanes].fill(offset);
                     }
                 }
-            }
-            Along::Rows => {
-                for (group, rows) in side.row_groups() {
-                    folding.mixed.clear();
-                    folding.mixed.extend((0..side.lanes).map(|lane| parameters(group * side.lanes + lane).0));
-                    folding.folded.clear();
-                    folding.folded.extend((0..side.lanes).map(|lane| parameters(group * side.lanes + lane).1));
-                    for row in rows {
-                        let out = &mut out[place(row)..][..side.lanes];
-                        codes(row, out);
-                        for ((x, scale), offset) in out.iter_mut().zip(&folding.mixed).zip(&folding.folded) {
-                            *x = *x * scale + offset;
-                        }
+                Along::Rows if row % side.group == 0 => {
+                    for (lane, (scale, offset)) in row_scales.iter_mut().zip(row_offsets.iter_mut()).enumerate() {
+                        (*scale, *offset) = own.at(side.parameter(row, lane));
                     }
                 }
+                Along::Rows => {}
             }
+            apply(isa, codes, row_scales, row_offsets, &mut out[place(row)..][..side.lanes]);
         }
     }
 
     fn halves(&self, offset: usize) -> &[f16] {
         let bytes = &self.bytes[offset..];
         bytemuck::cast_slice(&bytes[..bytes.len() & !1])
-    }
-}
-
-/// The value of code 0 ([`Quantizer::offset`]).
-#[inline(always)]
-fn offset(integer: bool, scale: f32, zero: f32) -> f32 {
-    if integer { -scale * zero } else { zero }
-}
-
-/// `folded = weights * scales`; returns `weights . offsets`.
-fn fold(quantizer: Quantizer, weights: &[f32], scales: &[f16], zeros: &[f16], folded: &mut [f32]) -> f32 {
-    let integer = quantizer != Quantizer::FloatMin;
-    let mut sum = 0.0;
-    for (((weight, scale), zero), folded) in weights.iter().zip(scales).zip(zeros).zip(folded) {
-        let scale = scale.widen();
-        *folded = weight * scale;
-        sum += weight * offset(integer, scale, zero.widen());
-    }
-    sum
-}
-
-/// `sums += scales * mixed + offsets * total`.
-fn unfold(quantizer: Quantizer, total: f32, mixed: &[f32], scales: &[f16], zeros: &[f16], sums: &mut [f32]) {
-    let integer = quantizer != Quantizer::FloatMin;
-    for (((mixed, scale), zero), sum) in mixed.iter().zip(scales).zip(zeros).zip(sums) {
-        let scale = scale.widen();
-        *sum += mixed * scale + total * offset(integer, scale, zero.widen());
     }
 }

@@ -97,29 +97,41 @@ fn columns<E: Element, L: Lanes, const M: usize, const N: usize>(
     }
 }
 
+/// `N1`, `N2` and `N4` are the rows of `w` that are taken at once for 1, 2 and 4 rows of `x`.
 #[inline(always)]
-fn body<E: Element, L: Lanes, const M: usize, const N: usize>(
+fn body<E: Element, L: Lanes, const N1: usize, const N2: usize, const N4: usize>(
     x: &[f32],
     w: &[E],
     shape: Shape,
     emit: &mut impl FnMut(usize, usize, f32),
 ) {
     let row = |i: usize| &x[i * shape.k..(i + 1) * shape.k];
-    let whole = shape.m - shape.m % M;
-    for i in (0..whole).step_by(M) {
-        columns::<E, L, M, N>(std::array::from_fn(|a| row(i + a)), w, shape, &mut |a, j, sum| emit(i + a, j, sum));
-    }
-    for i in whole..shape.m {
-        columns::<E, L, 1, N>([row(i)], w, shape, &mut |_, j, sum| emit(i, j, sum));
+    let mut i = 0;
+    while i < shape.m {
+        let emit = &mut |a, j, sum| emit(i + a, j, sum);
+        i += match shape.m - i {
+            4.. => {
+                columns::<E, L, 4, N4>(std::array::from_fn(|a| row(i + a)), w, shape, emit);
+                4
+            }
+            2.. => {
+                columns::<E, L, 2, N2>([row(i), row(i + 1)], w, shape, emit);
+                2
+            }
+            _ => {
+                columns::<E, L, 1, N1>([row(i)], w, shape, emit);
+                1
+            }
+        };
     }
 }
 
 dispatch! {
     /// Calls `emit(i, j, x[i] . w[j])` for every pair of rows.
     fn dot_rows<E: Element, F: FnMut(usize, usize, f32)>(x: &[f32], w: &[E], shape: Shape, emit: &mut F);
-    baseline: body::<E, Portable, 2, 2>(x, w, shape, emit);
-    avx2: body::<E, Avx2, 2, 3>(x, w, shape, emit);
-    avx512: body::<E, Avx512, 4, 4>(x, w, shape, emit);
+    baseline: body::<E, Portable, 2, 2, 1>(x, w, shape, emit);
+    avx2: body::<E, Avx2, 4, 3, 1>(x, w, shape, emit);
+    avx512: body::<E, Avx512, 8, 8, 4>(x, w, shape, emit);
 }
 
 #[cfg(test)]

@@ -44,19 +44,6 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn load_bits(bytes: &[u8; WIDTH], shift: u32, mask: u8) -> Self {
-        let start = bytes.as_ptr();
-        // SAFETY: as above.
-        Avx2(unsafe {
-            let (shift, mask) = (_mm_cvtsi32_si128(shift as i32), _mm256_set1_epi32(i32::from(mask)));
-            [start, start.add(8)].map(|start| {
-                let wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(start.cast()));
-                _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(wide, shift), mask))
-            })
-        })
-    }
-
-    #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         // SAFETY: as above.
         Avx2(unsafe {

@@ -37,16 +37,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn load_bits(bytes: &[u8; WIDTH], shift: u32, mask: u8) -> Self {
-        // SAFETY: as above.
-        Avx512(unsafe {
-            let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
-            let shifted = _mm512_srl_epi32(wide, _mm_cvtsi32_si128(shift as i32));
-            _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(i32::from(mask))))
-        })
-    }
-
-    #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         // SAFETY: as above.
         Avx512(unsafe { _mm512_fmadd_ps(self.0, factor.0, addend.0) })

@@ -15,6 +15,9 @@ pub(crate) enum Isa {
     /// AVX-512 F, BW, DQ and VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same with VNNI and VBMI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
 }
 
 impl Isa {
@@ -38,6 +41,9 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl");
                 if avx512 {
                     all.push(Isa::Avx512);
+                    if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi") {
+                        all.push(Isa::Avx512Vnni);
+                    }
                 }
             }
         }
@@ -57,6 +63,8 @@ impl Isa {
             Isa::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => "AVX-512 VNNI",
         }
     }
 }
@@ -70,25 +78,43 @@ pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 /// True where the target itself guarantees a fused multiply-add.
 pub(crate) const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
-/// Defines `fn $name(isa, args)` that runs `$base`, `$avx2` or `$avx512`: the same body with constants for each.
+/// Defines `fn $name(isa, args)` that runs `$base`, `$avx2`, `$avx512` or `$vnni`: the same body with constants for each.
+/// Without `$vnni`, `$avx512` takes its place.
 macro_rules! dispatch {
-    ($(#[$meta:meta])* fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?);
-     baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr;) => {
+    ($(#[$meta:meta])* fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?)
+     $(-> $out:ty)?; baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr;) => {
+        $crate::cpu::simd::dispatch! {
+            $(#[$meta])*
+            fn $name<$($generic: $bound),*>($($arg: $type),*) $(-> $out)?;
+            baseline: $base;
+            avx2: $avx2;
+            avx512: $avx512;
+            vnni: $avx512;
+        }
+    };
+    ($(#[$meta:meta])* fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?)
+     $(-> $out:ty)?; baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr; vnni: $vnni:expr;) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        pub(crate) fn $name<$($generic: $bound),*>(isa: $crate::cpu::simd::Isa, $($arg: $type),*) {
+        pub(crate) fn $name<$($generic: $bound),*>(isa: $crate::cpu::simd::Isa, $($arg: $type),*) $(-> $out)? {
             use $crate::cpu::simd::Isa;
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::too_many_arguments)]
             #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2<$($generic: $bound),*>($($arg: $type),*) {
+            fn avx2<$($generic: $bound),*>($($arg: $type),*) $(-> $out)? {
                 $avx2
             }
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::too_many_arguments)]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-            fn avx512<$($generic: $bound),*>($($arg: $type),*) {
+            fn avx512<$($generic: $bound),*>($($arg: $type),*) $(-> $out)? {
                 $avx512
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[allow(clippy::too_many_arguments)]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+            fn vnni<$($generic: $bound),*>($($arg: $type),*) $(-> $out)? {
+                $vnni
             }
             match isa {
                 Isa::Baseline => $base,
@@ -98,6 +124,9 @@ macro_rules! dispatch {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Isa::Avx512 => unsafe { avx512::<$($generic),*>($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::Avx512Vnni => unsafe { vnni::<$($generic),*>($($arg),*) },
             }
         }
     };

@@ -33,8 +33,6 @@ pub(crate) trait Lanes: Copy {
     fn load_f16(values: &[f16; WIDTH]) -> Self;
     /// These numbers, widened.
     fn load_bf16(values: &[bf16; WIDTH]) -> Self;
-    /// `(byte >> shift) & mask` of these bytes.
-    fn load_bits(bytes: &[u8; WIDTH], shift: u32, mask: u8) -> Self;
     /// `self * factor + addend`, fused.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// Writes the lanes.
@@ -46,6 +44,16 @@ pub(crate) trait Lanes: Copy {
         let mut lanes = [0f32; WIDTH];
         self.store(&mut lanes);
         join(lanes)
+    }
+}
+
+/// Asks for bytes that are about to be read. Where no instruction does that, they are read when they are.
+#[inline(always)]
+pub(crate) fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing that the program could see.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) };
     }
 }
 

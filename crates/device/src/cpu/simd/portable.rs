@@ -28,11 +28,6 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn load_bits(bytes: &[u8; WIDTH], shift: u32, mask: u8) -> Self {
-        Portable(bytes.map(|byte| f32::from((byte >> shift) & mask)))
-    }
-
-    #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         let product = |lane: usize| mul_add::<BASELINE_FMA>(self.0[lane], factor.0[lane], addend.0[lane]);
         Portable(std::array::from_fn(product))

@@ -248,11 +248,21 @@ fn pass(
     }
 }
 
+/// How far outputs may be from the reference, as a share of the largest: weights of packed codes have 16 bits.
+const TOLERANCE: f64 = 3e-3;
+
+/// How far outputs may be apart that differ in the order of float sums alone. A sum that is rounded differently can move
+/// a weight of packed codes by a step.
+const REORDERED: f32 = 1e-4;
+
 fn close(what: &str, got: &[f32], expected: &[f64]) {
     assert_eq!(got.len(), expected.len());
     let scale = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
     for (i, (&got, expected)) in got.iter().zip(expected).enumerate() {
-        assert!((f64::from(got) - expected).abs() < 1e-4 * scale, "{what}, number {i}: {got} instead of {expected}");
+        assert!(
+            (f64::from(got) - expected).abs() <= TOLERANCE * scale,
+            "{what}, number {i}: {got} instead of {expected}"
+        );
     }
 }
 
@@ -427,7 +437,7 @@ fn splits_do_not_change_the_result() {
             .into();
         for out in &outs[1..] {
             for (a, b) in outs[0].iter().zip(out) {
-                assert!((a - b).abs() < 2e-5, "{name}: {a} and {b}");
+                assert!((a - b).abs() < REORDERED, "{name}: {a} and {b}");
             }
         }
     }
@@ -449,7 +459,7 @@ fn threads_and_instruction_sets_agree() {
         let width = case.heads * case.head_dim;
         for isa in Isa::available() {
             for (a, b) in out(1, isa)[400 * width..].iter().zip(&expected[400 * width..]) {
-                assert!((a - b).abs() < 2e-5, "{name}, {isa:?}: {a} and {b}");
+                assert!((a - b).abs() < REORDERED, "{name}, {isa:?}: {a} and {b}");
             }
         }
     }
