@@ -1,9 +1,12 @@
-//! What a cache scheme costs in accuracy.
+//! What a cache scheme costs: in accuracy, and in time.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 mod comparison;
 mod distribution;
+mod models;
 mod perplexity;
+mod random_cache;
 pub mod report;
 pub mod ruler;
 mod sample;

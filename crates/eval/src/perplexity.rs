@@ -6,6 +6,7 @@
 
 use crate::EvalError;
 use crate::distribution::Distribution;
+use crate::models::Models;
 use dibit_cache::{CacheManager, Scheme};
 use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Model, Pretrained, Workspace, windows};
@@ -152,29 +153,17 @@ fn runners<D: Device>(
     context: usize,
 ) -> Result<Vec<Runner<D>>, EvalError> {
     let config = &pretrained.config;
-    // Schemes that rotate the same values share a model.
-    let mut models: Vec<(Vec<bool>, Arc<Model<D>>)> = Vec::new();
-    let reference = Scheme::load("fp16")?;
+    let mut models = Models::new(device, pretrained);
     let mut runners = Vec::new();
-    for scheme in std::iter::once(&reference).chain(schemes.iter().filter(|scheme| **scheme != reference)) {
-        let layout = config.cache_layout(scheme)?;
-        let rotated = layout.rotated_values();
-        let model = match models.iter().find(|(other, _)| *other == rotated) {
-            Some((_, model)) => model.clone(),
-            None => {
-                let mut weights = pretrained.weights.clone();
-                // Refuses weights that are rotated already where they should not be.
-                weights.rotate_values(device, config.head_dim, &rotated)?;
-                models.push((rotated, Arc::new(Model::new(device, config, &weights)?)));
-                models[models.len() - 1].1.clone()
-            }
-        };
+    for scheme in Scheme::with_reference(schemes)? {
+        let layout = config.cache_layout(&scheme)?;
+        let model = models.get(&layout)?;
         let blocks = layout.blocks(context);
         runners.push(Runner {
             store: device.store(&layout, blocks, 1, context)?,
             workspace: Workspace::new(device, config, context, LOGIT_ROWS)?,
             manager: CacheManager::new(layout, blocks, 1),
-            scheme: scheme.clone(),
+            scheme,
             model,
             nll: Vec::new(),
             kl: Vec::new(),

@@ -148,6 +148,12 @@ impl Weights {
         })
     }
 
+    /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row.
+    pub fn bytes_per_token(&self) -> usize {
+        let table = if self.embed.same_numbers(&self.lm_head) { 0 } else { self.embed.num_bytes() };
+        self.num_bytes() - table
+    }
+
     /// Bytes of the embedding, the output layer and all linear layers; norms are too small to count.
     pub fn num_bytes(&self) -> usize {
         let linear = |l: &LinearWeights| l.weight.num_bytes() + l.bias.as_ref().map_or(0, Tensor::num_bytes);

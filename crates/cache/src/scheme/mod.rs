@@ -91,6 +91,16 @@ impl Scheme {
         }
     }
 
+    /// These schemes behind the reference `fp16`, which is there once, whether it is among them or not.
+    ///
+    /// # Errors
+    /// None, unless the reference itself is broken.
+    pub fn with_reference(schemes: &[Scheme]) -> Result<Vec<Self>, SchemeError> {
+        let reference = Scheme::load("fp16")?;
+        let others = schemes.iter().filter(|scheme| **scheme != reference).cloned();
+        Ok(std::iter::once(reference.clone()).chain(others).collect())
+    }
+
     /// A scheme from the text of its file; `origin` names it in errors.
     ///
     /// # Errors

@@ -37,7 +37,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         true => calibrated_schemes(&named, &args.calibration.calibration, &pretrained)?,
         false => built_in(&named, &args.calibration.calibration, &pretrained)?,
     };
-    let schemes = with_reference(schemes)?;
+    let schemes = Scheme::with_reference(&schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let cpu = cpu(&args.run)?;
     let interrupted = interrupt_flag(true)?;
@@ -90,13 +90,6 @@ fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Res
         }
     }
     Ok(all)
-}
-
-/// The 16-bit reference comes first, whether it was asked for or not.
-fn with_reference(schemes: Vec<Scheme>) -> Result<Vec<Scheme>> {
-    let reference = Scheme::load("fp16")?;
-    let others = schemes.into_iter().filter(|scheme| *scheme != reference);
-    Ok(std::iter::once(reference.clone()).chain(others).collect())
 }
 
 /// The page that a report is written to; its directory is made.

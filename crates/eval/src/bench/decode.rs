@@ -1,0 +1,274 @@
+//! Decoding and prefill of a whole model.
+
+use super::sweep;
+use crate::EvalError;
+use crate::models::Models;
+use crate::random_cache::RandomCache;
+use dibit_cache::{CacheLayout, CacheManager, Scheme};
+use dibit_device::{Batch, Cpu, Device, Mode};
+use dibit_model::{Model, Pretrained, Workspace, argmax};
+use dibit_timing::{Samples, Spread, Sweep, rounds};
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What is measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DecodeOptions {
+    /// Cached tokens before the first one that is decoded; 0 is always there.
+    pub depths: Vec<usize>,
+    /// Tokens of the prompt whose prefill is timed; 0 leaves it out.
+    pub prompt: usize,
+    /// Tokens of it that run in one pass.
+    pub pass_rows: usize,
+    /// Tokens that are decoded in a round.
+    pub tokens: usize,
+    /// Rounds that are counted.
+    pub rounds: usize,
+    /// Bytes that are read in every round besides, to measure how fast that is.
+    pub sweep_bytes: usize,
+}
+
+impl DecodeOptions {
+    /// Tokens by which a cache grows in all rounds.
+    fn growth(&self) -> usize {
+        (self.rounds + 1) * self.tokens
+    }
+
+    /// The longest context that is reached.
+    pub fn longest(&self) -> usize {
+        self.prompt.max(self.depths.iter().max().copied().unwrap_or(0) + self.growth())
+    }
+}
+
+/// Figures of a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DecodeBench {
+    /// Name of the model.
+    pub model: String,
+    /// The device in words.
+    pub device: String,
+    /// Threads.
+    pub threads: usize,
+    /// Storage type of the weights.
+    pub dtype: String,
+    /// Bytes of weights that decoding a token reads.
+    pub weight_bytes: usize,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Tokens that are decoded in a round.
+    pub tokens: usize,
+    /// Rounds that are counted.
+    pub rounds: usize,
+    /// Bytes of other memory that are read in a round.
+    pub sweep_bytes: usize,
+    /// How fast memory is read, in 10^9 bytes per second.
+    pub read_gb_per_s: Spread,
+    /// One entry for each scheme; empty without a prompt.
+    pub prefill: Vec<PrefillFigures>,
+    /// One entry for each depth, the shallowest first.
+    pub depths: Vec<DecodePoint>,
+}
+
+/// Prefill with one scheme, at depth 0.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PrefillFigures {
+    /// Name of the scheme.
+    pub scheme: String,
+    /// Tokens of the prompt per second.
+    pub tokens_per_s: Spread,
+    /// The same, over that of the first scheme.
+    pub over_first: Spread,
+}
+
+/// Schemes against each other at one depth.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DecodePoint {
+    /// Tokens that are cached before the first round.
+    pub depth: usize,
+    /// One entry for each scheme.
+    pub schemes: Vec<DecodeFigures>,
+}
+
+/// Decoding with one scheme at one depth. Ratios are of numbers of the same round.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DecodeFigures {
+    /// Name of the scheme.
+    pub scheme: String,
+    /// Decoded tokens per second.
+    pub tokens_per_s: Spread,
+    /// The same, over that of the first scheme.
+    pub over_first: Spread,
+    /// The same, over that at depth 0.
+    pub over_depth_0: Spread,
+    /// Bytes that the cached tokens take at this depth, all layers together; each token that is decoded reads them.
+    pub cache_bytes: usize,
+    /// 10^9 bytes of weights and cache read per second.
+    pub gb_per_s: Spread,
+    /// Share of [`DecodeBench::read_gb_per_s`].
+    pub share_of_read: Spread,
+}
+
+/// Times schemes against each other, all depths in the same rounds. Caches are filled with random keys and values, and
+/// `begin` hears what is done next.
+///
+/// # Errors
+/// [`EvalError`].
+pub fn decode(
+    device: &Cpu,
+    pretrained: &Pretrained,
+    schemes: &[Scheme],
+    options: &DecodeOptions,
+    mut begin: impl FnMut(String),
+) -> Result<DecodeBench, EvalError> {
+    let config = &pretrained.config;
+    let mut models = Models::new(device, pretrained);
+    let mut layouts = Vec::new();
+    for scheme in schemes {
+        let layout = config.cache_layout(scheme)?;
+        layouts.push((models.get(&layout)?, layout));
+    }
+    let sweep = sweep(options.sweep_bytes)?;
+    let workspace = Workspace::new(device, config, options.pass_rows, 1)?;
+    let mut run = Run { device, workspace, logits: Vec::new(), sweep };
+    let mut prefill = Vec::new();
+    if options.prompt > 0 {
+        begin("prefill".to_owned());
+        prefill = run.prefill(&layouts, options)?;
+    }
+    let mut depths = options.depths.clone();
+    depths.push(0);
+    depths.sort_unstable();
+    depths.dedup();
+    let mut decoders = Vec::new();
+    for &depth in &depths {
+        for (model, layout) in &layouts {
+            begin(format!("filling {} with {depth} tokens", layout.scheme_name()));
+            let cache = RandomCache::new(device, layout.clone(), depth, options.growth())?;
+            decoders.push(Decoder {
+                model: model.clone(),
+                cache_bytes: cache.usage(device).used_bytes,
+                cache,
+                next: 0,
+            });
+        }
+    }
+    begin("decoding".to_owned());
+    let seconds = rounds(options.rounds, 1 + decoders.len(), |contender| match contender.checked_sub(1) {
+        None => Ok(run.read()),
+        Some(index) => run.decode(&mut decoders[index], options.tokens),
+    })?;
+    let weight_bytes = pretrained.weights.bytes_per_token();
+    let (read, seconds) = seconds.split_first().expect("the sweep is timed");
+    let read = read.map(|seconds| run.sweep.bytes() as f64 / seconds / 1e9);
+    let speeds: Vec<Samples> = seconds.iter().map(|own| own.map(|seconds| options.tokens as f64 / seconds)).collect();
+    let figures = |index: usize| {
+        let (own, scheme) = (&decoders[index], index % schemes.len());
+        let bytes = (weight_bytes + own.cache_bytes) as f64;
+        let gb = speeds[index].map(|speed| speed * bytes / 1e9);
+        DecodeFigures {
+            scheme: schemes[scheme].name.clone(),
+            tokens_per_s: speeds[index].spread(),
+            over_first: speeds[index].over(&speeds[index - scheme]).spread(),
+            over_depth_0: speeds[index].over(&speeds[scheme]).spread(),
+            cache_bytes: own.cache_bytes,
+            gb_per_s: gb.spread(),
+            share_of_read: gb.over(&read).spread(),
+        }
+    };
+    let point = |(row, depth): (usize, &usize)| DecodePoint {
+        depth: *depth,
+        schemes: (row * schemes.len()..(row + 1) * schemes.len()).map(figures).collect(),
+    };
+    Ok(DecodeBench {
+        model: pretrained.name.clone(),
+        device: device.describe(),
+        threads: device.threads(),
+        dtype: pretrained.weights.embed.dtype().name().to_owned(),
+        weight_bytes,
+        prompt: options.prompt,
+        tokens: options.tokens,
+        rounds: options.rounds,
+        sweep_bytes: run.sweep.bytes(),
+        read_gb_per_s: read.spread(),
+        prefill,
+        depths: depths.iter().enumerate().map(point).collect(),
+    })
+}
+
+/// What all contenders use in their turns.
+struct Run<'a> {
+    device: &'a Cpu,
+    workspace: Workspace<Cpu>,
+    logits: Vec<f32>,
+    sweep: Sweep,
+}
+
+/// A model in the middle of a text.
+struct Decoder {
+    model: Arc<Model<Cpu>>,
+    cache: RandomCache<Cpu>,
+    cache_bytes: usize,
+    /// The token that comes next.
+    next: u32,
+}
+
+impl Run<'_> {
+    fn read(&self) -> Duration {
+        self.device.scope(|| self.sweep.read())
+    }
+
+    fn decode(&mut self, own: &mut Decoder, tokens: usize) -> Result<Duration, EvalError> {
+        let start = Instant::now();
+        for _ in 0..tokens {
+            let (batch, store) = (own.cache.batch(1), &mut own.cache.store);
+            own.model.forward(self.device, &mut self.workspace, store, &batch, &[own.next])?;
+            own.model.logits(self.device, &mut self.workspace, &[0], &mut self.logits)?;
+            own.next = argmax(&self.logits) as u32;
+            let len = own.cache.sequence.len() + 1;
+            own.cache.manager.advance(&mut own.cache.sequence, len);
+        }
+        Ok(start.elapsed())
+    }
+
+    fn prefill(
+        &mut self,
+        layouts: &[(Arc<Model<Cpu>>, CacheLayout)],
+        options: &DecodeOptions,
+    ) -> Result<Vec<PrefillFigures>, EvalError> {
+        let mut caches = Vec::new();
+        for (_, layout) in layouts {
+            let blocks = layout.blocks(options.prompt);
+            let store = self.device.store(layout, blocks, 1, options.pass_rows)?;
+            caches.push((CacheManager::new(layout.clone(), blocks, 1), store));
+        }
+        let seconds = rounds(options.rounds, layouts.len(), |index| {
+            let (model, layout) = &layouts[index];
+            let (manager, store) = &mut caches[index];
+            let vocab_size = model.config().vocab_size;
+            let ids: Vec<u32> = (0..options.prompt).map(|token| (token % vocab_size) as u32).collect();
+            let mut sequence = manager.open()?;
+            manager.reserve(&mut sequence, options.prompt)?;
+            let start = Instant::now();
+            for ids in ids.chunks(options.pass_rows) {
+                let mut batch = Batch::new(Mode::Chunk);
+                batch.push(&sequence, ids.len(), layout.window);
+                model.forward(self.device, &mut self.workspace, store, &batch, ids)?;
+                let len = sequence.len() + ids.len();
+                manager.advance(&mut sequence, len);
+                if len == options.prompt {
+                    model.logits(self.device, &mut self.workspace, &[ids.len() - 1], &mut self.logits)?;
+                }
+            }
+            let time = start.elapsed();
+            manager.close(sequence);
+            Ok::<_, EvalError>(time)
+        })?;
+        let figures = |((_, layout), own): (&(_, CacheLayout), &Samples)| PrefillFigures {
+            scheme: layout.scheme_name().to_owned(),
+            tokens_per_s: own.map(|seconds| options.prompt as f64 / seconds).spread(),
+            over_first: seconds[0].over(own).spread(),
+        };
+        Ok(layouts.iter().zip(&seconds).map(figures).collect())
+    }
+}
