@@ -1,5 +1,9 @@
 //! The command line.
 
+mod bench;
+
+pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureArgs};
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
 use dibit_device::DType;
@@ -17,6 +21,7 @@ Examples:
   dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
   dibit ruler --tasks niah_single_1,vt --samples 10
   dibit inspect --model meta-llama/Llama-3.1-8B --context 131072 --kv fp16,kvlinc
+  dibit bench attention --heads 32/8 --context 8192,32768
 
 Without --model, the bundled model runs: 16 M parameters, for trying things out.
 RUST_LOG chooses what is logged, as in RUST_LOG=warn.")]
@@ -41,6 +46,8 @@ pub enum Command {
     Ruler(RulerArgs),
     /// Plan memory: weights, cache by scheme, what fits
     Inspect(InspectArgs),
+    /// Measure how fast schemes are, against fp16 and against the speed of memory
+    Bench(BenchArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }

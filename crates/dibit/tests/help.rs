@@ -4,7 +4,7 @@ mod common;
 
 use common::{program, run};
 
-const COMMANDS: [&str; 7] = ["generate", "chat", "perplexity", "calibrate", "ruler", "inspect", "completions"];
+const COMMANDS: [&str; 8] = ["generate", "chat", "perplexity", "calibrate", "ruler", "inspect", "bench", "completions"];
 
 #[test]
 fn help_lists_the_commands_and_shows_examples() {

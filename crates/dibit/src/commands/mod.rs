@@ -1,5 +1,6 @@
 //! The commands, one a file.
 
+pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod compare;

@@ -31,7 +31,7 @@ pub struct DecodeOptions {
 
 impl DecodeOptions {
     /// Tokens by which a cache grows in all rounds.
-    fn growth(&self) -> usize {
+    pub fn growth(&self) -> usize {
         (self.rounds + 1) * self.tokens
     }
 

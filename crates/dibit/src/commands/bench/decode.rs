@@ -1,0 +1,103 @@
+use crate::args::{DecodeBenchArgs, LoadFormat};
+use crate::commands::calibrate::calibrated_schemes;
+use crate::commands::{announce, cpu, model_line, schemes};
+use crate::output::{bar, bytes, table};
+use crate::{Outcome, memory, source};
+use anyhow::{Result, bail};
+use dibit_cache::Scheme;
+use dibit_engine::{MemoryPlan, Options};
+use dibit_eval::bench::{DecodeBench, DecodeFigures, DecodeOptions, DecodePoint, PrefillFigures, decode};
+use dibit_model::Pretrained;
+
+pub fn run(args: &DecodeBenchArgs) -> Result<Outcome> {
+    schemes(&args.kv)?;
+    let pretrained = source::load(&args.run.model)?;
+    let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
+    schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
+    let layout = pretrained.config.cache_layout(&schemes[0])?;
+    let prompt = Options { context: args.prompt, sequences: 1, prefill_chunk: None };
+    let options = DecodeOptions {
+        depths: args.depth.clone(),
+        prompt: args.prompt,
+        pass_rows: MemoryPlan::new(&pretrained.config, &layout, prompt).pass_rows,
+        tokens: args.tokens,
+        rounds: args.repeat,
+        sweep_bytes: args.measure.sweep_bytes(),
+    };
+    check_context(args, &pretrained, &options)?;
+    args.measure.check(cache_bytes(&pretrained, &schemes, &options)?)?;
+    let cpu = cpu(&args.run)?;
+    let bar = bar(0);
+    let figures = decode(&cpu, &pretrained, &schemes, &options, |what| bar.set_message(what))?;
+    bar.finish_and_clear();
+    let peak = memory::peak();
+    let mut value = serde_json::to_value(&figures)?;
+    value["peak_rss_bytes"] = peak.into();
+    let text = format!("{}\n{}", model_line(&pretrained, &figures.device), render(&figures, peak));
+    args.measure.show(&value, &text)?;
+    Ok(Outcome::Done)
+}
+
+/// A trained model has learned its positions, and is not run beyond them; made-up weights know none.
+fn check_context(args: &DecodeBenchArgs, pretrained: &Pretrained, options: &DecodeOptions) -> Result<()> {
+    let (longest, limit) = (options.longest(), pretrained.config.max_position_embeddings);
+    if longest > limit && args.run.model.load_format == LoadFormat::Auto {
+        bail!(
+            "this run reaches {longest} tokens, and the model supports {limit}; choose a smaller --depth, --prompt or \
+             --tokens, or measure the shape alone with --load-format dummy"
+        );
+    }
+    Ok(())
+}
+
+/// Bytes of the caches of all schemes at all depths.
+fn cache_bytes(pretrained: &Pretrained, schemes: &[Scheme], options: &DecodeOptions) -> Result<usize> {
+    let mut all = 0;
+    for scheme in schemes {
+        let layout = pretrained.config.cache_layout(scheme)?;
+        all += options.depths.iter().map(|depth| layout.planned_bytes(depth + options.growth())).sum::<usize>();
+    }
+    Ok(all)
+}
+
+fn render(figures: &DecodeBench, peak: Option<usize>) -> String {
+    let mut text = format!(
+        "weights read for a token {}; memory is read at {:.1} GB/s\n\n",
+        bytes(figures.weight_bytes),
+        figures.read_gb_per_s
+    );
+    if !figures.prefill.is_empty() {
+        let row = |own: &PrefillFigures| {
+            vec![own.scheme.clone(), format!("{:.1}", own.tokens_per_s), format!("{:.2}", own.over_first)]
+        };
+        let rows: Vec<Vec<String>> = figures.prefill.iter().map(row).collect();
+        let first = format!("times {}", figures.prefill[0].scheme);
+        text += &format!("prefill of {} tokens\n{}\n", figures.prompt, table(&["scheme", "tokens/s", &first], &rows));
+    }
+    let row = |depth: usize, own: &DecodeFigures| {
+        vec![
+            depth.to_string(),
+            own.scheme.clone(),
+            format!("{:.2}", own.tokens_per_s),
+            format!("{:.2}", own.over_first),
+            format!("{:.2}", own.over_depth_0),
+            bytes(own.cache_bytes),
+            format!("{:.2}", own.gb_per_s.median),
+            format!("{:.0} %", 100.0 * own.share_of_read.median),
+        ]
+    };
+    let rows = |point: &DecodePoint| point.schemes.iter().map(|own| row(point.depth, own)).collect::<Vec<_>>();
+    let rows: Vec<Vec<String>> = figures.depths.iter().flat_map(rows).collect();
+    let first = format!("times {}", figures.depths[0].schemes[0].scheme);
+    let header = ["depth", "scheme", "tokens/s", &first, "times depth 0", "cache", "GB/s", "of read speed"];
+    let peak = peak.map_or_else(|| "unknown".to_owned(), bytes);
+    text += &format!(
+        "decoding {} tokens in each round\n{}\nmedians (and quartiles) of {} rounds; times: how many times faster, in the \
+         same round\nGB/s of weights and cache; peak memory of the whole run, {} of sweep included: {peak}\n",
+        figures.tokens,
+        table(&header, &rows),
+        figures.rounds,
+        bytes(figures.sweep_bytes)
+    );
+    text
+}

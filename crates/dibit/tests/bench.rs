@@ -1,0 +1,174 @@
+//! `dibit bench` as a user runs it. No test looks at how fast anything is.
+
+mod common;
+
+use common::{Folder, fixture, run};
+use serde_json::Value;
+
+const QUICK: [&str; 4] = ["--repeat", "2", "--sweep", "1"];
+
+fn attention(args: &[&str]) -> Value {
+    run(&[&["bench", "attention", "--json"], &QUICK[..], args].concat()).json()
+}
+
+fn decode(args: &[&str]) -> Value {
+    run(&[&["bench", "decode", "--json", "--tokens", "2"], &QUICK[..], args].concat()).json()
+}
+
+fn list(value: &Value) -> &Vec<Value> {
+    value.as_array().unwrap_or_else(|| panic!("{value} is not a list"))
+}
+
+/// Median and quartiles are there, finite, positive and in order.
+fn check_spread(value: &Value) {
+    let [low, median, high] = ["low", "median", "high"].map(|name| value[name].as_f64().unwrap());
+    assert!(low > 0.0 && low <= median && median <= high && high.is_finite(), "{value}");
+}
+
+#[test]
+fn attention_is_measured_at_every_point() {
+    let kv = ["--kv", "kivi,kvlinc", "--head-dim", "64"];
+    let points = ["--heads", "4/2,2/2", "--context", "100,300", "--threads", "1,2"];
+    let report = attention(&[&kv[..], &points[..]].concat());
+    assert_eq!(
+        (&report["head_dim"], &report["rounds"], &report["sweep_bytes"]),
+        (&64.into(), &2.into(), &1048576.into())
+    );
+    let points = list(&report["points"]);
+    let key = |point: &Value| {
+        ["num_attention_heads", "num_key_value_heads", "context", "threads"].map(|name| point[name].as_u64().unwrap())
+    };
+    let keys: Vec<[u64; 4]> = points.iter().map(key).collect();
+    let expected = [[4, 2, 100, 1], [4, 2, 100, 2], [4, 2, 300, 1], [4, 2, 300, 2]];
+    assert_eq!(keys[..4], expected);
+    assert_eq!(keys[4..], expected.map(|[_, kv, context, threads]| [2, kv, context, threads]));
+    for point in points {
+        check_spread(&point["read_gb_per_s"]);
+        assert!(point["device"].as_str().unwrap().contains(&format!("{} threads", point["threads"])));
+        let schemes = list(&point["schemes"]);
+        let names: Vec<&str> = schemes.iter().map(|own| own["scheme"].as_str().unwrap()).collect();
+        assert_eq!(names, ["fp16", "kivi", "kvlinc"]);
+        for own in schemes {
+            ["ms", "gb_per_s", "share_of_read", "over_fp16"].iter().for_each(|name| check_spread(&own[*name]));
+        }
+        assert_eq!(schemes[0]["over_fp16"]["median"], 1.0);
+        // Keys and values of 2 heads of 64 channels, 2 bytes each.
+        let context = point["context"].as_u64().unwrap();
+        assert_eq!(schemes[0]["bytes"], 2 * 2 * 64 * 2 * context);
+    }
+    // 128 of 300 tokens are packed: 16 bytes of codes on either side, 2 of each key channel's scale and of its minimum,
+    // and 4 for the values of a token.
+    let packed = 128 * (16 + 16 + 4) + 64 * 4;
+    assert_eq!(points[2]["schemes"][2]["bytes"], 2 * (packed + 2 * 2 * 64 * (300 - 128)));
+}
+
+#[test]
+fn decoding_is_measured_at_every_depth() {
+    let model = fixture("llama32-old-bf16");
+    let report =
+        decode(&["-m", &model, "--kv", "kvlinc,fp16", "--depth", "300,100", "--prompt", "20", "--threads", "2"]);
+    assert_eq!(
+        (&report["model"], &report["dtype"], &report["threads"]),
+        (&model.as_str().into(), &"bf16".into(), &2.into())
+    );
+    assert_eq!((&report["prompt"], &report["tokens"], &report["rounds"]), (&20.into(), &2.into(), &2.into()));
+    check_spread(&report["read_gb_per_s"]);
+    let parameters = run(&["inspect", "-m", &model, "--json"]).json()["parameters"].as_f64().unwrap();
+    // All parameters but the norms.
+    let weights = report["weight_bytes"].as_f64().unwrap();
+    assert!(weights < 2.0 * parameters && weights > 1.9 * parameters, "{weights} of {parameters} parameters");
+    let names = |list: &[Value]| list.iter().map(|own| own["scheme"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let prefill = list(&report["prefill"]);
+    assert_eq!(names(prefill), ["kvlinc", "fp16"]);
+    for own in prefill {
+        ["tokens_per_s", "over_first"].iter().for_each(|name| check_spread(&own[*name]));
+    }
+    let depths = list(&report["depths"]);
+    assert_eq!(depths.iter().map(|point| point["depth"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 100, 300]);
+    for point in depths {
+        let schemes = list(&point["schemes"]);
+        assert_eq!(names(schemes), ["kvlinc", "fp16"]);
+        for own in schemes {
+            let spreads = ["tokens_per_s", "over_first", "over_depth_0", "gb_per_s", "share_of_read"];
+            spreads.iter().for_each(|name| check_spread(&own[*name]));
+        }
+        assert_eq!(schemes[0]["over_first"]["median"], 1.0);
+        let fp16 = &run(&["inspect", "-m", &model, "--json", "--context", "100", "--kv", "fp16"]).json()["schemes"][0];
+        let per_token = fp16["fp16_bytes"].as_u64().unwrap() / 100;
+        assert_eq!(schemes[1]["cache_bytes"], per_token * point["depth"].as_u64().unwrap());
+    }
+    assert_eq!(depths[0]["schemes"][0]["over_depth_0"]["median"], 1.0);
+    if cfg!(target_os = "linux") {
+        assert!(report["peak_rss_bytes"].as_u64().unwrap() > 1 << 20, "{report}");
+    }
+}
+
+#[test]
+fn made_up_weights_have_no_longest_context() {
+    let folder = Folder::new();
+    let config = folder.write("config.json", std::fs::read(fixture("llama32-old-bf16") + "/config.json").unwrap());
+    // The configuration says 1024.
+    let long = ["--depth", "1500", "--prompt", "0", "--kv", "kvlinc"];
+    let report = decode(&[&["-m", &config, "--load-format", "dummy"], &long[..]].concat());
+    assert_eq!(list(&report["depths"])[1]["depth"], 1500);
+    assert_eq!(list(&report["prefill"]).len(), 0);
+    run(&[&["bench", "decode", "-m", &fixture("llama32-old-bf16")], &long[..]].concat())
+        .fails_with(&["the model supports 1024", "--load-format dummy"]);
+}
+
+#[test]
+fn every_scheme_without_calibration_runs() {
+    let all = ["kivi", "kivi-paper", "quarot", "quarot-official", "gear-l", "gear", "akvq-vl"];
+    let report = attention(&["--heads", "2/1", "--head-dim", "64", "--context", "400", "--kv", &all.join(",")]);
+    assert_eq!(list(&report["points"][0]["schemes"]).len(), 1 + all.len());
+    let model = fixture("llama32-old-bf16");
+    let report = decode(&["-m", &model, "--depth", "400", "--prompt", "300", "--kv", &all.join(",")]);
+    assert_eq!(list(&report["prefill"]).len(), all.len());
+}
+
+#[test]
+fn figures_are_a_table_and_go_to_a_file_too() {
+    let folder = Folder::new();
+    let small = ["--heads", "2/1", "--head-dim", "64", "--context", "256", "--kv", "kvlinc"];
+    let base = [&["bench", "attention"], &QUICK[..], &small[..]].concat();
+    let table = run(&[&base[..], &["--json", &folder.file("out.json")]].concat()).succeeds().stdout;
+    for part in
+        ["2 query heads on 1 KV heads of 64, 256 tokens", "GB/s", "\nkvlinc ", "of 2 rounds", "1.0 MiB of other"]
+    {
+        assert!(table.contains(part), "'{part}' is not in {table}");
+    }
+    let report: Value = serde_json::from_slice(&folder.read("out.json")).unwrap();
+    assert_eq!(list(&report["points"]).len(), 1);
+    let model = fixture("mistral-f32");
+    let small = ["-m", &model, "--depth", "50", "--prompt", "10", "--tokens", "1"];
+    let table = run(&[&["bench", "decode"], &QUICK[..], &small[..]].concat()).succeeds().stdout;
+    for part in ["MistralForCausalLM", "prefill of 10 tokens", "times depth 0", "peak memory"] {
+        assert!(table.contains(part), "'{part}' is not in {table}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_named() {
+    let usage = |args: &[&str], words: &[&str]| run(&[&["bench", "attention"], args].concat()).is_usage_error(words);
+    usage(&["--heads", "32/8,16/3"], &["--heads", "16 query heads are not a multiple of 3 KV heads"]);
+    usage(&["--heads", "0/8"], &["--heads", "without heads"]);
+    usage(&["--heads", "32"], &["--heads", "QUERY/KV"]);
+    usage(&["--head-dim", "72"], &["--head-dim", "72 is not supported", "[64, 80, 96, 128, 256]"]);
+    usage(&["--context", "8192,0"], &["--context", "0 is not in"]);
+    usage(&["--context", "many"], &["--context", "many"]);
+    usage(&["--threads", "1,0"], &["--threads", "0 is not in"]);
+    usage(&["--repeat", "0"], &["--repeat"]);
+    let fails = |args: &[&str], words: &[&str]| run(&[&["bench"], args].concat()).fails_with(words);
+    fails(&["attention", "--kv", "resq"], &["resq", "dibit bench decode"]);
+    fails(&["attention", "--kv", "none"], &["unknown scheme 'none'"]);
+    fails(&["attention", "--context", "134217728", "--heads", "512/512"], &["of memory are free", "--sweep"]);
+    fails(&["attention", "--json", "/no/such/directory/x.json"], &["/no/such/directory/x.json"]);
+    fails(&["decode", "--kv", "resq"], &["resq", "--calibration"]);
+}
+
+#[test]
+fn the_shape_that_comes_along_is_that_of_llama() {
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/llama-3.2-1b.json");
+    let plan = run(&["inspect", "--load-format", "dummy", "--json", "-m", model.to_str().unwrap()]).json();
+    assert_eq!((&plan["parameters"], &plan["context"]), (&1_235_814_400u64.into(), &131_072.into()));
+}
