@@ -5,10 +5,12 @@
 //! [`Sweep`] takes part: it says how fast memory can be read, and what lies in caches is evicted by it.
 #![forbid(unsafe_code)]
 
+mod kernels;
 mod rounds;
 mod samples;
 mod sweep;
 
+pub use kernels::Kernels;
 pub use rounds::rounds;
 pub use samples::{Samples, Spread};
 pub use sweep::Sweep;

@@ -53,7 +53,8 @@ impl fmt::Display for Spread {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let decimals = f.precision().unwrap_or(2);
         let Spread { median, low, high } = self;
-        write!(f, "{median:.decimals$} ({low:.decimals$} to {high:.decimals$})")
+        let text = format!("{median:.decimals$} ({low:.decimals$} to {high:.decimals$})");
+        write!(f, "{text:>width$}", width = f.width().unwrap_or(0))
     }
 }
 

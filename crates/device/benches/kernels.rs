@@ -1,0 +1,124 @@
+//! The operations that cost most, on one thread, through the public trait: products with weights against the speed of
+//! memory, and each scheme's cache against that of fp16.
+
+use dibit_cache::{CacheLayout, CacheManager, CacheShape, PAGE_TOKENS, Scheme, Sequence};
+use dibit_device::{Batch, Cpu, DType, Device, DeviceError, Mode, Output, Tensor};
+use dibit_timing::{Kernels, Sweep};
+
+/// More than the processor's caches hold, so that every matrix comes from memory.
+const SWEEP_BYTES: usize = 1 << 30;
+
+const HEADS: usize = 16;
+const SHAPE: CacheShape = CacheShape { num_layers: 1, num_key_value_heads: 8, head_dim: 128 };
+
+/// Cached tokens of attention: a few pages and the window.
+const CONTEXT: usize = 1024;
+
+/// Those that need no calibration; the reference comes first.
+const SCHEMES: [&str; 6] = ["fp16", "kivi", "kvlinc", "quarot", "gear-l", "akvq-vl"];
+
+fn main() -> Result<(), DeviceError> {
+    let cpu = Cpu::new(Some(1))?;
+    println!("{}\n", cpu.describe());
+    linear(&cpu)?;
+    append(&cpu)?;
+    attention(&cpu)
+}
+
+fn random(seed: u64, len: usize) -> Vec<f32> {
+    Tensor::random(seed, 1.0, DType::F32, 1, len).to_f32()
+}
+
+fn linear(cpu: &Cpu) -> Result<(), DeviceError> {
+    let sweep =
+        Sweep::new(SWEEP_BYTES).map_err(|_| DeviceError::OutOfMemory { what: "the sweep", bytes: SWEEP_BYTES })?;
+    for (n, k) in [(2048, 2048), (8192, 2048)] {
+        for dtype in [DType::Bf16, DType::F32] {
+            let title = format!("{n} x {k} {}, GB of weights", dtype.name());
+            let mut kernels = Kernels::new(title, "GB/s").add("read", sweep.bytes() as f64 / 1e9, || {
+                cpu.scope(|| sweep.read());
+            });
+            for rows in [1, 8, 64, 512] {
+                // Each has a matrix of its own, which nobody has just read.
+                let w = cpu.matrix(Tensor::random(rows as u64, 0.02, dtype, n, k))?;
+                let (x, mut out) = (cpu.upload(&random(0, rows * k))?, cpu.buffer(rows * n)?);
+                kernels = kernels.add(format!("{rows} rows"), w.num_bytes() as f64 / 1e9, move || {
+                    cpu.scope(|| cpu.linear(&x, rows, &w, None, &mut out, Output::Write(0)));
+                });
+            }
+            println!("{}", kernels.table());
+        }
+    }
+    Ok(())
+}
+
+/// A cache of one layer and one sequence.
+struct Cache {
+    manager: CacheManager,
+    store: <Cpu as Device>::Store,
+    sequence: Sequence,
+}
+
+impl Cache {
+    fn new(cpu: &Cpu, scheme: &str, capacity: usize) -> Result<Self, DeviceError> {
+        let scheme = Scheme::load(scheme).expect("a built-in scheme");
+        let layout = CacheLayout::new(&scheme, SHAPE).expect("a scheme for every shape");
+        let layout = layout.with_tables(vec![1.0; SHAPE.head_dim / 2]).expect("a scheme without calibration");
+        let blocks = layout.blocks(capacity);
+        let store = cpu.store(&layout, blocks, 1, capacity)?;
+        let mut manager = CacheManager::new(layout, blocks, 1);
+        let mut sequence = manager.open().expect("the only sequence");
+        manager.reserve(&mut sequence, capacity).expect("blocks for all tokens");
+        Ok(Cache { manager, store, sequence })
+    }
+
+    fn append(&mut self, cpu: &Cpu, k: &Vec<f32>, v: &Vec<f32>) -> Result<(), DeviceError> {
+        let rows = k.len() / (SHAPE.num_key_value_heads * SHAPE.head_dim);
+        let mut batch = Batch::new(Mode::Chunk);
+        batch.push(&self.sequence, rows, self.manager.layout().window);
+        cpu.observe(&mut self.store, 0, &batch, &vec![1.0; rows], 1);
+        cpu.write_kv(&mut self.store, 0, &batch, 0..rows, k, v)?;
+        cpu.commit(&mut self.store, 0, &batch)?;
+        let len = self.sequence.len() + rows;
+        self.manager.advance(&mut self.sequence, len);
+        Ok(())
+    }
+}
+
+/// Caching token by token, as decoding does: a page is filled in each turn.
+fn append(cpu: &Cpu) -> Result<(), DeviceError> {
+    let row = cpu.upload(&random(1, SHAPE.num_key_value_heads * SHAPE.head_dim))?;
+    let mut kernels = Kernels::new("write_kv and commit of a token in a layer of 8 KV heads of 128", "tokens/s");
+    for scheme in SCHEMES {
+        // More turns than there are.
+        let mut cache = Cache::new(cpu, scheme, 32 * PAGE_TOKENS)?;
+        let row = &row;
+        kernels = kernels.add(scheme, PAGE_TOKENS as f64, move || {
+            (0..PAGE_TOKENS).for_each(|_| cache.append(cpu, row, row).expect("finite numbers"));
+        });
+    }
+    println!("{}", kernels.table());
+    Ok(())
+}
+
+fn attention(cpu: &Cpu) -> Result<(), DeviceError> {
+    let width = SHAPE.num_key_value_heads * SHAPE.head_dim;
+    let (k, v) = (cpu.upload(&random(1, CONTEXT * width))?, cpu.upload(&random(2, CONTEXT * width))?);
+    let (q, row) = (cpu.upload(&random(3, HEADS * SHAPE.head_dim))?, random(4, width));
+    let title = format!("attention of a token to {CONTEXT} in the processor's caches, {HEADS} query heads on 8 of 128");
+    let mut kernels = Kernels::new(title, "tokens/s");
+    for scheme in SCHEMES {
+        let mut cache = Cache::new(cpu, scheme, CONTEXT + 1)?;
+        cache.append(cpu, &k, &v)?;
+        let mut batch = Batch::new(Mode::Chunk);
+        batch.push(&cache.sequence, 1, cache.manager.layout().window);
+        cpu.write_kv(&mut cache.store, 0, &batch, 0..1, &row, &row)?;
+        let (q, mut out) = (&q, cpu.buffer(HEADS * SHAPE.head_dim)?);
+        kernels = kernels.add(scheme, 10.0, move || {
+            let attend = |_| cpu.attention(&mut cache.store, 0, &batch, 0..1, HEADS, q, &mut out);
+            cpu.scope(|| (0..10).try_for_each(attend)).expect("nothing is stored here");
+        });
+    }
+    println!("{}", kernels.table());
+    Ok(())
+}
