@@ -18,6 +18,15 @@ pub fn run(args: &BenchArgs) -> Result<Outcome> {
     }
 }
 
+/// Where others take turns on the cores, a long step is interrupted more often than a short one.
+fn warn_of_load() {
+    let cores = std::thread::available_parallelism().map_or(1, |count| count.get());
+    let load = sysinfo::System::load_average().one;
+    if load > cores as f64 / 2.0 {
+        tracing::warn!("this machine is busy (load {load:.1} on {cores} cores): ratios may be far off");
+    }
+}
+
 impl MeasureArgs {
     fn sweep_bytes(&self) -> usize {
         self.sweep << 20
@@ -26,6 +35,7 @@ impl MeasureArgs {
     /// What would fail after long work: a file that cannot be written, caches that do not fit beside the sweep.
     fn check(&self, cache_bytes: usize) -> Result<()> {
         self.json.iter().flatten().try_for_each(|path| check_writable(path))?;
+        warn_of_load();
         let (sweep, available) = (self.sweep_bytes(), memory::available());
         if cache_bytes.saturating_add(sweep) > available {
             bail!(
