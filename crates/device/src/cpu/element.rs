@@ -9,6 +9,10 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     fn widen(self) -> f32;
     /// Sixteen numbers, widened.
     fn load<L: Lanes>(values: &[Self; WIDTH]) -> L;
+    /// The same numbers, where they are bf16.
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -32,6 +36,10 @@ impl Element for bf16 {
     #[inline(always)]
     fn load<L: Lanes>(values: &[Self; WIDTH]) -> L {
         L::load_bf16(values)
+    }
+
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+        Some(values)
     }
 }
 

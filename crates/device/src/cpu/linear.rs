@@ -1,5 +1,7 @@
 //! Linear layers: tiles of the result shared among threads.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::dot::{Shape, dot_rows};
 use super::element::Element;
 use super::simd::Isa;
@@ -12,29 +14,30 @@ const TILE_ROWS: usize = 64;
 const TILE_COLUMNS: usize = 64;
 
 /// A row-major result that several tasks write, each to numbers of its own.
-struct Shared<'a> {
+pub(super) struct Shared<'a> {
     start: *mut f32,
     len: usize,
     borrow: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: `add` and `set` are only called for numbers that belong to the calling task alone.
+// SAFETY: tasks only touch numbers that belong to them alone.
 unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
-    fn new(out: &'a mut [f32]) -> Self {
+    pub(super) fn new(out: &'a mut [f32]) -> Self {
         Shared { start: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
     }
 
-    /// Changes number `index`.
+    /// Numbers from `first` on.
     ///
     /// # Safety
-    /// No other task reads or writes this number while the result is shared.
+    /// No other task reads or writes these numbers while the result is shared.
+    #[allow(clippy::mut_from_ref)]
     #[inline(always)]
-    unsafe fn update(&self, index: usize, change: impl FnOnce(&mut f32)) {
-        debug_assert!(index < self.len);
-        // SAFETY: the index lies in the borrowed slice and, by contract, nobody else touches the number.
-        unsafe { change(&mut *self.start.add(index)) }
+    pub(super) unsafe fn slice(&self, first: usize, len: usize) -> &mut [f32] {
+        assert!(first + len <= self.len);
+        // SAFETY: the numbers lie in the borrowed slice and, by contract, nobody else touches them.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
     }
 }
 
@@ -52,22 +55,55 @@ pub(super) fn linear<E: Element>(
     let (Output::Write(first) | Output::Add(first)) = output;
     let (x, w) = (&x[..m * k], &w[..n * k]);
     let shared = Shared::new(&mut out[first * n..(first + m) * n]);
-    let column_tiles = n.div_ceil(TILE_COLUMNS);
+    let done = by_tiles(isa, x, w, shape, bias, &shared, output);
+    let columns = n - done;
+    let column_tiles = columns.div_ceil(TILE_COLUMNS);
     (0..m.div_ceil(TILE_ROWS) * column_tiles).into_par_iter().for_each(|task| {
-        let rows = task / column_tiles * TILE_ROWS..m.min(task / column_tiles * TILE_ROWS + TILE_ROWS);
-        let columns = task % column_tiles * TILE_COLUMNS..n.min(task % column_tiles * TILE_COLUMNS + TILE_COLUMNS);
+        let first_row = task / column_tiles * TILE_ROWS;
+        let first_column = done + task % column_tiles * TILE_COLUMNS;
+        let rows = first_row..m.min(first_row + TILE_ROWS);
+        let columns = first_column..n.min(first_column + TILE_COLUMNS);
         let tile = Shape { m: rows.len(), n: columns.len(), k };
         let (x, w) = (&x[rows.start * k..rows.end * k], &w[columns.start * k..columns.end * k]);
         dot_rows(isa, x, w, tile, &mut |i, j, sum| {
             let column = columns.start + j;
-            let sum = sum + bias.map_or(0.0, |bias| bias[column]);
             // SAFETY: tiles do not overlap, and each number of a tile is emitted once.
-            unsafe {
-                shared.update((rows.start + i) * n + column, |out| match output {
-                    Output::Write(_) => *out = sum,
-                    Output::Add(_) => *out += sum,
-                });
-            }
+            let out = unsafe { shared.slice((rows.start + i) * n + column, 1) };
+            store(out, &[sum], bias.map(|bias| &bias[column..]), output);
         });
     });
+}
+
+/// Writes or adds sums.
+#[inline(always)]
+pub(super) fn store(out: &mut [f32], sums: &[f32], bias: Option<&[f32]>, output: Output) {
+    for (i, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+        let sum = sum + bias.map_or(0.0, |bias| bias[i]);
+        match output {
+            Output::Write(_) => *out = sum,
+            Output::Add(_) => *out += sum,
+        }
+    }
+}
+
+/// The columns that the matrix unit computes, where there is one and it pays: their number.
+#[cfg(target_arch = "x86_64")]
+fn by_tiles<E: Element>(
+    isa: Isa,
+    x: &[f32],
+    w: &[E],
+    shape: Shape,
+    bias: Option<&[f32]>,
+    out: &Shared,
+    output: Output,
+) -> usize {
+    match E::as_bf16(w) {
+        Some(w) if isa == Isa::Amx && shape.m >= amx::MIN_ROWS => amx::linear(x, w, shape, bias, out, output),
+        _ => 0,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn by_tiles<E: Element>(_: Isa, _: &[f32], _: &[E], _: Shape, _: Option<&[f32]>, _: &Shared, _: Output) -> usize {
+    0
 }

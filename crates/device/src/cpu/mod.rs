@@ -1,5 +1,7 @@
 //! The CPU: the reference for every other device.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod block;
 mod codes;

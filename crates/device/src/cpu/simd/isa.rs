@@ -18,6 +18,9 @@ pub(crate) enum Isa {
     /// The same with VNNI and VBMI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// The same with AMX for bf16.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 impl Isa {
@@ -43,6 +46,9 @@ impl Isa {
                     all.push(Isa::Avx512);
                     if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi") {
                         all.push(Isa::Avx512Vnni);
+                        if crate::cpu::amx::is_available() {
+                            all.push(Isa::Amx);
+                        }
                     }
                 }
             }
@@ -65,6 +71,8 @@ impl Isa {
             Isa::Avx512 => "AVX-512",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => "AVX-512 VNNI",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => "AMX",
         }
     }
 }
@@ -126,7 +134,7 @@ macro_rules! dispatch {
                 Isa::Avx512 => unsafe { avx512::<$($generic),*>($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
-                Isa::Avx512Vnni => unsafe { vnni::<$($generic),*>($($arg),*) },
+                Isa::Avx512Vnni | Isa::Amx => unsafe { vnni::<$($generic),*>($($arg),*) },
             }
         }
     };
