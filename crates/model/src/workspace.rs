@@ -6,7 +6,7 @@ use std::ops::Range;
 const TILE_ROWS: Range<usize> = 16..128;
 
 /// Memory that the activations inside a layer may take.
-const TILE_BYTES: usize = 8 << 20;
+const TILE_BYTES: usize = 24 << 20;
 
 /// Numbers that a row takes inside a layer.
 fn tile_width(config: &ModelConfig) -> usize {

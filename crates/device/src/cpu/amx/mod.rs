@@ -16,6 +16,7 @@ use panel::Panel;
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::sync::OnceLock;
+use tile::NEXT_ROWS;
 
 /// Rows from which a call is worth laying out activations. Fewer are bound by reading the weights anyway.
 pub(super) const MIN_ROWS: usize = 9;
@@ -84,9 +85,12 @@ pub(super) fn linear(x: &[f32], w: &[bf16], shape: Shape, bias: Option<&[f32]>, 
             let pair = if column + TILE < columns { [column, column + TILE] } else { [column; 2] };
             let weights = pair.map(|column| &w[column * k + own.start..(column + TILE - 1) * k + own.end]);
             for block in (0..panel.blocks()).step_by(2) {
+                // The rows of the next task, which this thread is likely to take.
+                let ahead = pair[1] + TILE + block / 2 * NEXT_ROWS % (2 * TILE);
+                let next = w.as_ptr().wrapping_add(ahead * k + own.start);
                 let blocks = [block, (block + 1).min(panel.blocks() - 1)];
                 let activations = blocks.map(|block| panel.block(block));
-                let products = tile::multiply(weights, k, activations, own.len() / STEP);
+                let products = tile::multiply(weights, k, next, activations, own.len() / STEP);
                 for (i, column) in pair.into_iter().enumerate().take(if pair[0] < pair[1] { 2 } else { 1 }) {
                     for (j, block) in blocks.into_iter().enumerate().take(if blocks[0] < blocks[1] { 2 } else { 1 }) {
                         let tile = &products.0[2 * i + j];

@@ -20,7 +20,7 @@ pub(super) struct Panel {
 }
 
 impl Panel {
-    /// Numbers along `k` that are laid out at once. Those of 256 rows fit in a processor's second cache.
+    /// Numbers along `k` that are laid out at once: those of 128 rows take 1 MiB, which stays in the second cache.
     pub const MAX_K: usize = 2048;
 
     /// Lays out the numbers `own` of each of the first `rows` rows of `x`, which have `k` numbers.
