@@ -19,6 +19,14 @@ pub enum DeviceError {
         /// The reason.
         message: String,
     },
+    /// This machine lacks an instruction set.
+    #[error("no instruction set {name} on this machine; it has: {available}")]
+    Isa {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        available: String,
+    },
     /// A key or value cannot be stored in 16 bit.
     #[error(
         "{side} of layer {layer}, token {token} holds {value}, which fp16 cannot store: the model's weights or its dtype are not usable"

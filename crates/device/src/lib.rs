@@ -10,7 +10,7 @@ mod error;
 mod tensor;
 
 pub use batch::{Batch, Mode, Span};
-pub use cpu::Cpu;
+pub use cpu::{Cpu, Isa};
 pub use device::{Device, Output};
 pub use error::DeviceError;
 pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError};

@@ -6,7 +6,7 @@ pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureAr
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
-use dibit_device::DType;
+use dibit_device::{DType, Isa};
 use std::path::PathBuf;
 
 /// LLM inference with a key-value cache of two bits
@@ -98,9 +98,22 @@ pub struct ModelArgs {
 }
 
 #[derive(Args)]
+pub struct IsaArgs {
+    #[arg(long, env = "DIBIT_ISA", hide_env_values = true, value_parser = Isa::named, help = isa_help())]
+    pub isa: Option<Isa>,
+}
+
+fn isa_help() -> String {
+    let names: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
+    format!("Instruction set of the kernels: {} [default: {}]", names.join(", "), Isa::detect())
+}
+
+#[derive(Args)]
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub isa: IsaArgs,
     /// Threads [default: one for each core]
     #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,

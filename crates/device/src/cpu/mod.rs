@@ -29,7 +29,7 @@ use attention::{Buffers, Call, Heads};
 use dibit_cache::{CacheLayout, Extras, Sees};
 use element::Element;
 use rayon::prelude::*;
-use simd::Isa;
+pub use simd::Isa;
 use std::ops::Range;
 use store::CpuStore;
 
@@ -64,6 +64,14 @@ impl Cpu {
             .build()
             .map_err(|error| DeviceError::Threads { threads, message: error.to_string() })?;
         Ok(Cpu { pool, isa: Isa::detect(), split_tokens: SPLIT_TOKENS })
+    }
+
+    /// The same with another instruction set than the best that the machine has.
+    ///
+    /// # Errors
+    /// [`DeviceError::Isa`] where the machine lacks it.
+    pub fn with_isa(self, isa: Isa) -> Result<Self, DeviceError> {
+        Ok(Cpu { isa: Isa::named(isa.name())?, ..self })
     }
 
     /// Number of threads.

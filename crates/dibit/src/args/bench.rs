@@ -1,6 +1,6 @@
 //! The command line of `dibit bench`.
 
-use super::{CalibrationArgs, RunArgs};
+use super::{CalibrationArgs, IsaArgs, RunArgs};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand};
 use dibit_eval::bench::Heads;
@@ -74,6 +74,8 @@ pub struct AttentionBenchArgs {
     /// Threads; several numbers are separated by commas [default: one for each core]
     #[arg(short, long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Vec<u16>,
+    #[command(flatten)]
+    pub isa: IsaArgs,
     /// Rounds
     #[arg(long, default_value = "15", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     pub repeat: usize,

@@ -22,7 +22,7 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     let pretrained = source::load(&args.run.model)?;
     CacheLayout::new(&scheme, pretrained.config.cache_shape())?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let state = state_path(&args.out);
     let options = Options {
         context: args.context.unwrap_or(CONTEXT.min(pretrained.config.max_position_embeddings)),

@@ -21,7 +21,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     attach(&mut scheme, &args.cache.calibration, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let limit = pretrained.config.max_position_embeddings;
     let options = Options {
         context: args.cache.context.map_or(limit, |context| context as usize),

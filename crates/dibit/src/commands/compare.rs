@@ -39,7 +39,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     };
     let schemes = Scheme::with_reference(&schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let interrupted = interrupt_flag(true)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
     let prompts = prompts(args, &pretrained, haystack)?;

@@ -22,7 +22,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let requests = requests(args, &pretrained, &prompts, sampling)?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let options = Options {
         context: context(args, &pretrained, &requests),
         sequences: requests.len().min(usize::from(args.parallel)),

@@ -10,7 +10,7 @@ pub mod inspect;
 pub mod perplexity;
 pub mod ruler;
 
-use crate::args::{RunArgs, SamplingArgs};
+use crate::args::{IsaArgs, SamplingArgs};
 use crate::output;
 use anyhow::Result;
 use dibit_cache::{CacheLayout, Scheme, Usage};
@@ -35,8 +35,12 @@ fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
     Ok(())
 }
 
-fn cpu(args: &RunArgs) -> Result<Cpu> {
-    Ok(Cpu::new(args.threads.map(usize::from))?)
+fn cpu(threads: Option<u16>, isa: &IsaArgs) -> Result<Cpu> {
+    let cpu = Cpu::new(threads.map(usize::from))?;
+    Ok(match isa.isa {
+        Some(isa) => cpu.with_isa(isa)?,
+        None => cpu,
+    })
 }
 
 /// What the user says, else what the model's makers say. As with Hugging Face, a model whose makers do not ask for

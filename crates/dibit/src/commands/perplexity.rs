@@ -16,7 +16,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     let ids = pretrained.tokenizer.encode(&text, false)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let options = PerplexityOptions { context: args.context, windows: args.windows.map(|n| n as usize) };
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);

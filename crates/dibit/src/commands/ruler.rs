@@ -48,7 +48,7 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
         );
     }
     let prompts = prompts(args, &pretrained, &tasks, &haystack.unwrap_or_else(Haystack::noise))?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let interrupted = interrupt_flag(true)?;
     if let Some(path) = &args.dump {
         write_complete(path, dump(&prompts).as_bytes())?;

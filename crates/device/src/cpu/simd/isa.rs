@@ -2,11 +2,14 @@
 //!
 //! A kernel is one generic body, inlined into a function for each instruction set.
 
+use crate::DeviceError;
+use std::fmt;
 use std::sync::OnceLock;
 
 /// Instruction sets that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isa {
+#[non_exhaustive]
+pub enum Isa {
     /// What the target guarantees.
     Baseline,
     /// AVX2, FMA and F16C.
@@ -25,13 +28,13 @@ pub(crate) enum Isa {
 
 impl Isa {
     /// The best one that this machine has.
-    pub(crate) fn detect() -> Isa {
+    pub fn detect() -> Isa {
         static ISA: OnceLock<Isa> = OnceLock::new();
         *ISA.get_or_init(|| *Isa::available().last().expect("the baseline is always there"))
     }
 
     /// All that this machine has, the best one last.
-    pub(crate) fn available() -> Vec<Isa> {
+    pub fn available() -> Vec<Isa> {
         #[allow(unused_mut)]
         let mut all = vec![Isa::Baseline];
         #[cfg(target_arch = "x86_64")]
@@ -62,18 +65,36 @@ impl Isa {
         self != Isa::Baseline || BASELINE_FMA
     }
 
-    pub(crate) fn name(self) -> &'static str {
+    /// The one of this name.
+    ///
+    /// # Errors
+    /// [`DeviceError::Isa`] where this machine has none of this name.
+    pub fn named(name: &str) -> Result<Isa, DeviceError> {
+        Isa::available().into_iter().find(|isa| isa.name() == name).ok_or_else(|| DeviceError::Isa {
+            name: name.to_owned(),
+            available: Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Its name: `scalar`, `avx2`, `avx512`, `avx512-vnni` or `amx`.
+    pub const fn name(self) -> &'static str {
         match self {
-            Isa::Baseline => std::env::consts::ARCH,
+            Isa::Baseline => "scalar",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => "AVX2",
+            Isa::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => "AVX-512",
+            Isa::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => "AVX-512 VNNI",
+            Isa::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx => "AMX",
+            Isa::Amx => "amx",
         }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

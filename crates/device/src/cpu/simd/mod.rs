@@ -14,7 +14,8 @@ mod portable;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-pub(crate) use isa::{BASELINE_FMA, Isa, dispatch, mul_add};
+pub use isa::Isa;
+pub(crate) use isa::{BASELINE_FMA, dispatch, mul_add};
 pub(crate) use portable::Portable;
 
 use half::{bf16, f16};

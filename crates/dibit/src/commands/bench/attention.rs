@@ -1,10 +1,9 @@
 use crate::Outcome;
 use crate::args::AttentionBenchArgs;
-use crate::commands::schemes;
+use crate::commands::{cpu, schemes};
 use crate::output::{bar, bytes, table};
 use anyhow::{Result, bail};
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
-use dibit_device::Cpu;
 use dibit_eval::bench::{AttentionBench, AttentionFigures, AttentionOptions, AttentionPoint, attention};
 
 pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
@@ -13,11 +12,11 @@ pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
         bail!("scheme {} needs numbers of a model, and here is none; `dibit bench decode` takes them", scheme.name);
     }
     args.measure.check(cache_bytes(args, &schemes)?)?;
-    let mut threads: Vec<Option<usize>> = args.threads.iter().map(|count| Some(usize::from(*count))).collect();
+    let mut threads: Vec<Option<u16>> = args.threads.iter().copied().map(Some).collect();
     if threads.is_empty() {
         threads.push(None);
     }
-    let devices = threads.into_iter().map(Cpu::new).collect::<Result<Vec<_>, _>>()?;
+    let devices = threads.into_iter().map(|threads| cpu(threads, &args.isa)).collect::<Result<Vec<_>, _>>()?;
     let options = AttentionOptions {
         heads: args.heads.clone(),
         head_dim: args.head_dim,

@@ -26,7 +26,7 @@ pub fn run(args: &DecodeBenchArgs) -> Result<Outcome> {
     };
     check_context(args, &pretrained, &options)?;
     args.measure.check(cache_bytes(&pretrained, &schemes, &options)?)?;
-    let cpu = cpu(&args.run)?;
+    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let bar = bar(0);
     let figures = decode(&cpu, &pretrained, &schemes, &options, |what| bar.set_message(what))?;
     bar.finish_and_clear();
