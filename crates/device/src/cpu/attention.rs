@@ -289,7 +289,7 @@ fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mu
     let Scratch { expanded, folding, .. } = scratch;
     pre_rope.load(first_head, expanded, |head, place, out| {
         let bytes = call.store.page(0, span.blocks[token / PAGE_TOKENS], call.layer, first_head + head);
-        Page { bytes, chunk: bytes, side }.expand(call.isa, folding, place, out);
+        Page { bytes, chunk: bytes, side, next: &[] }.expand(call.isa, folding, place, out);
     });
     pre_rope.turn_back(token / PAGE_TOKENS * PAGE_TOKENS, &scratch.queries, &mut scratch.turned);
 }

@@ -5,7 +5,6 @@ use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::page::{Page, Sums, Weights};
-use super::simd::prefetch;
 use super::softmax::softmax;
 use crate::Span;
 use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
@@ -51,16 +50,12 @@ impl Block<'_> {
         };
         self.find_sinks(range.start..if in_page { range.end } else { border });
         let Call { store, layer, .. } = self.call;
-        // Half of the next page is asked for before each half of this one is read.
-        let (next_keys, next_values) = self.next.map(|page| page.split_at(page.len() / 2)).unwrap_or_default();
-        prefetch(next_keys);
         if in_page {
             self.page_logits(range.clone());
         } else {
             self.plain_logits(store.ring_keys(self.span, layer, self.kv_head, range.clone()));
         }
         self.softmax(range.len());
-        prefetch(next_values);
         if border > range.start {
             self.page_values(range.start..border);
         }
@@ -102,7 +97,10 @@ impl Block<'_> {
     {
         let Call { store, layer, .. } = self.call;
         let [bytes, chunk] = self.blocks(token).map(|block| store.page(self.class, block, layer, self.kv_head));
-        Page { bytes, chunk, side }
+        // Each side asks for the half of the next page that it is of this one.
+        let (first, second) = self.next.map(|page| page.split_at(page.len() / 2)).unwrap_or_default();
+        let next = if side.tokens_are_lanes { first } else { second };
+        Page { bytes, chunk, side, next }
     }
 
     /// The queries of this KV head.

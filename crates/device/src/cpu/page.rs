@@ -69,6 +69,8 @@ pub(super) struct Page<'a> {
     /// The first page of its chunk.
     pub chunk: &'a [u8],
     pub side: &'a PackedSide,
+    /// What is read next, as far as that is known.
+    pub next: &'a [u8],
 }
 
 impl Page<'_> {
@@ -99,6 +101,7 @@ impl Page<'_> {
 
     /// Scales and zeros belong to rows: `w x^ = (w s) c + w z`.
     fn groups_of_lanes(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
+        let mut ahead = self.next;
         let count = rows.len();
         let Folding { folded, weights: integers, lines, .. } = folding;
         folded.resize(weights.count * count, 0.0);
@@ -112,12 +115,13 @@ impl Page<'_> {
             }
             integers.load(isa, folded, weights.count, count, count);
             let y = &mut sums.values[span.lanes.start..];
-            mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride);
+            mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride, &mut ahead);
         }
     }
 
     /// Scales and zeros belong to lanes: `sum w x^ = s (sum w c) + z (sum w)`.
     fn groups_of_rows(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
+        let mut ahead = self.next;
         let lanes = self.side.lanes;
         let Folding { mixed, weights: integers, lines, .. } = folding;
         for (group, all) in self.side.row_groups() {
@@ -131,7 +135,7 @@ impl Page<'_> {
             integers.load(isa, weights.values, weights.count, weights.stride, own.len());
             for span in self.side.group_spans() {
                 let y = &mut mixed[span.lanes.start..];
-                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes);
+                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes, &mut ahead);
             }
             let scales = self.scales(group * lanes, lanes);
             for ((weights, mixed), sums) in weights.rows().zip(mixed.chunks_exact(lanes)).zip(sums.rows()) {

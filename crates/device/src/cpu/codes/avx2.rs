@@ -1,4 +1,5 @@
 use super::{Fields, Kernel, Line, MAX_FIELDS, QUAD, Sums, WIDTH, Weights};
+use crate::cpu::simd::prefetch;
 use std::arch::x86_64::*;
 
 /// AVX2.
@@ -28,7 +29,10 @@ impl Kernel for Avx2 {
     }
 
     #[inline(always)]
-    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields) -> Sums<M> {
+    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields, ahead: &[u8]) -> Sums<M> {
+        for index in 0..lines.len() {
+            prefetch(ahead, index);
+        }
         let mut sums = [[[0; WIDTH]; MAX_FIELDS]; M];
         for field in 0..fields.count {
             for half in 0..2 {

@@ -15,7 +15,7 @@ mod portable;
 mod vnni;
 mod weights;
 
-use super::simd::{WIDTH, dispatch};
+use super::simd::{CACHE_LINE, WIDTH, dispatch};
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;
 use dibit_quant::Bits;
@@ -77,8 +77,9 @@ trait Kernel {
     /// apart.
     fn interleave(bytes: &[u8], stride: usize, lines: &mut [Line]);
 
-    /// `sums[i][field][place] = sum_line weights[i][line] . codes[line][place]`, for `M` queries and all fields.
-    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields) -> Sums<M>;
+    /// `sums[i][field][place] = sum_line weights[i][line] . codes[line][place]`, for `M` queries and all fields. With each
+    /// line, one cache line of `ahead` is asked for.
+    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields, ahead: &[u8]) -> Sums<M>;
 }
 
 /// Packed rows, as they lie in a page.
@@ -120,7 +121,14 @@ fn load_narrow(bytes: &[u8], width: usize, rows: usize, stride: usize, lines: &m
 }
 
 #[inline(always)]
-fn body<K: Kernel>(codes: Codes, weights: &IntegerWeights, lines: &mut Vec<Line>, y: &mut [f32], y_stride: usize) {
+fn body<K: Kernel>(
+    codes: Codes,
+    weights: &IntegerWeights,
+    lines: &mut Vec<Line>,
+    y: &mut [f32],
+    y_stride: usize,
+    ahead: &mut &[u8],
+) {
     lines.resize(codes.rows.div_ceil(QUAD), Line([0; WIDTH * QUAD]));
     let mut start = 0;
     for plane in codes.bits.planes() {
@@ -141,15 +149,24 @@ fn body<K: Kernel>(codes: Codes, weights: &IntegerWeights, lines: &mut Vec<Line>
                 let place = Place { first, units, lanes: codes.lanes, field, value: f32::from(1u8 << plane.shift) };
                 let whole = weights.count() / 2 * 2;
                 for query in (0..whole).step_by(2) {
-                    run::<K, 2>(lines, weights, query, fields, place, &mut y[query * y_stride..], y_stride);
+                    let ahead = take(ahead, lines.len());
+                    run::<K, 2>(lines, weights, query, fields, place, &mut y[query * y_stride..], y_stride, ahead);
                 }
                 if whole < weights.count() {
-                    run::<K, 1>(lines, weights, whole, fields, place, &mut y[whole * y_stride..], y_stride);
+                    let ahead = take(ahead, lines.len());
+                    run::<K, 1>(lines, weights, whole, fields, place, &mut y[whole * y_stride..], y_stride, ahead);
                 }
             }
         }
         start += units;
     }
+}
+
+/// Takes a cache line for each of `count` lines off the front.
+fn take<'a>(ahead: &mut &'a [u8], count: usize) -> &'a [u8] {
+    let (now, later) = ahead.split_at(ahead.len().min(count * CACHE_LINE));
+    *ahead = later;
+    now
 }
 
 /// Where the sums of a line go.
@@ -165,6 +182,7 @@ struct Place {
     value: f32,
 }
 
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 fn run<K: Kernel, const M: usize>(
     lines: &[Line],
@@ -174,8 +192,9 @@ fn run<K: Kernel, const M: usize>(
     place: Place,
     y: &mut [f32],
     y_stride: usize,
+    ahead: &[u8],
 ) {
-    let sums = K::sum::<M>(lines, weights.bytes::<M>(query), fields);
+    let sums = K::sum::<M>(lines, weights.bytes::<M>(query), fields, ahead);
     for (i, sums) in sums.iter().enumerate() {
         let step = weights.step(query + i) * place.value;
         for (field, sums) in sums[..fields.count].iter().enumerate() {
@@ -201,12 +220,20 @@ fn add_scaled(y: &mut [f32], sums: &[i32; WIDTH], step: f32) {
 }
 
 dispatch! {
-    /// Adds the weighted codes to the rows of `y`, which are `y_stride` numbers apart.
-    fn mix_codes<>(codes: Codes, weights: &IntegerWeights, lines: &mut Vec<Line>, y: &mut [f32], y_stride: usize);
-    baseline: body::<Portable>(codes, weights, lines, y, y_stride);
-    avx2: body::<Avx2>(codes, weights, lines, y, y_stride);
-    avx512: body::<Avx2>(codes, weights, lines, y, y_stride);
-    vnni: body::<Vnni>(codes, weights, lines, y, y_stride);
+    /// Adds the weighted codes to the rows of `y`, which are `y_stride` numbers apart. Meanwhile bytes off the front of
+    /// `ahead` are brought into the cache.
+    fn mix_codes<>(
+        codes: Codes,
+        weights: &IntegerWeights,
+        lines: &mut Vec<Line>,
+        y: &mut [f32],
+        y_stride: usize,
+        ahead: &mut &[u8],
+    );
+    baseline: body::<Portable>(codes, weights, lines, y, y_stride, ahead);
+    avx2: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
+    avx512: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
+    vnni: body::<Vnni>(codes, weights, lines, y, y_stride, ahead);
 }
 
 /// The specification.
@@ -267,7 +294,7 @@ mod tests {
             reference(codes, &weights(Isa::Baseline, m, rows, spread), &mut expected, y_stride);
             for isa in Isa::available() {
                 let mut y = start.clone();
-                mix_codes(isa, codes, &weights(isa, m, rows, spread), &mut Vec::new(), &mut y, y_stride);
+                mix_codes(isa, codes, &weights(isa, m, rows, spread), &mut Vec::new(), &mut y, y_stride, &mut bytes.as_slice());
                 prop_assert_eq!(&y, &expected, "{:?}", isa);
             }
         }
@@ -283,7 +310,7 @@ mod tests {
                 let mut weights = IntegerWeights::default();
                 weights.load(isa, &[sign; 256], 1, 256, 256);
                 let mut y = [0.0; 32];
-                mix_codes(isa, codes, &weights, &mut Vec::new(), &mut y, 32);
+                mix_codes(isa, codes, &weights, &mut Vec::new(), &mut y, 32, &mut [].as_slice());
                 assert!(y.iter().all(|y| (y - sign * 255.0 * 256.0).abs() < 0.1), "{isa:?}: {y:?}");
             }
         }
@@ -299,7 +326,7 @@ mod tests {
             weights.load(Isa::detect(), &[1.0], 1, 1, 1);
             let mut y = vec![0.0; 20];
             let codes_of = Codes { bytes: &packed, bits, rows: 1, stride: packed.len(), lanes: 20 };
-            mix_codes(Isa::detect(), codes_of, &weights, &mut Vec::new(), &mut y, 20);
+            mix_codes(Isa::detect(), codes_of, &weights, &mut Vec::new(), &mut y, 20, &mut [].as_slice());
             for (y, code) in y.iter().zip(codes) {
                 assert!((y - f32::from(code)).abs() < 1e-4, "{bits:?}: {y} is not {code}");
             }

@@ -18,7 +18,7 @@ impl Kernel for Portable {
     }
 
     #[inline(always)]
-    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields) -> Sums<M> {
+    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields, _: &[u8]) -> Sums<M> {
         let mut sums = [[[0; WIDTH]; MAX_FIELDS]; M];
         for (index, line) in lines.iter().enumerate() {
             for (i, sums) in sums.iter_mut().enumerate() {

@@ -1,4 +1,5 @@
 use super::{Fields, Kernel, Line, MAX_FIELDS, QUAD, Sums, WIDTH, Weights};
+use crate::cpu::simd::prefetch;
 use std::arch::x86_64::*;
 
 /// AVX-512 with VNNI and VBMI.
@@ -37,18 +38,18 @@ impl Kernel for Vnni {
     }
 
     #[inline(always)]
-    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields) -> Sums<M> {
+    fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields, ahead: &[u8]) -> Sums<M> {
         match fields.count {
-            1 => sum::<M, 1>(lines, weights, fields),
-            2 => sum::<M, 2>(lines, weights, fields),
-            _ => sum::<M, MAX_FIELDS>(lines, weights, fields),
+            1 => sum::<M, 1>(lines, weights, fields, ahead),
+            2 => sum::<M, 2>(lines, weights, fields, ahead),
+            _ => sum::<M, MAX_FIELDS>(lines, weights, fields, ahead),
         }
     }
 }
 
 /// Codes are multiplied where they stand in their byte, and sums divided by what that is too much.
 #[inline(always)]
-fn sum<const M: usize, const F: usize>(lines: &[Line], weights: Weights<M>, fields: Fields) -> Sums<M> {
+fn sum<const M: usize, const F: usize>(lines: &[Line], weights: Weights<M>, fields: Fields, ahead: &[u8]) -> Sums<M> {
     let Weights { high, low } = weights;
     let high: [&[i32]; M] = std::array::from_fn(|i| &high[i][..lines.len()]);
     let low: [&[i32]; M] = std::array::from_fn(|i| &low[i][..lines.len()]);
@@ -59,6 +60,7 @@ fn sum<const M: usize, const F: usize>(lines: &[Line], weights: Weights<M>, fiel
         let mut high_sums = [[_mm512_setzero_si512(); F]; M];
         let mut low_sums = [[_mm512_setzero_si512(); F]; M];
         for (index, line) in lines.iter().enumerate() {
+            prefetch(ahead, index);
             let bytes = _mm512_load_si512(line.0.as_ptr().cast());
             for field in 0..F {
                 let codes = _mm512_and_si512(bytes, masks[field]);

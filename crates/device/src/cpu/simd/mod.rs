@@ -48,13 +48,18 @@ pub(crate) trait Lanes: Copy {
     }
 }
 
-/// Asks for bytes that are about to be read. Where no instruction does that, they are read when they are.
+/// Bytes that come from memory together.
+pub(crate) const CACHE_LINE: usize = 64;
+
+/// Asks for cache line `index` of bytes that are about to be read, if there is one. Where no instruction does that, they
+/// are read when they are.
 #[inline(always)]
-pub(crate) fn prefetch(bytes: &[u8]) {
+pub(crate) fn prefetch(bytes: &[u8], index: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
+    if let Some(byte) = bytes.get(index * CACHE_LINE) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing that the program could see.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) };
     }
 }
 
