@@ -4,12 +4,14 @@
 //! reference implementation; any other device is tested against it.
 
 mod batch;
+mod blocks;
 mod cpu;
 mod device;
 mod error;
 mod tensor;
 
 pub use batch::{Batch, Mode, Span};
+pub use blocks::BlockType;
 pub use cpu::{Cpu, Isa};
 pub use device::{Device, Output};
 pub use error::DeviceError;

@@ -1,5 +1,6 @@
 //! Weights as they come from a checkpoint: mapped where the layout allows, owned where they were changed.
 
+use crate::BlockType;
 use dibit_quant::splitmix;
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -110,6 +111,8 @@ enum Data {
     F32(Storage<f32>),
     F16(Storage<f16>),
     Bf16(Storage<bf16>),
+    /// Blocks as they lie in a file: all have an even number of bytes, and numbers of at most 16 bit.
+    Blocks(BlockType, Storage<u16>),
 }
 
 /// The numbers of a tensor, by storage type.
@@ -118,6 +121,7 @@ pub(crate) enum Values<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
+    Blocks(BlockType, &'a [u16]),
 }
 
 /// A row-major matrix `[rows, cols]`; a vector is one row.
@@ -152,6 +156,45 @@ impl Tensor {
             DType::Bf16 => Data::Bf16(Storage::new(bytes, offset, len)),
         };
         Ok(Tensor { rows, cols, data })
+    }
+
+    /// A quantised matrix over the bytes from `offset` on, copied only where they are not aligned to 2.
+    ///
+    /// # Errors
+    /// [`TensorError`] where there are fewer bytes than that, or rows are no whole blocks.
+    pub fn from_quantized(
+        bytes: &Bytes,
+        offset: usize,
+        kind: BlockType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, TensorError> {
+        let available = bytes.len().saturating_sub(offset);
+        let row = cols.is_multiple_of(kind.numbers()).then(|| cols / kind.numbers() * kind.bytes());
+        let len = row.and_then(|row| row.checked_mul(rows)).filter(|len| *len <= available);
+        let Some(len) = len else {
+            return Err(TensorError { rows, cols, bytes: available, dtype: kind.name() });
+        };
+        Ok(Tensor { rows, cols, data: Data::Blocks(kind, Storage::new(bytes, offset, len)) })
+    }
+
+    /// A copy whose row `i` is row `source(i)` of this matrix, stored as this one is.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn reorder_rows(&self, source: impl Fn(usize) -> usize) -> Tensor {
+        fn copy<T: Copy>(values: &[T], rows: usize, source: &dyn Fn(usize) -> usize) -> Storage<T> {
+            let width = values.len() / rows.max(1);
+            let row = |row: usize| &values[row * width..(row + 1) * width];
+            Storage::Owned(Arc::new((0..rows).flat_map(|i| row(source(i))).copied().collect()))
+        }
+        let data = match self.values() {
+            Values::F32(values) => Data::F32(copy(values, self.rows, &source)),
+            Values::F16(values) => Data::F16(copy(values, self.rows, &source)),
+            Values::Bf16(values) => Data::Bf16(copy(values, self.rows, &source)),
+            Values::Blocks(kind, words) => Data::Blocks(kind, copy(words, self.rows, &source)),
+        };
+        Tensor { rows: self.rows, cols: self.cols, data }
     }
 
     /// A matrix of `values`, rounded to `dtype`.
@@ -208,18 +251,34 @@ impl Tensor {
         self.cols
     }
 
-    /// Storage type.
+    /// Storage type. For quantised numbers the type that they are stored in once they are changed: bf16.
     pub fn dtype(&self) -> DType {
         match &self.data {
             Data::F32(_) => DType::F32,
             Data::F16(_) => DType::F16,
-            Data::Bf16(_) => DType::Bf16,
+            Data::Bf16(_) | Data::Blocks(..) => DType::Bf16,
         }
+    }
+
+    /// The blocks that the numbers lie in, if they are quantised.
+    pub fn block_type(&self) -> Option<BlockType> {
+        match &self.data {
+            Data::Blocks(kind, _) => Some(*kind),
+            _ => None,
+        }
+    }
+
+    /// The name of how the numbers are stored.
+    pub fn format(&self) -> &'static str {
+        self.block_type().map_or_else(|| self.dtype().name(), BlockType::name)
     }
 
     /// Bytes of the numbers.
     pub fn num_bytes(&self) -> usize {
-        self.rows * self.cols * self.dtype().size()
+        match &self.data {
+            Data::Blocks(_, words) => size_of_val(words.as_slice()),
+            _ => self.rows * self.cols * self.dtype().size(),
+        }
     }
 
     /// True where the tensor is a view of a mapped file or of the program, not a copy.
@@ -228,6 +287,7 @@ impl Tensor {
             Data::F32(storage) => matches!(storage, Storage::Shared { .. }),
             Data::F16(storage) => matches!(storage, Storage::Shared { .. }),
             Data::Bf16(storage) => matches!(storage, Storage::Shared { .. }),
+            Data::Blocks(_, storage) => matches!(storage, Storage::Shared { .. }),
         }
     }
 
@@ -237,6 +297,7 @@ impl Tensor {
             Data::F32(storage) => storage.release(),
             Data::F16(storage) => storage.release(),
             Data::Bf16(storage) => storage.release(),
+            Data::Blocks(_, storage) => storage.release(),
         }
     }
 
@@ -246,6 +307,7 @@ impl Tensor {
             Values::F32(values) => values.as_ptr().cast::<u8>(),
             Values::F16(values) => values.as_ptr().cast(),
             Values::Bf16(values) => values.as_ptr().cast(),
+            Values::Blocks(_, words) => words.as_ptr().cast(),
         };
         start(self) == start(other)
     }
@@ -271,16 +333,33 @@ impl Tensor {
             Data::F32(storage) => Values::F32(storage.as_slice()),
             Data::F16(storage) => Values::F16(storage.as_slice()),
             Data::Bf16(storage) => Values::Bf16(storage.as_slice()),
+            Data::Blocks(kind, storage) => Values::Blocks(*kind, storage.as_slice()),
         }
     }
 
     /// The numbers of row `row`, widened.
     pub fn row(&self, row: usize) -> Vec<f32> {
+        let mut out = vec![0.0; self.cols];
+        self.widen_row(row, &mut out);
+        out
+    }
+
+    /// Writes the numbers of row `row`, widened.
+    pub(crate) fn widen_row(&self, row: usize, out: &mut [f32]) {
+        fn widen<T: Copy>(values: &[T], out: &mut [f32], widen: impl Fn(T) -> f32) {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = widen(*value);
+            }
+        }
         let range = row * self.cols..(row + 1) * self.cols;
         match self.values() {
-            Values::F32(values) => values[range].to_vec(),
-            Values::F16(values) => values[range].iter().map(|v| v.to_f32()).collect(),
-            Values::Bf16(values) => values[range].iter().map(|v| v.to_f32()).collect(),
+            Values::F32(values) => out.copy_from_slice(&values[range]),
+            Values::F16(values) => widen(&values[range], out, f16::to_f32),
+            Values::Bf16(values) => widen(&values[range], out, bf16::to_f32),
+            Values::Blocks(kind, words) => {
+                let width = words.len() / self.rows;
+                kind.widen(&words[row * width..(row + 1) * width], out);
+            }
         }
     }
 
@@ -291,10 +370,10 @@ impl Tensor {
 
     /// The same matrix in another storage type; nothing is copied where it has that type.
     pub fn cast(&self, dtype: DType) -> Tensor {
-        if dtype == self.dtype() {
+        if dtype == self.dtype() && self.block_type().is_none() {
             return self.clone();
         }
-        Tensor::from_blocks(dtype, self.rows, self.cols, 1, |row, block| block.copy_from_slice(&self.row(row)))
+        Tensor::from_blocks(dtype, self.rows, self.cols, 1, |row, block| self.widen_row(row, block))
     }
 }
 
@@ -340,6 +419,29 @@ mod tests {
         assert!(mean.abs() < 1e-3 && (variance.sqrt() - 0.02).abs() < 1e-3, "{mean}, {variance}");
         assert_eq!(Tensor::random(7, 0.02, DType::F32, 100, 200).to_f32(), numbers);
         assert_ne!(Tensor::random(8, 0.02, DType::F32, 100, 200).to_f32(), numbers);
+    }
+
+    #[test]
+    fn quantised_rows_are_widened_moved_and_counted() {
+        // Two blocks of Q8_0: a scale in fp16, then 32 codes.
+        let mut raw = Vec::new();
+        for (scale, sign) in [(0.5f32, 1i8), (2.0, -1)] {
+            raw.extend(f16::from_f32(scale).to_le_bytes());
+            raw.extend((0..32).map(|i| (sign * i) as u8));
+        }
+        let expected: Vec<f32> = (0..32).map(|i| i as f32 * 0.5).chain((0..32).map(|i| i as f32 * -2.0)).collect();
+        let raw = bytes(raw);
+        let tensor = Tensor::from_quantized(&raw, 0, BlockType::Q8_0, 2, 32).unwrap();
+        assert_eq!((tensor.to_f32(), tensor.num_bytes(), tensor.format()), (expected.clone(), 68, "Q8_0"));
+        assert_eq!(tensor.row(1), expected[32..]);
+        let swapped = tensor.reorder_rows(|row| 1 - row);
+        assert_eq!([swapped.row(0), swapped.row(1)].concat(), [&expected[32..], &expected[..32]].concat());
+        assert_eq!((swapped.block_type(), swapped.is_shared()), (Some(BlockType::Q8_0), false));
+        let plain = tensor.cast(DType::Bf16);
+        assert_eq!((plain.to_f32(), plain.format(), plain.num_bytes()), (expected, "bf16", 128));
+        assert!(Tensor::from_quantized(&raw, 0, BlockType::Q8_0, 3, 32).is_err());
+        assert!(Tensor::from_quantized(&raw, 0, BlockType::Q8_0, 1, 33).is_err());
+        assert!(Tensor::from_quantized(&raw, 0, BlockType::Q8_0, usize::MAX, 64).is_err());
     }
 
     #[test]

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 
 /// Rows and columns of the result that one task computes.
-const TILE_ROWS: usize = 64;
-const TILE_COLUMNS: usize = 64;
+pub(super) const TILE_ROWS: usize = 64;
+pub(super) const TILE_COLUMNS: usize = 64;
 
 /// A row-major result that several tasks write, each to numbers of its own.
 pub(super) struct Shared<'a> {

@@ -4,6 +4,7 @@
 mod amx;
 mod attention;
 mod block;
+mod blocks;
 mod codes;
 mod dot;
 mod element;
@@ -23,6 +24,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use crate::blocks::with_blocks;
 use crate::tensor::Values;
 use crate::{Batch, Device, DeviceError, Mode, Output, Span, Tensor};
 use attention::{Buffers, Call, Heads};
@@ -160,6 +162,7 @@ impl Device for Cpu {
                 Values::F32(values) => widen_row(values, *id as usize, out),
                 Values::F16(values) => widen_row(values, *id as usize, out),
                 Values::Bf16(values) => widen_row(values, *id as usize, out),
+                Values::Blocks(..) => table.widen_row(*id as usize, out),
             }
         }
     }
@@ -215,6 +218,9 @@ impl Device for Cpu {
             Values::F32(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
             Values::F16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
             Values::Bf16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
+            Values::Blocks(kind, words) => {
+                with_blocks!(kind, words, |w| blocks::linear(x, w, shape, bias, out, output));
+            }
         }
     }
 
