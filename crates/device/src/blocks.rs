@@ -1,7 +1,7 @@
 //! Quantised weights as llama.cpp's files hold them: rows of blocks, each of codes with their scales.
 
 use candle_core::quantized::GgmlType;
-use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0};
+use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0};
 
 /// A format of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,6 +10,10 @@ pub enum BlockType {
     Q8_0,
     /// 4 bits, 32 numbers share a scale.
     Q4_0,
+    /// 5 bits, 32 numbers share a scale: what llama.cpp takes instead of Q4_K where rows are no multiple of 256.
+    Q5_0,
+    /// 5 bits, 32 numbers share a scale and a minimum: what it takes instead of Q5_K.
+    Q5_1,
     /// 4 bits with a scale and a minimum of 6 bits for 32 numbers, in blocks of 256.
     Q4K,
     /// 5 bits with a scale and a minimum of 6 bits for 32 numbers, in blocks of 256.
@@ -24,6 +28,8 @@ impl BlockType {
         match self {
             BlockType::Q8_0 => "Q8_0",
             BlockType::Q4_0 => "Q4_0",
+            BlockType::Q5_0 => "Q5_0",
+            BlockType::Q5_1 => "Q5_1",
             BlockType::Q4K => "Q4_K",
             BlockType::Q5K => "Q5_K",
             BlockType::Q6K => "Q6_K",
@@ -33,7 +39,7 @@ impl BlockType {
     /// Numbers of a block.
     pub const fn numbers(self) -> usize {
         match self {
-            BlockType::Q8_0 | BlockType::Q4_0 => 32,
+            BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q5_0 | BlockType::Q5_1 => 32,
             BlockType::Q4K | BlockType::Q5K | BlockType::Q6K => 256,
         }
     }
@@ -43,6 +49,8 @@ impl BlockType {
         match self {
             BlockType::Q8_0 => size_of::<BlockQ8_0>(),
             BlockType::Q4_0 => size_of::<BlockQ4_0>(),
+            BlockType::Q5_0 => size_of::<BlockQ5_0>(),
+            BlockType::Q5_1 => size_of::<BlockQ5_1>(),
             BlockType::Q4K => size_of::<BlockQ4K>(),
             BlockType::Q5K => size_of::<BlockQ5K>(),
             BlockType::Q6K => size_of::<BlockQ6K>(),
@@ -75,7 +83,7 @@ macro_rules! block {
         )*
     };
 }
-block!(BlockQ8_0, BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K);
+block!(BlockQ8_0, BlockQ4_0, BlockQ5_0, BlockQ5_1, BlockQ4K, BlockQ5K, BlockQ6K);
 
 /// The blocks in some words; a rest that is no whole block is left out.
 pub(crate) fn cast<T: Block>(words: &[u16]) -> &[T] {
@@ -95,6 +103,14 @@ macro_rules! with_blocks {
             }
             $crate::BlockType::Q4_0 => {
                 let $blocks = $crate::blocks::cast::<k_quants::BlockQ4_0>($words);
+                $body
+            }
+            $crate::BlockType::Q5_0 => {
+                let $blocks = $crate::blocks::cast::<k_quants::BlockQ5_0>($words);
+                $body
+            }
+            $crate::BlockType::Q5_1 => {
+                let $blocks = $crate::blocks::cast::<k_quants::BlockQ5_1>($words);
                 $body
             }
             $crate::BlockType::Q4K => {

@@ -54,7 +54,9 @@ mod tests {
     use candle_core::quantized::{GgmlDType, QTensor};
     use std::sync::Arc;
 
-    const KINDS: [(crate::BlockType, GgmlDType); 5] = [
+    const KINDS: [(crate::BlockType, GgmlDType); 7] = [
+        (crate::BlockType::Q5_0, GgmlDType::Q5_0),
+        (crate::BlockType::Q5_1, GgmlDType::Q5_1),
         (crate::BlockType::Q8_0, GgmlDType::Q8_0),
         (crate::BlockType::Q4_0, GgmlDType::Q4_0),
         (crate::BlockType::Q4K, GgmlDType::Q4K),
