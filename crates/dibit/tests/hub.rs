@@ -68,6 +68,9 @@ fn answer(mut stream: TcpStream, log: &Mutex<Vec<String>>) {
             let files: Vec<_> = files.map(|name| serde_json::json!({"rfilename": name})).collect();
             Some(serde_json::json!({"siblings": files, "sha": COMMIT}).to_string().into_bytes())
         }
+        ["api", "models", "org", "only-gguf", ..] => {
+            Some(br#"{"siblings": [{"rfilename": "model-q4_k_m.gguf"}], "sha": "1"}"#.to_vec())
+        }
         ["org", name, "resolve", _, file] => std::fs::read(Path::new(&fixture(name)).join(file)).ok(),
         _ => None,
     };
@@ -126,4 +129,11 @@ fn inspect_downloads_no_weights() {
 fn a_model_that_the_hub_does_not_have_is_named() {
     let hub = Hub::start();
     hub.run(&["generate", "--model", "org/nothing", "Hello"], &[]).fails_with(&["org/nothing", "no such model"]);
+}
+
+#[test]
+fn gguf_files_are_not_downloaded() {
+    let hub = Hub::start();
+    let words = ["org/only-gguf", "GGUF", "model-q4_k_m.gguf", "give its path"];
+    hub.run(&["generate", "--model", "org/only-gguf", "Hello"], &[]).fails_with(&words);
 }

@@ -1,7 +1,10 @@
-//! Tensors of safetensors files.
+//! Tensors of safetensors and GGUF files.
 
+use crate::gguf::{self, SUPPORTED_TYPES};
+use crate::mixture::mixture;
 use crate::{ModelError, WeightFile};
-use dibit_device::{Bytes, DType, Tensor};
+use candle_core::quantized::GgmlDType;
+use dibit_device::{BlockType, Bytes, DType, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::SafeTensorError;
 use std::collections::HashMap;
@@ -9,74 +12,200 @@ use std::collections::HashMap;
 /// Bytes of the header's length, before the header.
 const LENGTH_BYTES: usize = 8;
 
+/// How the numbers of a tensor are stored.
+enum Format {
+    Numbers(DType),
+    Blocks(BlockType),
+    /// The name of what dibit does not read.
+    Other(String),
+}
+
 struct Entry {
     bytes: Bytes,
     file: String,
     offset: usize,
-    dtype: safetensors::Dtype,
+    format: Format,
     shape: Vec<usize>,
+    /// Heads whose rows lie in pairs, to be put in halves.
+    pairs: Option<usize>,
 }
 
 /// All tensors of a checkpoint, by name.
 pub struct Checkpoint {
+    /// By the names of the file.
     entries: HashMap<String, Entry>,
+    is_gguf: bool,
 }
 
 impl Checkpoint {
     /// Reads the headers of these files.
     ///
     /// # Errors
-    /// [`ModelError::Malformed`] for files that are no safetensors files or are cut short.
+    /// [`ModelError::Malformed`] for files that are no safetensors or GGUF files or are cut short,
+    /// [`ModelError::Unsupported`] for GGUF files of a kind that dibit does not read.
     pub fn open(files: &[WeightFile]) -> Result<Self, ModelError> {
-        let mut entries = HashMap::new();
+        let mut checkpoint = Checkpoint { entries: HashMap::new(), is_gguf: false };
         for file in files {
-            let (header, metadata) = SafeTensors::read_metadata(&file.bytes)
-                .map_err(|error| ModelError::Malformed { path: file.name.clone(), reason: explain(&error) })?;
-            for (name, info) in metadata.tensors() {
-                let entry = Entry {
-                    bytes: file.bytes.clone(),
-                    file: file.name.clone(),
-                    offset: LENGTH_BYTES + header + info.data_offsets.0,
-                    dtype: info.dtype,
-                    shape: info.shape.clone(),
-                };
-                entries.insert(name, entry);
+            if gguf::is_gguf(&file.bytes) {
+                checkpoint.add_gguf(file)?;
+            } else {
+                checkpoint.add_safetensors(file)?;
             }
         }
-        Ok(Checkpoint { entries })
+        Ok(checkpoint)
+    }
+
+    fn add_safetensors(&mut self, file: &WeightFile) -> Result<(), ModelError> {
+        let (header, metadata) = SafeTensors::read_metadata(&file.bytes)
+            .map_err(|error| ModelError::Malformed { path: file.name.clone(), reason: explain(&error) })?;
+        for (name, info) in metadata.tensors() {
+            let entry = Entry {
+                bytes: file.bytes.clone(),
+                file: file.name.clone(),
+                offset: LENGTH_BYTES + header + info.data_offsets.0,
+                format: match info.dtype {
+                    safetensors::Dtype::F32 => Format::Numbers(DType::F32),
+                    safetensors::Dtype::F16 => Format::Numbers(DType::F16),
+                    safetensors::Dtype::BF16 => Format::Numbers(DType::Bf16),
+                    other => Format::Other(format!("{other:?}")),
+                },
+                shape: info.shape.clone(),
+                pairs: None,
+            };
+            self.entries.insert(name, entry);
+        }
+        Ok(())
+    }
+
+    fn add_gguf(&mut self, file: &WeightFile) -> Result<(), ModelError> {
+        self.is_gguf = true;
+        let content = gguf::read(&file.bytes, &file.name)?;
+        let heads = gguf::heads(&content, &file.name)?;
+        for (name, info) in content.tensor_infos {
+            let pairs = heads.and_then(|(query, key_value)| match name.rsplit('.').nth(1) {
+                Some("attn_q") => Some(query),
+                Some("attn_k") => Some(key_value),
+                _ => None,
+            });
+            let entry = Entry {
+                bytes: file.bytes.clone(),
+                file: file.name.clone(),
+                offset: content.tensor_data_offset.saturating_add(info.offset) as usize,
+                format: match info.ggml_dtype {
+                    GgmlDType::F32 => Format::Numbers(DType::F32),
+                    GgmlDType::F16 => Format::Numbers(DType::F16),
+                    GgmlDType::BF16 => Format::Numbers(DType::Bf16),
+                    GgmlDType::Q8_0 => Format::Blocks(BlockType::Q8_0),
+                    GgmlDType::Q4_0 => Format::Blocks(BlockType::Q4_0),
+                    GgmlDType::Q5_0 => Format::Blocks(BlockType::Q5_0),
+                    GgmlDType::Q5_1 => Format::Blocks(BlockType::Q5_1),
+                    GgmlDType::Q4K => Format::Blocks(BlockType::Q4K),
+                    GgmlDType::Q5K => Format::Blocks(BlockType::Q5K),
+                    GgmlDType::Q6K => Format::Blocks(BlockType::Q6K),
+                    other => Format::Other(format!("{other:?}")),
+                },
+                shape: info.shape.into_dims(),
+                pairs,
+            };
+            // So that a file that is cut short is known before anything is made of it.
+            if let [cols] | [_, cols] = entry.shape[..] {
+                let rows = if entry.shape.len() == 1 { 1 } else { entry.shape[0] };
+                entry.view(&name, rows, cols)?;
+            }
+            self.entries.insert(name, entry);
+        }
+        Ok(())
+    }
+
+    /// The name that the files have for what Hugging Face calls `name`.
+    fn file_name(&self, name: &str) -> String {
+        if self.is_gguf { gguf::file_name(name) } else { name.to_owned() }
     }
 
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
+        self.entries.contains_key(&self.file_name(name))
     }
 
-    /// The tensor `name` of shape `[rows, cols]`, or `[cols]` where `rows` is 1. `None` where there is none.
+    /// How the numbers of matrices are stored, by their share of the bytes: `Q4_K 81 %, Q6_K 19 %`.
+    pub fn formats(&self) -> String {
+        mixture(self.entries.values().filter_map(|entry| {
+            let [rows, cols] = entry.shape[..] else { return None };
+            let count = rows.saturating_mul(cols);
+            Some(match &entry.format {
+                Format::Numbers(dtype) => (dtype.name(), count.saturating_mul(dtype.size())),
+                Format::Blocks(kind) => (kind.name(), (count / kind.numbers()).saturating_mul(kind.bytes())),
+                Format::Other(name) => (name.as_str(), count),
+            })
+        }))
+    }
+
+    /// The tensor `name`, as Hugging Face calls it, of shape `[rows, cols]`, or `[cols]` where `rows` is 1. `None` where
+    /// there is none. In GGUF files of Llama models rows of query and key projections are put back in order.
     ///
     /// # Errors
     /// [`ModelError::Shape`] and, for a dtype that is not f32, f16 or bf16, [`ModelError::Unsupported`].
     pub fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<Option<Tensor>, ModelError> {
-        let Some(entry) = self.entries.get(name) else { return Ok(None) };
+        let name = self.file_name(name);
+        let Some(entry) = self.entries.get(&name) else { return Ok(None) };
         let matches = entry.shape == [rows, cols] || (rows == 1 && entry.shape == [cols]);
         if !matches {
             let expected = if rows == 1 { vec![cols] } else { vec![rows, cols] };
-            return Err(ModelError::Shape { name: name.to_owned(), found: entry.shape.clone(), expected });
+            return Err(ModelError::Shape { name, found: entry.shape.clone(), expected });
         }
-        let dtype = match entry.dtype {
-            safetensors::Dtype::F32 => DType::F32,
-            safetensors::Dtype::F16 => DType::F16,
-            safetensors::Dtype::BF16 => DType::Bf16,
-            other => {
+        let tensor = entry.view(&name, rows, cols)?;
+        Ok(Some(match entry.pairs {
+            None => tensor,
+            Some(heads) => in_halves(&tensor, heads).ok_or_else(|| ModelError::Malformed {
+                path: entry.file.clone(),
+                reason: format!("'{name}' has no even number of rows for each of {heads} heads"),
+            })?,
+        }))
+    }
+
+    /// The error for a tensor that is missing.
+    pub(crate) fn missing(&self, name: &str, architecture: &'static str) -> ModelError {
+        ModelError::MissingTensor { name: self.file_name(name), architecture }
+    }
+}
+
+impl Entry {
+    /// The tensor as it lies in the file.
+    fn view(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+        let tensor = match &self.format {
+            Format::Numbers(dtype) => Tensor::from_bytes(&self.bytes, self.offset, *dtype, rows, cols),
+            Format::Blocks(kind) => Tensor::from_quantized(&self.bytes, self.offset, *kind, rows, cols),
+            Format::Other(found) => {
                 return Err(ModelError::Unsupported {
-                    what: format!("tensor '{name}' of dtype {other:?}"),
-                    supported: "F32, F16, BF16".into(),
+                    what: format!("tensor '{name}' of dtype {found}"),
+                    supported: SUPPORTED_TYPES.into(),
                 });
             }
         };
-        Tensor::from_bytes(&entry.bytes, entry.offset, dtype, rows, cols)
-            .map(Some)
-            .map_err(|error| ModelError::Malformed { path: entry.file.clone(), reason: format!("'{name}': {error}") })
+        tensor.map_err(|error| ModelError::Malformed {
+            path: self.file.clone(),
+            reason: format!("'{name}': {error}; the file is cut short or damaged, download it again"),
+        })
     }
+}
+
+/// A projection, or its bias, whose rows lie in pairs, with the rows of each head in halves. `None` where there are no
+/// such rows.
+fn in_halves(tensor: &Tensor, heads: usize) -> Option<Tensor> {
+    let rows = if tensor.rows() == 1 { tensor.cols() } else { tensor.rows() };
+    if !rows.is_multiple_of(2 * heads) {
+        return None;
+    }
+    let source = gguf::halves_from_pairs(rows, heads);
+    let ordered = if tensor.rows() == 1 {
+        let values = tensor.to_f32();
+        let values = (0..rows).map(|row| values[source(row)]).collect();
+        Tensor::from_f32(values, tensor.dtype(), 1, rows)
+    } else {
+        tensor.reorder_rows(source)
+    };
+    tensor.release();
+    Some(ordered)
 }
 
 fn explain(error: &SafeTensorError) -> String {

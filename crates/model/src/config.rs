@@ -194,7 +194,7 @@ impl ModelConfig {
             vocab_size: raw.vocab_size,
             max_position_embeddings: raw.max_position_embeddings,
             rms_norm_eps: raw.rms_norm_eps,
-            rope: Rope::parse(&object, origin)?,
+            rope: Rope::parse(&object, head_dim, origin)?,
             tie_word_embeddings: raw.tie_word_embeddings,
             bos_token_id: raw.bos_token_id.into_vec().first().copied(),
             eos_token_ids: raw.eos_token_id.into_vec(),

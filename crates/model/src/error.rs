@@ -47,7 +47,7 @@ pub enum ModelError {
     },
     /// A tensor has another shape than the configuration says.
     #[error(
-        "tensor '{name}' has shape {found:?} but config.json implies {expected:?}: checkpoint and configuration do not belong together"
+        "tensor '{name}' has shape {found:?} but the configuration implies {expected:?}: checkpoint and configuration do not belong together"
     )]
     Shape {
         /// Its name.

@@ -1,4 +1,4 @@
-//! The files of a model: of a directory, or part of the program.
+//! The files of a model: of a directory, of a GGUF file, or part of the program.
 
 use crate::ModelError;
 use dibit_device::Bytes;
@@ -19,7 +19,7 @@ pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const SINGLE_WEIGHTS: &str = "model.safetensors";
 pub(crate) const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
-/// One safetensors file.
+/// One safetensors or GGUF file.
 #[derive(Clone)]
 pub struct WeightFile {
     /// Its name, for errors.
@@ -28,7 +28,7 @@ pub struct WeightFile {
     pub bytes: Bytes,
 }
 
-/// What a model consists of. Texts are as they lie on disk.
+/// What a model consists of. Texts are as they lie on disk, or say what the metadata of a GGUF file does.
 #[derive(Clone)]
 pub struct ModelFiles {
     /// Directory, hub id or name, for errors and summaries.
@@ -78,7 +78,8 @@ impl ModelFiles {
             return Err(not_found("the directory does not exist"));
         }
         if !exists(&config)? {
-            return Err(not_found("there is no config.json; give the directory of a Hugging Face checkpoint"));
+            let reason = "there is no config.json; give the directory of a Hugging Face checkpoint".to_owned();
+            return Err(not_found(&only_gguf(directory).unwrap_or(reason)));
         }
         let text = |name: &str| optional(&directory.join(name));
         Ok(ModelFiles {
@@ -121,11 +122,21 @@ fn optional(path: &Path) -> Result<Option<Cow<'static, str>>, ModelError> {
     Ok(Some(utf8(path, read(path)?)?.into()))
 }
 
-fn map(path: &Path) -> Result<Mmap, ModelError> {
+pub(crate) fn map(path: &Path) -> Result<Mmap, ModelError> {
     let file = File::open(path).map_err(read_error(path))?;
     // SAFETY: the mapping is read-only. As with every program that maps weights, whoever truncates the file
     // while it is in use ends the process; nothing short of a copy prevents that.
     unsafe { Mmap::map(&file) }.map_err(read_error(path))
+}
+
+/// What to say of a directory that has GGUF files instead of a checkpoint.
+fn only_gguf(directory: &Path) -> Option<String> {
+    let entries = std::fs::read_dir(directory).ok()?;
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut paths: Vec<_> = paths.filter(|path| path.extension().is_some_and(|x| x == "gguf")).collect();
+    paths.sort();
+    let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    (!names.is_empty()).then(|| format!("its weights are GGUF; give the file itself: {}", names.join(", ")))
 }
 
 /// `model.safetensors`, or the shards that `model.safetensors.index.json` names.
@@ -142,14 +153,14 @@ fn weight_paths(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
                 entries.any(|e| e.is_ok_and(|e| e.path().extension().is_some_and(|x| x == extension)))
             })
         };
-        let reason = if has("bin") || has("pth") {
-            "there are only PyTorch weights; convert them to safetensors (save_pretrained writes these)"
-        } else if has("gguf") {
-            "there are only GGUF weights; give a directory with safetensors weights"
+        let reason = if let Some(reason) = only_gguf(directory) {
+            reason
+        } else if has("bin") || has("pth") {
+            "there are only PyTorch weights; convert them to safetensors (save_pretrained writes these)".to_owned()
         } else {
-            "there is neither model.safetensors nor model.safetensors.index.json"
+            "there is neither model.safetensors nor model.safetensors.index.json".to_owned()
         };
-        return Err(ModelError::NotFound { path: origin, reason: reason.to_owned() });
+        return Err(ModelError::NotFound { path: origin, reason });
     }
     let malformed = |reason: String| ModelError::Malformed { path: index.display().to_string(), reason };
     let json: Value = serde_json::from_slice(&read(&index)?).map_err(|error| malformed(error.to_string()))?;

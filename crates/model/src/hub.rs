@@ -47,12 +47,12 @@ pub fn download(id: &str, weights: bool, progress: bool) -> Result<PathBuf, Mode
     match fetch(&api, weights) {
         Ok(directory) => Ok(directory),
         // A machine without a network still runs what it has.
-        Err(error) => match cached(&cache.repo(repo), weights) {
+        Err(reason) => match cached(&cache.repo(repo), weights) {
             Some(directory) => {
-                tracing::warn!("{}; using the copy in the local cache", explain(&error));
+                tracing::warn!("{reason}; using the copy in the local cache");
                 Ok(directory)
             }
-            None => Err(failed(explain(&error))),
+            None => Err(failed(reason)),
         },
     }
 }
@@ -66,22 +66,30 @@ fn cached(repo: &CacheRepo, weights: bool) -> Option<PathBuf> {
     Some(config.parent()?.to_owned())
 }
 
-fn fetch(api: &ApiRepo, weights: bool) -> Result<PathBuf, ApiError> {
-    let info = api.info()?;
+/// The directory of the downloaded files, or why there is none.
+fn fetch(api: &ApiRepo, weights: bool) -> Result<PathBuf, String> {
+    let get = |name: &str| api.get(name).map_err(|error| explain(&error));
+    let info = api.info().map_err(|error| explain(&error))?;
     let has = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
-    let config = api.get(CONFIG)?;
+    let with = |end: &str| info.siblings.iter().map(|file| &file.rfilename).find(|name| name.ends_with(end));
+    if let (Some(gguf), None) = (with(".gguf"), with(".safetensors")) {
+        return Err(format!(
+            "its weights are GGUF, which dibit does not download: fetch one file, such as {gguf}, and give its path"
+        ));
+    }
+    let config = get(CONFIG)?;
     for name in OPTIONAL.into_iter().filter(|name| has(name)) {
-        api.get(name)?;
+        get(name)?;
     }
     if weights && has(WEIGHTS_INDEX) && !has(SINGLE_WEIGHTS) {
-        let index = std::fs::read(api.get(WEIGHTS_INDEX)?)?;
+        let index = std::fs::read(get(WEIGHTS_INDEX)?).map_err(|error| error.to_string())?;
         // A malformed index is reported when the directory is opened.
         let json = serde_json::from_slice(&index).unwrap_or_default();
         for name in shard_names(&json).unwrap_or_default() {
-            api.get(name)?;
+            get(name)?;
         }
     } else if weights {
-        api.get(SINGLE_WEIGHTS)?;
+        get(SINGLE_WEIGHTS)?;
     }
     Ok(config.parent().map(PathBuf::from).unwrap_or_default())
 }

@@ -9,8 +9,10 @@ mod error;
 mod exact;
 mod files;
 mod generation_config;
+mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
+mod mixture;
 mod model;
 mod pretrained;
 mod rope;

@@ -2,9 +2,10 @@
 
 use crate::ModelError;
 use serde_json::{Map, Value};
+use std::sync::Arc;
 
 /// How the frequencies are stretched for long contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// As they are.
     Default,
@@ -24,10 +25,12 @@ pub enum RopeScaling {
         /// Context length of pre-training, in tokens.
         original_max_position_embeddings: f32,
     },
+    /// Each divided by a number of its own, as GGUF files store Llama 3.1's scaling.
+    Divisors(Arc<[f32]>),
 }
 
 /// Rotary position embedding of a model.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f32,
@@ -36,12 +39,12 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// Reads either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`.
+    /// Reads either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, for heads of `head_dim`.
     ///
     /// # Errors
     /// [`ModelError::Unsupported`] for a rope type that is not default, linear or llama3, and
     /// [`ModelError::Malformed`] for missing or non-positive numbers.
-    pub(crate) fn parse(config: &Map<String, Value>, origin: &str) -> Result<Self, ModelError> {
+    pub(crate) fn parse(config: &Map<String, Value>, head_dim: usize, origin: &str) -> Result<Self, ModelError> {
         let object = |key: &str| config.get(key).and_then(Value::as_object);
         let parameters = object("rope_parameters").or_else(|| object("rope_scaling"));
         let malformed = |reason: String| ModelError::Malformed { path: origin.to_owned(), reason };
@@ -85,6 +88,20 @@ impl Rope {
                 high_freq_factor: number("high_freq_factor")?,
                 original_max_position_embeddings: number("original_max_position_embeddings")?,
             },
+            Some("divisors") => {
+                let list = parameters.and_then(|p| p.get("divisors")).and_then(Value::as_array);
+                let divisors: Vec<f32> = list
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_f64)
+                    .map(|x| x as f32)
+                    .filter(|x| *x > 0.0)
+                    .collect();
+                if divisors.len() != head_dim / 2 {
+                    return Err(malformed(format!("rope scaling needs {} positive divisors", head_dim / 2)));
+                }
+                RopeScaling::Divisors(divisors.into())
+            }
             Some(other) => {
                 return Err(ModelError::Unsupported {
                     what: format!("rope type '{other}'"),
@@ -100,17 +117,18 @@ impl Rope {
         (0..head_dim / 2)
             .map(|i| {
                 let frequency = 1.0 / self.theta.powf((2 * i) as f32 / head_dim as f32);
-                self.scaling.apply(frequency)
+                self.scaling.apply(i, frequency)
             })
             .collect()
     }
 }
 
 impl RopeScaling {
-    fn apply(self, frequency: f32) -> f32 {
-        match self {
+    fn apply(&self, index: usize, frequency: f32) -> f32 {
+        match *self {
             RopeScaling::Default => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Divisors(ref divisors) => frequency / divisors[index],
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let wavelength = 2.0 * std::f32::consts::PI / frequency;
                 if wavelength < original_max_position_embeddings / high_freq_factor {
@@ -132,7 +150,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Rope, ModelError> {
-        Rope::parse(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap(), "config.json")
+        Rope::parse(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap(), 4, "config.json")
     }
 
     #[test]
@@ -146,6 +164,8 @@ mod tests {
         assert_eq!(old, new);
         let linear = parse(r#"{"rope_scaling":{"type":"linear","factor":2.0}}"#).unwrap();
         assert_eq!(linear, Rope { theta: 10_000.0, scaling: RopeScaling::Linear { factor: 2.0 } });
+        let divisors = parse(r#"{"rope_scaling":{"type":"divisors","divisors":[1.0, 8.0]}}"#).unwrap();
+        assert_eq!(divisors.inv_freq(4), [1.0, 0.01 / 8.0]);
         assert_eq!(parse(r#"{"rope_scaling":null}"#).unwrap().scaling, RopeScaling::Default);
     }
 
@@ -159,6 +179,7 @@ mod tests {
             (r#"{"partial_rotary_factor":0.5}"#, "partial_rotary_factor 0.5"),
             (r#"{"rope_parameters":{"full_attention":{"rope_type":"default"}}}"#, "by layer type"),
             (r#"{"rope_scaling":{"type":"linear"}}"#, "positive number 'factor'"),
+            (r#"{"rope_scaling":{"type":"divisors","divisors":[1.0, 0.0]}}"#, "needs 2 positive divisors"),
             (r#"{"rope_theta":-1}"#, "rope_theta is -1"),
         ] {
             let message = parse(text).unwrap_err().to_string();

@@ -13,7 +13,8 @@ pub(crate) struct RotatedLayer {
     pub o: LinearWeights,
 }
 
-/// Rotates the values of one layer. Sums are in f32; results are stored as the weights were.
+/// Rotates the values of one layer. Sums are in f32; results are stored as the weights were,
+/// or in bf16 where these were quantised.
 pub(crate) fn rotate(layer: &LayerWeights, hadamard: &Hadamard) -> RotatedLayer {
     RotatedLayer {
         v: LinearWeights {

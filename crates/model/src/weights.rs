@@ -1,5 +1,6 @@
 //! The weights of a model on the host, checked against its configuration.
 
+use crate::mixture::mixture;
 use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, rotation};
 use dibit_device::{DType, Device, Tensor};
 use dibit_quant::Hadamard;
@@ -131,6 +132,11 @@ impl Weights {
             what: format!("rotating values of head_dim {head_dim}"),
             supported: error.to_string(),
         })?;
+        let quantised =
+            |layer: &LayerWeights| [&layer.v, &layer.o].map(|linear| linear.weight.block_type()) != [None; 2];
+        if self.layers.iter().zip(layers).any(|(layer, wanted)| *wanted && quantised(layer)) {
+            tracing::info!("value and output projections are rotated, and stored in bf16 where they were quantised");
+        }
         device.scope(|| {
             for (index, layer) in self.layers.iter_mut().enumerate() {
                 if self.rotated_values[index] || !layers[index] {
@@ -154,15 +160,24 @@ impl Weights {
         self.num_bytes() - table
     }
 
-    /// Bytes of the embedding, the output layer and all linear layers; norms are too small to count.
+    /// Bytes of the embedding, the output layer and all linear layers; norms and biases are too small to count.
     pub fn num_bytes(&self) -> usize {
-        let linear = |l: &LinearWeights| l.weight.num_bytes() + l.bias.as_ref().map_or(0, Tensor::num_bytes);
-        let layer = |layer: &LayerWeights| {
+        self.matrices().map(Tensor::num_bytes).sum()
+    }
+
+    /// How the numbers of matrices are stored, by their share of the bytes: `Q4_K 81 %, Q6_K 19 %`.
+    pub fn formats(&self) -> String {
+        mixture(self.matrices().map(|matrix| (matrix.format(), matrix.num_bytes())))
+    }
+
+    /// The embedding, the output layer where it is another, and all linear layers.
+    fn matrices(&self) -> impl Iterator<Item = &Tensor> {
+        let linear = self.layers.iter().flat_map(|layer| {
             let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
-            [q, k, v, o, gate, up, down].into_iter().map(linear).sum::<usize>()
-        };
-        let head = if self.embed.same_numbers(&self.lm_head) { 0 } else { self.lm_head.num_bytes() };
-        self.embed.num_bytes() + head + self.layers.iter().map(layer).sum::<usize>()
+            [q, k, v, o, gate, up, down].map(|linear| &linear.weight)
+        });
+        let head = (!self.embed.same_numbers(&self.lm_head)).then_some(&self.lm_head);
+        [&self.embed].into_iter().chain(head).chain(linear)
     }
 }
 
@@ -213,17 +228,19 @@ impl Loader<'_> {
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         let tensor = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint.tensor(name, rows, cols)?.ok_or_else(|| {
-                ModelError::MissingTensor { name: name.to_owned(), architecture: self.config.architecture.name() }
-            })?,
+            Source::Checkpoint(checkpoint) => checkpoint
+                .tensor(name, rows, cols)?
+                .ok_or_else(|| checkpoint.missing(name, self.config.architecture.name()))?,
             Source::Dummy { seed } => {
                 let dtype = self.dtype.or(self.config.dtype).unwrap_or(DType::Bf16);
                 Tensor::random(stream(*seed, name), self.config.initializer_range, dtype, rows, cols)
             }
         };
-        let Some(dtype) = self.dtype.filter(|dtype| *dtype != tensor.dtype()) else { return Ok(tensor) };
+        let Some(dtype) = self.dtype else { return Ok(tensor) };
         let converted = tensor.cast(dtype);
-        tensor.release();
+        if !converted.same_numbers(&tensor) {
+            tensor.release();
+        }
         Ok(converted)
     }
 }

@@ -102,7 +102,7 @@ fn model_line(pretrained: &Pretrained, device: &str) -> String {
         "{}: {}, {parameters} parameters, {} on {device}",
         pretrained.name,
         config.architecture.name(),
-        pretrained.weights.embed.dtype().name()
+        pretrained.weights.formats()
     )
 }
 

@@ -1,0 +1,124 @@
+//! The configuration in a file's metadata, as a `config.json`.
+
+use super::metadata::Metadata;
+use crate::{Architecture, ModelError};
+use candle_core::quantized::GgmlDType;
+use dibit_device::{Bytes, DType, Tensor};
+use serde_json::{Map, Value, json};
+
+/// The architecture that a file calls `name`. Mistral is a Llama there.
+///
+/// # Errors
+/// [`ModelError::Unsupported`].
+pub(super) fn architecture(name: &str) -> Result<Architecture, ModelError> {
+    match name {
+        "llama" => Ok(Architecture::Llama),
+        "qwen2" => Ok(Architecture::Qwen2),
+        "qwen3" => Ok(Architecture::Qwen3),
+        other => Err(ModelError::Unsupported {
+            what: format!("GGUF architecture '{other}'"),
+            supported: "llama, qwen2, qwen3".into(),
+        }),
+    }
+}
+
+/// Query and KV heads of a file whose rows of query and key projections lie in pairs; `None` where they do not.
+pub(crate) fn heads(
+    content: &candle_core::quantized::gguf_file::Content,
+    name: &str,
+) -> Result<Option<(usize, usize)>, ModelError> {
+    let metadata = Metadata::new(content, name);
+    if metadata.text("general.architecture")? != Some("llama") {
+        return Ok(None);
+    }
+    let query = metadata.number("llama.attention.head_count")?.unwrap_or(0);
+    let key_value = metadata.number("llama.attention.head_count_kv")?.unwrap_or(query);
+    if query == 0 || key_value == 0 {
+        return Err(metadata.malformed("llama.attention.head_count is 0".into()));
+    }
+    Ok(Some((query, key_value)))
+}
+
+/// The `config.json` of a file.
+///
+/// # Errors
+/// [`ModelError::Malformed`] and [`ModelError::Unsupported`].
+pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelError> {
+    let name = metadata.text("general.architecture")?.ok_or_else(|| metadata.missing("general.architecture"))?;
+    let architecture = architecture(name)?;
+    let key = |key: &str| format!("{name}.{key}");
+    let number = |part: &str| -> Result<usize, ModelError> {
+        metadata.number(&key(part))?.ok_or_else(|| metadata.missing(&key(part)))
+    };
+    if metadata.number(&key("expert_count"))?.is_some_and(|count| count > 0) {
+        return Err(unsupported("a mixture of experts", "dense models"));
+    }
+    let tokens = metadata.texts("tokenizer.ggml.tokens")?.ok_or_else(|| metadata.missing("tokenizer.ggml.tokens"))?;
+    let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
+    let head_dim = match metadata.number(&key("attention.key_length"))? {
+        Some(length) => length,
+        None => hidden.checked_div(heads).unwrap_or(0),
+    };
+    for part in ["attention.value_length", "rope.dimension_count"] {
+        if let Some(other) = metadata.number(&key(part))?.filter(|other| *other != head_dim) {
+            return Err(unsupported(&format!("{} {other}", key(part)), &format!("{head_dim}, the whole head")));
+        }
+    }
+    let epsilon = key("attention.layer_norm_rms_epsilon");
+    let ids = ["eos_token_id", "eot_token_id"].map(|id| metadata.number(&format!("tokenizer.ggml.{id}")));
+    let [eos, eot] = ids;
+    let mut ends: Vec<usize> = [eos?, eot?].into_iter().flatten().collect();
+    ends.dedup();
+    Ok(json!({
+        "architectures": [architecture.name()],
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length")?,
+        "num_hidden_layers": number("block_count")?,
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.number(&key("attention.head_count_kv"))?.unwrap_or(heads),
+        "head_dim": head_dim,
+        "vocab_size": tokens.len(),
+        "max_position_embeddings": number("context_length")?,
+        "rms_norm_eps": metadata.float(&epsilon)?.ok_or_else(|| metadata.missing(&epsilon))?,
+        "tie_word_embeddings": metadata.tensor("output.weight").is_none(),
+        "bos_token_id": metadata.number("tokenizer.ggml.bos_token_id")?,
+        "eos_token_id": ends,
+        "rope_parameters": rope(metadata, bytes, name)?,
+        "sliding_window": metadata.number(&key("attention.sliding_window"))?,
+        "use_sliding_window": true,
+    }))
+}
+
+fn unsupported(what: &str, supported: &str) -> ModelError {
+    ModelError::Unsupported { what: what.to_owned(), supported: supported.to_owned() }
+}
+
+fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelError> {
+    let key = |key: &str| format!("{name}.rope.{key}");
+    let mut rope = Map::new();
+    rope.insert("rope_theta".into(), json!(metadata.float(&key("freq_base"))?.unwrap_or(10_000.0)));
+    let old = metadata.float(&key("scale_linear"))?.filter(|factor| *factor != 1.0);
+    let kind = match metadata.text(&key("scaling.type"))? {
+        None if old.is_some() => "linear",
+        None | Some("none") => "default",
+        Some(kind) => kind,
+    };
+    match metadata.tensor("rope_freqs.weight") {
+        None => {
+            rope.insert("rope_type".into(), json!(kind));
+            rope.insert("factor".into(), json!(metadata.float(&key("scaling.factor"))?.or(old)));
+        }
+        Some(tensor) if kind == "default" && tensor.ggml_dtype == GgmlDType::F32 => {
+            let numbers = tensor.shape.dims().iter().product();
+            let divisors = Tensor::from_bytes(bytes, metadata.place(tensor), DType::F32, 1, numbers)
+                .map_err(|error| metadata.malformed(format!("'rope_freqs.weight': {error}")))?;
+            rope.insert("rope_type".into(), json!("divisors"));
+            rope.insert("divisors".into(), json!(divisors.to_f32()));
+        }
+        Some(tensor) => {
+            let found = format!("rope_freqs.weight of type {:?} beside rope scaling '{kind}'", tensor.ggml_dtype);
+            return Err(unsupported(&found, "rope_freqs.weight of F32 without other scaling"));
+        }
+    }
+    Ok(rope.into())
+}

@@ -1,0 +1,95 @@
+use crate::ModelError;
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
+
+/// The metadata of a file, by key and type.
+pub(super) struct Metadata<'a> {
+    content: &'a Content,
+    name: &'a str,
+}
+
+impl<'a> Metadata<'a> {
+    pub fn new(content: &'a Content, name: &'a str) -> Self {
+        Metadata { content, name }
+    }
+
+    pub fn malformed(&self, reason: String) -> ModelError {
+        ModelError::Malformed { path: self.name.to_owned(), reason }
+    }
+
+    /// The error for a value that must be there.
+    pub fn missing(&self, key: &str) -> ModelError {
+        self.malformed(format!("its metadata has no '{key}'; it is incomplete, convert the model again"))
+    }
+
+    /// A value of one type, if it is there.
+    fn get<T>(&self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>, ModelError> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        let wrong = || {
+            let found = value.value_type();
+            self.malformed(format!("'{key}' of its metadata is {found:?}, not {kind}; convert the model again"))
+        };
+        read(value).map(Some).ok_or_else(wrong)
+    }
+
+    pub fn number(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        self.get(key, "a whole number", whole)
+    }
+
+    pub fn float(&self, key: &str) -> Result<Option<f64>, ModelError> {
+        self.get(key, "a number", |value| match value {
+            Value::F32(value) => Some(f64::from(*value)),
+            Value::F64(value) => Some(*value),
+            other => whole(other).map(|value| value as f64),
+        })
+    }
+
+    pub fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        self.get(key, "true or false", |value| value.to_bool().ok())
+    }
+
+    pub fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
+        self.get(key, "a text", text)
+    }
+
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>, ModelError> {
+        self.get(key, "a list of texts", |value| value.to_vec().ok()?.iter().map(text).collect())
+    }
+
+    pub fn numbers(&self, key: &str) -> Result<Option<Vec<usize>>, ModelError> {
+        self.get(key, "a list of whole numbers", |value| value.to_vec().ok()?.iter().map(whole).collect())
+    }
+
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        self.get(key, "a list of numbers", |value| value.to_vec().ok()?.iter().map(|v| v.to_f32().ok()).collect())
+    }
+
+    pub fn tensor(&self, name: &str) -> Option<&'a TensorInfo> {
+        self.content.tensor_infos.get(name)
+    }
+
+    /// Where the bytes of a tensor begin.
+    pub fn place(&self, tensor: &TensorInfo) -> usize {
+        self.content.tensor_data_offset.saturating_add(tensor.offset) as usize
+    }
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::String(text) => Some(text),
+        _ => None,
+    }
+}
+
+fn whole(value: &Value) -> Option<usize> {
+    match *value {
+        Value::U8(value) => Some(value.into()),
+        Value::U16(value) => Some(value.into()),
+        Value::U32(value) => value.try_into().ok(),
+        Value::U64(value) => value.try_into().ok(),
+        Value::I8(value) => value.try_into().ok(),
+        Value::I16(value) => value.try_into().ok(),
+        Value::I32(value) => value.try_into().ok(),
+        Value::I64(value) => value.try_into().ok(),
+        _ => None,
+    }
+}
