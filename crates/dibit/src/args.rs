@@ -16,6 +16,7 @@ use std::path::PathBuf;
 Examples:
   dibit generate \"Once upon a time\"
   dibit chat --model Qwen/Qwen3-0.6B
+  dibit generate --model llama-3.2-1b-q4_k_m.gguf \"Once upon a time\"
   dibit perplexity --text wiki.txt --kv kivi,kvlinc
   dibit compare --text wiki.txt --report report
   dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
@@ -55,7 +56,7 @@ pub enum Command {
 /// Where weights come from.
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
 pub enum LoadFormat {
-    /// The checkpoint's safetensors
+    /// The checkpoint's safetensors, or the GGUF file
     Auto,
     /// Seeded random weights of the shape in config.json, to measure without a download
     Dummy,
@@ -85,8 +86,9 @@ pub struct ModelArgs {
     #[arg(
         short,
         long,
-        value_name = "DIR|ID",
-        help = "Directory of a Hugging Face checkpoint, or a hub id org/name[@revision] [default: the bundled model]"
+        value_name = "DIR|FILE|ID",
+        help = "Directory of a Hugging Face checkpoint, a .gguf file, or a hub id org/name[@revision] [default: the \
+                bundled model]"
     )]
     pub model: Option<String>,
     /// Where weights come from; with dummy, --model may also be a config.json

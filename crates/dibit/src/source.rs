@@ -16,6 +16,7 @@ pub fn describe(args: &ModelArgs) -> Result<ModelFiles> {
     let Some(model) = &args.model else { return Ok(bundled::files()) };
     let local = local(model, args.load_format)?;
     let files = match (&local, args.load_format) {
+        (Some(file), LoadFormat::Auto) if is_gguf(file) => ModelFiles::open_gguf(file)?,
         (Some(directory), LoadFormat::Auto) => ModelFiles::open(directory)?,
         (Some(path), LoadFormat::Dummy) => ModelFiles::without_weights(path)?,
         (None, _) => ModelFiles::without_weights(&download(model, false)?)?,
@@ -60,13 +61,24 @@ pub fn config(files: &ModelFiles) -> Result<ModelConfig> {
     Ok(ModelConfig::parse(&files.config, &format!("config.json of {}", files.origin))?)
 }
 
+/// Whether this names a GGUF file; a directory may have such a name too.
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && !path.is_dir()
+}
+
 /// The directory or file that `model` names on this machine; `None` for a hub id.
 fn local(model: &str, format: LoadFormat) -> Result<Option<PathBuf>> {
     let path = Path::new(model);
-    if path.is_file() && format == LoadFormat::Auto {
+    if is_gguf(path) && format == LoadFormat::Dummy {
+        bail!("{model} is a GGUF file; --load-format dummy takes a config.json");
+    }
+    if is_gguf(path) && !path.exists() {
+        bail!("no model at {model}: the file does not exist");
+    }
+    if path.is_file() && format == LoadFormat::Auto && !is_gguf(path) {
         bail!(
-            "{model} is a file; --model takes the directory of a Hugging Face checkpoint, or a config.json with \
-             --load-format dummy"
+            "{model} is a file; --model takes the directory of a Hugging Face checkpoint, a .gguf file, or a config.json \
+             with --load-format dummy"
         );
     }
     if path.exists() {

@@ -17,6 +17,8 @@ struct Report {
     options: Options,
     /// Bytes of the weights.
     weights: usize,
+    /// How they are stored.
+    formats: String,
     /// Bytes of memory that are free.
     available: usize,
     rows: Vec<Row>,
@@ -42,7 +44,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
     let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
-    let weights = weight_bytes(args, &files, &config)?;
+    let (weights, formats) = weights(args, &files, &config)?;
     let available = memory::available();
     let options = Options {
         context: args.context.map_or(config.max_position_embeddings, |context| context as usize),
@@ -51,7 +53,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     };
     let free = available.saturating_sub(weights);
     let rows = schemes.iter().map(|scheme| row(scheme, &config, options, free)).collect::<Result<Vec<_>>>()?;
-    let report = Report { files, config, options, weights, available, rows };
+    let report = Report { files, config, options, weights, formats, available, rows };
     let mut stdout = std::io::stdout().lock();
     if args.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&report.to_json())?).context(STDOUT)?;
@@ -61,15 +63,16 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn weight_bytes(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Result<usize> {
-    let of_dtype = |dtype: DType| config.num_parameters() * dtype.size();
+/// Bytes of the weights, and how they are stored.
+fn weights(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Result<(usize, String)> {
+    let of_dtype = |dtype: DType| (config.num_parameters() * dtype.size(), dtype.name().to_owned());
     Ok(match args.model.dtype.dtype() {
         Some(dtype) => of_dtype(dtype),
         None if files.weights.is_empty() => of_dtype(config.dtype.unwrap_or(DType::Bf16)),
         None => {
             // Opening checks the headers, so that a damaged checkpoint is known here already.
-            Checkpoint::open(&files.weights)?;
-            files.weights.iter().map(|file| file.bytes.len()).sum()
+            let checkpoint = Checkpoint::open(&files.weights)?;
+            (files.weights.iter().map(|file| file.bytes.len()).sum(), checkpoint.formats())
         }
     })
 }
@@ -93,7 +96,7 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> 
 
 impl Report {
     fn render(&self) -> String {
-        let Report { files, config, options, weights, available, rows } = self;
+        let Report { files, config, options, weights, formats, available, rows } = self;
         let header = [
             "scheme",
             "per token",
@@ -125,7 +128,7 @@ impl Report {
         let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
         format!(
             "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
-         weights {}; memory available {}; context {} tokens{beyond}, batch {}\n\n{}",
+         weights {} ({formats}); memory available {}; context {} tokens{beyond}, batch {}\n\n{}",
             files.origin,
             config.architecture.name(),
             config.num_hidden_layers,
@@ -142,7 +145,7 @@ impl Report {
     }
 
     fn to_json(&self) -> Value {
-        let Report { files, config, options, weights, available, rows } = self;
+        let Report { files, config, options, weights, formats, available, rows } = self;
         let schemes: Vec<Value> = rows
             .iter()
             .map(|row| {
@@ -165,6 +168,7 @@ impl Report {
             "architecture": config.architecture.name(),
             "parameters": config.num_parameters(),
             "weights_bytes": weights,
+            "weights_formats": formats,
             "available_bytes": available,
             "context": options.context,
             "batch": options.sequences,
