@@ -4,7 +4,6 @@
 mod amx;
 mod attention;
 mod block;
-mod blocks;
 mod codes;
 mod dot;
 mod element;
@@ -14,6 +13,7 @@ mod frames;
 mod linear;
 mod mix;
 mod page;
+mod quantized;
 #[cfg(test)]
 mod reference;
 mod scales;
@@ -219,7 +219,7 @@ impl Device for Cpu {
             Values::F16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
             Values::Bf16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
             Values::Blocks(kind, words) => {
-                with_blocks!(kind, words, |w| blocks::linear(x, w, shape, bias, out, output));
+                with_blocks!(kind, words, |w| quantized::linear(x, w, shape, bias, out, output));
             }
         }
     }
