@@ -3,7 +3,7 @@
 use crate::BlockType;
 use dibit_quant::splitmix;
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 #[cfg(unix)]
 use memmap2::UncheckedAdvice;
 use std::ops::{Deref, Range};
@@ -70,12 +70,17 @@ impl SharedBytes for Mmap {
     }
 }
 
+/// Size of a huge page, of which smaller matrices would get none.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Bytes that outlive every tensor cut from them: a mapped file, or part of the program.
 pub type Bytes = Arc<dyn SharedBytes>;
 
 #[derive(Clone)]
 enum Storage<T> {
     Owned(Arc<Vec<T>>),
+    /// Memory of its own in huge pages, where the system grants them: large matrices are read faster from these.
+    Huge(Arc<MmapMut>),
     Shared { bytes: Bytes, offset: usize, len: usize },
 }
 
@@ -92,6 +97,29 @@ impl<T: bytemuck::Pod> Storage<T> {
         }
     }
 
+    /// Zeros, of a matrix that is written once.
+    fn zeroed(len: usize) -> Self {
+        let bytes = len * size_of::<T>();
+        if bytes >= HUGE_PAGE
+            && let Ok(memory) = MmapMut::map_anon(bytes)
+        {
+            // Advice: a kernel without huge pages is slower and nothing else.
+            #[cfg(target_os = "linux")]
+            memory.advise(memmap2::Advice::HugePage).ok();
+            return Storage::Huge(Arc::new(memory));
+        }
+        Storage::Owned(Arc::new(vec![T::zeroed(); len]))
+    }
+
+    /// The numbers of a new storage.
+    fn as_mut_slice(&mut self) -> &mut [T] {
+        match self {
+            Storage::Owned(values) => Arc::get_mut(values).expect("one owner"),
+            Storage::Huge(memory) => bytemuck::cast_slice_mut(Arc::get_mut(memory).expect("one owner")),
+            Storage::Shared { .. } => unreachable!("shared numbers are not written"),
+        }
+    }
+
     fn release(&self) {
         if let Storage::Shared { bytes, offset, len } = self {
             bytes.release(*offset..*offset + *len);
@@ -101,6 +129,7 @@ impl<T: bytemuck::Pod> Storage<T> {
     fn as_slice(&self) -> &[T] {
         match self {
             Storage::Owned(values) => values,
+            Storage::Huge(memory) => bytemuck::cast_slice(memory),
             Storage::Shared { bytes, offset, len } => bytemuck::cast_slice(&bytes[*offset..*offset + *len]),
         }
     }
@@ -218,19 +247,20 @@ impl Tensor {
         block_rows: usize,
         mut fill: impl FnMut(usize, &mut [f32]),
     ) -> Self {
-        fn collect<T>(
+        fn collect<T: bytemuck::Pod>(
             [rows, cols, block_rows]: [usize; 3],
             fill: &mut dyn FnMut(usize, &mut [f32]),
             round: impl Fn(f32) -> T,
         ) -> Storage<T> {
-            let mut values = Vec::with_capacity(rows * cols);
+            let mut storage = Storage::zeroed(rows * cols);
             let mut block = vec![0.0; block_rows.min(rows) * cols];
             for first in (0..rows).step_by(block_rows) {
                 let block = &mut block[..(rows - first).min(block_rows) * cols];
                 fill(first, block);
-                values.extend(block.iter().map(|value| round(*value)));
+                let values = &mut storage.as_mut_slice()[first * cols..][..block.len()];
+                values.iter_mut().zip(block).for_each(|(value, number)| *value = round(*number));
             }
-            Storage::Owned(Arc::new(values))
+            storage
         }
         let shape = [rows, cols, block_rows];
         let data = match dtype {

@@ -7,7 +7,10 @@
 use super::element::Element;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
-use super::simd::{Lanes, Portable, WIDTH, dispatch};
+use super::simd::{Lanes, Portable, WIDTH, dispatch, prefetch_at};
+
+/// How many bytes ahead weights are asked for.
+const AHEAD: usize = 2048;
 
 /// Shape of a call: `x` is `m` rows of `k` numbers, `w` is `n` rows of `k` numbers.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +59,10 @@ fn tile<E: Element, L: Lanes, const M: usize, const N: usize>(
     for start in (0..k - k % WIDTH).step_by(WIDTH) {
         let mut wide = [L::splat(0.0); N];
         for j in 0..N {
+            if M == 1 {
+                // One row is bound by memory, and rows of `w` follow each other.
+                prefetch_at(w[j].as_ptr().wrapping_byte_add(start * size_of::<E>() + AHEAD));
+            }
             wide[j] = E::load(w[j][start..start + WIDTH].try_into().expect("WIDTH numbers"));
         }
         for i in 0..M {
@@ -131,7 +138,7 @@ dispatch! {
     fn dot_rows<E: Element, F: FnMut(usize, usize, f32)>(x: &[f32], w: &[E], shape: Shape, emit: &mut F);
     baseline: body::<E, Portable, 2, 2, 1>(x, w, shape, emit);
     avx2: body::<E, Avx2, 4, 3, 1>(x, w, shape, emit);
-    avx512: body::<E, Avx512, 8, 8, 4>(x, w, shape, emit);
+    avx512: body::<E, Avx512, 1, 8, 4>(x, w, shape, emit);
 }
 
 #[cfg(test)]

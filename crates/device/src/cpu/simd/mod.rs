@@ -51,15 +51,23 @@ pub(crate) trait Lanes: Copy {
 /// Bytes that come from memory together.
 pub(crate) const CACHE_LINE: usize = 64;
 
-/// Asks for cache line `index` of bytes that are about to be read, if there is one. Where no instruction does that, they
-/// are read when they are.
+/// Asks for cache line `index` of bytes that are about to be read, if there is one.
 #[inline(always)]
 pub(crate) fn prefetch(bytes: &[u8], index: usize) {
-    #[cfg(target_arch = "x86_64")]
     if let Some(byte) = bytes.get(index * CACHE_LINE) {
+        prefetch_at(byte);
+    }
+}
+
+/// Asks for the cache line at an address, whatever is there. Where no instruction does that, it is read when it is.
+#[inline(always)]
+pub(crate) fn prefetch_at<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing that the program could see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast()) };
+        // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing that the program could see: it may have any
+        // address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
     }
 }
 
