@@ -24,18 +24,17 @@ impl Affine {
     /// [`QuantError::Empty`], [`QuantError::NonFinite`] for NaN or infinity, and
     /// [`QuantError::Range`] where fp16 cannot hold the scale or the minimum.
     pub fn fit(group: &[f32], bits: Bits) -> Result<Self, QuantError> {
-        if group.is_empty() {
-            return Err(QuantError::Empty);
-        }
-        let mut min = f32::INFINITY;
-        let mut max = f32::NEG_INFINITY;
-        for (index, &value) in group.iter().enumerate() {
-            if !value.is_finite() {
-                return Err(QuantError::NonFinite { index, value });
-            }
-            min = min.min(value);
-            max = max.max(value);
-        }
+        let (min, max) = range(group)?;
+        Self::fit_range(min, max, bits)
+    }
+
+    /// Fits scale and minimum to a group of which the ends of the range are known.
+    ///
+    /// # Errors
+    /// [`QuantError::Range`] where fp16 cannot hold the scale or the minimum.
+    pub fn fit_range(min: f32, max: f32, bits: Bits) -> Result<Self, QuantError> {
+        // Which zero is the smaller one depends on the machine. Adding zero leaves one of them.
+        let min = min + 0.0;
         let affine = Affine { scale: f16::from_f32((max - min) / f32::from(bits.max_code())), min: f16::from_f32(min) };
         if affine.scale.is_finite() && affine.min.is_finite() {
             Ok(affine)
@@ -76,6 +75,23 @@ impl Affine {
         }
         Ok(affine)
     }
+}
+
+/// Smallest and largest value of a group.
+pub(crate) fn range(group: &[f32]) -> Result<(f32, f32), QuantError> {
+    if group.is_empty() {
+        return Err(QuantError::Empty);
+    }
+    let mut min = f32::INFINITY;
+    let mut max = f32::NEG_INFINITY;
+    for (index, &value) in group.iter().enumerate() {
+        if !value.is_finite() {
+            return Err(QuantError::NonFinite { index, value });
+        }
+        min = min.min(value);
+        max = max.max(value);
+    }
+    Ok((min, max))
 }
 
 #[cfg(test)]

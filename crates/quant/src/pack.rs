@@ -35,7 +35,8 @@ impl Plane {
         lanes.div_ceil(8 / self.width)
     }
 
-    const fn mask(self) -> u8 {
+    /// Its bits, at the low end.
+    pub const fn mask(self) -> u8 {
         u8::MAX >> (8 - self.width)
     }
 }

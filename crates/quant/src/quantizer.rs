@@ -1,5 +1,6 @@
 //! The two quantisers of the methods, over one stored form: a scale and a zero in fp16 for each group.
 
+use crate::affine::range;
 use crate::{Affine, Bits, QuantError};
 use half::f16;
 
@@ -38,12 +39,20 @@ impl Quantizer {
     /// # Errors
     /// Those of [`Affine::fit`].
     pub fn fit(self, group: &[f32], bits: Bits) -> Result<Parameters, QuantError> {
-        let affine = Affine::fit(group, bits)?;
+        let (min, max) = range(group)?;
+        self.fit_range(min, max, bits)
+    }
+
+    /// Fits scale and zero to a group of which the ends of the range are known.
+    ///
+    /// # Errors
+    /// Those of [`Affine::fit_range`].
+    pub fn fit_range(self, min: f32, max: f32, bits: Bits) -> Result<Parameters, QuantError> {
+        let affine = Affine::fit_range(min, max, bits)?;
         let Quantizer::IntegerZero { clip, include_zero } = self else {
             return Ok(Parameters { scale: affine.scale, zero: affine.min });
         };
-        let mut max = clip * group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut min = clip * group.iter().copied().fold(f32::INFINITY, f32::min);
+        let (mut min, mut max) = (clip * (min + 0.0), clip * max);
         if include_zero {
             (min, max) = (min.min(0.0), max.max(0.0));
         }

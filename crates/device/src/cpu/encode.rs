@@ -1,10 +1,15 @@
 //! Writing tokens into one packed side of a page.
 
+use super::quantise::{self, RowParameters};
+use super::simd::Isa;
 use dibit_cache::{Along, Factors, Outliers, PAGE_TOKENS, PackedSide};
 use dibit_quant::{Hadamard, LowRank, Parameters, QuantError, pack, put};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
+
+/// Parameters of a group that consists of sinks.
+const NONE: Parameters = Parameters { scale: f16::ZERO, zero: f16::ZERO };
 
 /// Tokens of one page on their way in.
 pub(super) struct Tokens<'a> {
@@ -20,23 +25,54 @@ pub(super) struct Tokens<'a> {
 /// Buffers of the encoder.
 #[derive(Default)]
 pub(super) struct Encoder {
-    /// Values of a group, in the order of its codes, sinks left out.
-    group: Vec<f32>,
+    /// `[token][channel]`
     codes: Vec<u8>,
+    /// Parameters of each channel of a token.
+    own: RowParameters,
+    /// Smallest and largest value of each channel.
+    min: Vec<f32>,
+    max: Vec<f32>,
+    /// One packed byte of each channel.
+    bytes: Vec<u8>,
     /// Lanes of a row in the order of their values.
     sorted: Vec<usize>,
     /// Row, lane and value of what is kept beside the codes.
     kept: Vec<(usize, usize, f32)>,
 }
 
+/// Slot of the token that a code belongs to.
+fn slot(side: &PackedSide, row: usize, lane: usize) -> usize {
+    if side.tokens_are_lanes { lane } else { row }
+}
+
+/// Channels that have codes.
+fn channels(side: &PackedSide) -> usize {
+    if side.tokens_are_lanes { side.rows } else { side.lanes }
+}
+
+/// Whether a group is a channel of several tokens. If not, it is several channels of a token.
+fn along_tokens(side: &PackedSide) -> bool {
+    (side.along == Along::Lanes) == side.tokens_are_lanes
+}
+
 impl Tokens<'_> {
-    fn index(&self, side: &PackedSide, row: usize, lane: usize) -> usize {
-        let (token, channel) = if side.tokens_are_lanes { (lane, row) } else { (row, lane) };
-        (token - self.slots.start) * self.head_dim + channel
+    /// Numbers of a token that become codes.
+    fn numbers(&self, side: &PackedSide, slot: usize) -> &[f32] {
+        &self.values[(slot - self.slots.start) * self.head_dim..][..channels(side)]
     }
 
-    fn is_sink(&self, side: &PackedSide, row: usize, lane: usize) -> bool {
-        self.sinks[if side.tokens_are_lanes { lane } else { row } - self.slots.start]
+    fn is_sink(&self, slot: usize) -> bool {
+        self.sinks[slot - self.slots.start]
+    }
+
+    /// Those of some slots that are no sinks.
+    fn seen(&self, slots: Range<usize>) -> impl Iterator<Item = usize> {
+        slots.filter(|slot| !self.is_sink(*slot))
+    }
+
+    fn index(&self, side: &PackedSide, row: usize, lane: usize) -> usize {
+        let channel = if side.tokens_are_lanes { row } else { lane };
+        (slot(side, row, lane) - self.slots.start) * self.head_dim + channel
     }
 
     /// Packed rows and lanes that the tokens cover.
@@ -52,6 +88,7 @@ impl Encoder {
     /// Groups along tokens need whole pages, which the schemes' validation sees to.
     pub(super) fn encode(
         &mut self,
+        isa: Isa,
         side: &PackedSide,
         mut tokens: Tokens,
         page: &mut [u8],
@@ -69,31 +106,18 @@ impl Encoder {
         if side.factors.is_some() {
             error.resize(first_error + tokens.values.len(), 0.0);
         }
-        let mut missed = |index: usize, difference: f32| {
-            if side.factors.is_some() {
-                error[first_error + index] = difference;
-            }
-        };
-        match side.along {
-            Along::Lanes => self.groups_of_lanes(side, &tokens, page, &mut missed)?,
-            Along::Rows => self.groups_of_rows(side, &tokens, page, &mut missed)?,
+        let error = &mut error[first_error..];
+        self.quantise(isa, side, &tokens, page, error)?;
+        if side.tokens_are_lanes {
+            self.pack_channels(isa, side, tokens.slots.clone(), page);
+        } else {
+            self.pack_tokens(side, tokens.slots.clone(), page);
         }
         if side.high.is_some() {
             write_high(side, &tokens, page);
         }
         if let Some(outliers) = side.outliers {
-            for (place, &(row, lane, value)) in self.kept.iter().enumerate() {
-                missed(tokens.index(side, row, lane), 0.0);
-                // Rows are kept in their order, each with the same number of values.
-                let at = (tokens.cover(side).0.start * 2 * outliers.per_end) + place;
-                put_half(page, outliers.values + at * size_of::<f16>(), f16::from_f32(value));
-                page[outliers.lanes + at] = lane as u8;
-                // What is kept aside is read as its difference to code 0, so that no code must be looked up.
-                let span = side.group_spans().find(|span| span.lanes.contains(&lane)).expect("a lane of the side");
-                let start = side.codes + row * side.row_bytes;
-                let codes = &mut page[start + span.bytes.start..start + span.bytes.end];
-                put(side.bits, span.lanes.len(), lane - span.lanes.start, 0, codes);
-            }
+            self.write_outliers(side, outliers, &tokens, page, error);
         }
         Ok(())
     }
@@ -103,7 +127,7 @@ impl Encoder {
         let (rows, lanes) = tokens.cover(side);
         for row in rows {
             self.sorted.clear();
-            self.sorted.extend(lanes.clone().filter(|lane| !tokens.is_sink(side, row, *lane)));
+            self.sorted.extend(lanes.clone().filter(|lane| !tokens.is_sink(slot(side, row, *lane))));
             let value = |lane: usize| tokens.values[tokens.index(side, row, lane)];
             let mean = self.sorted.iter().map(|lane| value(*lane)).sum::<f32>() / self.sorted.len().max(1) as f32;
             // Of equals the first lane comes first, at either end.
@@ -118,98 +142,180 @@ impl Encoder {
                 tokens.values[tokens.index(side, row, lane)] = mean;
             }
             // Where sinks leave too few, a sink fills the place: what it adds is not read.
-            let sink = lanes.clone().find(|lane| tokens.is_sink(side, row, *lane)).unwrap_or(lanes.start);
+            let sink = lanes.clone().find(|lane| tokens.is_sink(slot(side, row, *lane))).unwrap_or(lanes.start);
             self.kept.resize(start + 2 * outliers.per_end, (row, sink, 0.0));
         }
     }
 
-    /// Keys per channel, values per token.
-    fn groups_of_lanes(
-        &mut self,
-        side: &PackedSide,
-        tokens: &Tokens,
-        page: &mut [u8],
-        missed: &mut impl FnMut(usize, f32),
-    ) -> Result<(), QuantError> {
-        let (rows, _) = tokens.cover(side);
-        for row in rows {
-            for span in side.group_spans() {
-                let parameters = self.fit(side, tokens, span.lanes.clone().map(|lane| (row, lane)))?;
-                write_parameters(side, page, row, span.lanes.start, parameters);
-                self.codes.clear();
-                for lane in span.lanes.clone() {
-                    self.codes.push(self.code(side, tokens, row, lane, parameters, missed));
-                }
-                let start = side.codes + row * side.row_bytes;
-                pack(side.bits, &self.codes, &mut page[start + span.bytes.start..start + span.bytes.end]);
-            }
-        }
-        Ok(())
-    }
-
-    /// Keys per token, values per channel.
-    fn groups_of_rows(
-        &mut self,
-        side: &PackedSide,
-        tokens: &Tokens,
-        page: &mut [u8],
-        missed: &mut impl FnMut(usize, f32),
-    ) -> Result<(), QuantError> {
-        let (rows, lanes) = tokens.cover(side);
-        for lane in lanes {
-            for (_, group) in side.row_groups() {
-                let own = group.start.max(rows.start)..group.end.min(rows.end);
-                if own.is_empty() {
-                    continue;
-                }
-                let parameters = self.fit(side, tokens, own.clone().map(|row| (row, lane)))?;
-                write_parameters(side, page, own.start, lane, parameters);
-                for row in own {
-                    let code = self.code(side, tokens, row, lane, parameters, missed);
-                    let start = side.codes + row * side.row_bytes;
-                    put(side.bits, side.lanes, lane, code, &mut page[start..start + side.row_bytes]);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Parameters of a group; zeros where it consists of sinks.
-    fn fit(
-        &mut self,
-        side: &PackedSide,
-        tokens: &Tokens,
-        group: impl Iterator<Item = (usize, usize)>,
-    ) -> Result<Parameters, QuantError> {
-        self.group.clear();
-        let own = group.filter(|&(row, lane)| !tokens.is_sink(side, row, lane));
-        self.group.extend(own.map(|(row, lane)| tokens.values[tokens.index(side, row, lane)]));
-        if self.group.is_empty() {
-            return Ok(Parameters { scale: f16::ZERO, zero: f16::ZERO });
-        }
-        side.quantizer.fit(&self.group, side.bits)
-    }
-
-    fn code(
+    /// Keeps what was set aside beside the codes.
+    fn write_outliers(
         &self,
         side: &PackedSide,
+        outliers: Outliers,
         tokens: &Tokens,
-        row: usize,
-        lane: usize,
-        parameters: Parameters,
-        missed: &mut impl FnMut(usize, f32),
-    ) -> u8 {
-        if tokens.is_sink(side, row, lane) {
-            return 0;
+        page: &mut [u8],
+        error: &mut [f32],
+    ) {
+        for (place, &(row, lane, value)) in self.kept.iter().enumerate() {
+            if side.factors.is_some() {
+                error[tokens.index(side, row, lane)] = 0.0;
+            }
+            // Rows are kept in their order, each with the same number of values.
+            let at = (tokens.cover(side).0.start * 2 * outliers.per_end) + place;
+            put_half(page, outliers.values + at * size_of::<f16>(), f16::from_f32(value));
+            page[outliers.lanes + at] = lane as u8;
+            // What is kept aside is read as its difference to code 0, so that no code must be looked up.
+            let span = side.group_spans().find(|span| span.lanes.contains(&lane)).expect("a lane of the side");
+            let start = side.codes + row * side.row_bytes;
+            let codes = &mut page[start + span.bytes.start..start + span.bytes.end];
+            put(side.bits, span.lanes.len(), lane - span.lanes.start, 0, codes);
         }
-        let index = tokens.index(side, row, lane);
-        let code = side.quantizer.code(parameters, tokens.values[index], side.bits);
-        missed(index, tokens.values[index] - side.quantizer.value(parameters, code));
-        code
+    }
+
+    /// Fits all groups and leaves the codes of the tokens in `codes`: 0 for sinks.
+    fn quantise(
+        &mut self,
+        isa: Isa,
+        side: &PackedSide,
+        tokens: &Tokens,
+        page: &mut [u8],
+        error: &mut [f32],
+    ) -> Result<(), QuantError> {
+        let channels = channels(side);
+        self.codes.clear();
+        self.codes.resize(tokens.slots.len() * channels, 0);
+        self.own.resize(channels);
+        if let Some(slot) =
+            tokens.seen(tokens.slots.clone()).find(|slot| !quantise::is_finite(isa, tokens.numbers(side, *slot)))
+        {
+            return Err(not_finite(side, tokens, slot));
+        }
+        let step = if along_tokens(side) { side.group } else { 1 };
+        for first in (0..PAGE_TOKENS).step_by(step) {
+            let group = first.max(tokens.slots.start)..tokens.slots.end.min(first + step);
+            if group.is_empty() {
+                continue;
+            }
+            match along_tokens(side) {
+                true => self.fit_channels(isa, side, tokens, group.clone(), page)?,
+                false => self.fit_token(isa, side, tokens, group.start, page)?,
+            }
+            for slot in tokens.seen(group) {
+                let index = slot - tokens.slots.start;
+                let numbers = tokens.numbers(side, slot);
+                let codes = &mut self.codes[index * channels..][..channels];
+                quantise::code(isa, numbers, &self.own, side.quantizer, side.bits, codes);
+                if side.factors.is_some() {
+                    let error = &mut error[index * tokens.head_dim..][..channels];
+                    quantise::missed(isa, numbers, codes, &self.own, side.quantizer, error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fits a group of tokens in each channel.
+    fn fit_channels(
+        &mut self,
+        isa: Isa,
+        side: &PackedSide,
+        tokens: &Tokens,
+        group: Range<usize>,
+        page: &mut [u8],
+    ) -> Result<(), QuantError> {
+        for (ends, start) in [(&mut self.min, f32::INFINITY), (&mut self.max, f32::NEG_INFINITY)] {
+            ends.clear();
+            ends.resize(channels(side), start);
+        }
+        for slot in tokens.seen(group.clone()) {
+            quantise::widen(isa, tokens.numbers(side, slot), &mut self.min, &mut self.max);
+        }
+        let is_empty = tokens.seen(group.clone()).next().is_none();
+        for (channel, (min, max)) in self.min.iter().zip(&self.max).enumerate() {
+            let parameters = if is_empty { NONE } else { side.quantizer.fit_range(*min, *max, side.bits)? };
+            self.own.set(channel..channel + 1, parameters);
+            write_parameters(side, page, group.start, channel, parameters);
+        }
+        Ok(())
+    }
+
+    /// Fits the groups of channels of a token.
+    fn fit_token(
+        &mut self,
+        isa: Isa,
+        side: &PackedSide,
+        tokens: &Tokens,
+        slot: usize,
+        page: &mut [u8],
+    ) -> Result<(), QuantError> {
+        let numbers = tokens.numbers(side, slot);
+        for (index, own) in numbers.chunks(side.group).enumerate() {
+            let (min, max) = quantise::range(isa, own);
+            let parameters = if tokens.is_sink(slot) { NONE } else { side.quantizer.fit_range(min, max, side.bits)? };
+            let first = index * side.group;
+            self.own.set(first..first + own.len(), parameters);
+            write_parameters(side, page, slot, first, parameters);
+        }
+        Ok(())
+    }
+
+    /// Packs rows that are tokens.
+    fn pack_tokens(&self, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
+        for (slot, codes) in slots.zip(self.codes.chunks_exact(channels(side))) {
+            let row = &mut page[side.codes + slot * side.row_bytes..][..side.row_bytes];
+            for span in side.group_spans() {
+                pack(side.bits, &codes[span.lanes], &mut row[span.bytes]);
+            }
+        }
+    }
+
+    /// Packs rows that are channels: the bytes at one place of all rows at a time.
+    fn pack_channels(&mut self, isa: Isa, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
+        let Self { codes, bytes, .. } = self;
+        let rows = &mut page[side.codes..][..side.rows * side.row_bytes];
+        bytes.resize(side.rows, 0);
+        for span in side.group_spans() {
+            let mut first_byte = span.bytes.start;
+            for plane in side.bits.planes() {
+                let stride = plane.stride(span.lanes.len());
+                for place in 0..stride.min(span.lanes.len()) {
+                    let fields = (span.lanes.start + place..span.lanes.end).step_by(stride).enumerate();
+                    let mut fields = fields.filter(|(_, slot)| slots.contains(slot)).peekable();
+                    if fields.peek().is_none() {
+                        continue;
+                    }
+                    let at = first_byte + place;
+                    for (byte, row) in bytes.iter_mut().zip(rows.chunks_exact(side.row_bytes)) {
+                        *byte = row[at];
+                    }
+                    for (field, slot) in fields {
+                        let codes = &codes[(slot - slots.start) * side.rows..][..side.rows];
+                        quantise::merge(isa, codes, *plane, field, bytes);
+                    }
+                    for (byte, row) in bytes.iter().zip(rows.chunks_exact_mut(side.row_bytes)) {
+                        row[at] = *byte;
+                    }
+                }
+                first_byte += stride;
+            }
+        }
     }
 }
 
-fn write_parameters(side: &PackedSide, page: &mut [u8], row: usize, lane: usize, parameters: Parameters) {
+/// Says which number of a token is not finite.
+fn not_finite(side: &PackedSide, tokens: &Tokens, slot: usize) -> QuantError {
+    let numbers = tokens.numbers(side, slot);
+    let channel = numbers.iter().position(|value| !value.is_finite()).expect("a number that is not finite");
+    let index = if along_tokens(side) {
+        tokens.seen((slot / side.group * side.group).max(tokens.slots.start)..slot).count()
+    } else {
+        channel % side.group
+    };
+    QuantError::NonFinite { index, value: numbers[channel] }
+}
+
+fn write_parameters(side: &PackedSide, page: &mut [u8], slot: usize, channel: usize, parameters: Parameters) {
+    let (row, lane) = if side.tokens_are_lanes { (channel, slot) } else { (slot, channel) };
     let at = side.parameter(row, lane) * size_of::<f16>();
     put_half(page, side.scales + at, parameters.scale);
     put_half(page, side.zeros + at, parameters.zero);

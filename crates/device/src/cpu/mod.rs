@@ -13,6 +13,7 @@ mod frames;
 mod linear;
 mod mix;
 mod page;
+mod quantise;
 mod quantized;
 #[cfg(test)]
 mod reference;
@@ -151,7 +152,7 @@ impl Device for Cpu {
         num_sequences: usize,
         max_rows: usize,
     ) -> Result<CpuCache, DeviceError> {
-        let store = CpuStore::new(layout, num_blocks, num_sequences, max_rows)?;
+        let store = CpuStore::new(self.isa, layout, num_blocks, num_sequences, max_rows)?;
         Ok(CpuCache { store, buffers: Buffers::default() })
     }
 

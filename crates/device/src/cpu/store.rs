@@ -2,6 +2,7 @@
 
 use super::encode::{Encoder, Tokens, write_chunk_factor, write_page_factor};
 use super::frames::Frames;
+use super::simd::Isa;
 use super::sinks::Protected;
 use crate::{Batch, DeviceError, Span};
 use dibit_cache::{CacheLayout, ClassTokens, Extras, PAGE_TOKENS, SideLayout};
@@ -13,6 +14,7 @@ use std::ops::Range;
 
 /// Pages, window rings, sinks and the keys and values of the pass in flight.
 pub struct CpuStore {
+    isa: Isa,
     layout: CacheLayout,
     frames: Vec<Frames>,
     /// `[block][layer][kv head][page]`; untouched memory is not resident.
@@ -73,6 +75,7 @@ fn map(what: &'static str, bytes: usize) -> Result<MmapMut, DeviceError> {
 
 impl CpuStore {
     pub(super) fn new(
+        isa: Isa,
         layout: &CacheLayout,
         num_blocks: usize,
         num_sequences: usize,
@@ -96,6 +99,7 @@ impl CpuStore {
         pages.advise(memmap2::Advice::HugePage).ok();
         let state = || SequenceState { protected: Protected::new(layout.sinks, shape.num_layers), chunks: Vec::new() };
         Ok(CpuStore {
+            isa,
             frames,
             pages,
             keys: rows(Which::Keys, layout.window.key_slots())?,
@@ -266,7 +270,7 @@ impl CpuStore {
         tokens: Range<usize>,
         place: Place,
     ) -> Result<(), QuantError> {
-        let Self { layout, frames, pages, keys, values, sequences, scratch } = self;
+        let Self { isa, layout, frames, pages, keys, values, sequences, scratch } = self;
         let d = layout.shape.head_dim;
         let own = layout.layer(place.class, layer);
         let (rows, side) = match which {
@@ -319,7 +323,7 @@ impl CpuStore {
                 SideLayout::Packed(side) => {
                     let tokens = Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks };
                     let error = &mut scratch.errors[index][usize::from(which == Which::Values)];
-                    scratch.encoder.encode(&side, tokens, page, error)?;
+                    scratch.encoder.encode(*isa, &side, tokens, page, error)?;
                 }
             }
         }

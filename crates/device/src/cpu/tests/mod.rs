@@ -2,6 +2,7 @@
 
 use super::reference::{self, Reference};
 mod classes;
+mod encode;
 mod random;
 
 use super::*;

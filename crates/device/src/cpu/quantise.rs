@@ -1,0 +1,148 @@
+//! Groups of numbers as codes, many at a time: what [`dibit_quant::Quantizer`] and [`dibit_quant::pack`] say, exactly.
+
+use super::element::Element;
+use super::simd::{WIDTH, dispatch};
+use dibit_quant::{Bits, Parameters, Plane, Quantizer};
+use std::ops::Range;
+
+/// Adding it to a number between -2^22 and 2^22 leaves that number, rounded half to even, in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn smaller(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+#[inline(always)]
+fn is_finite_body(values: &[f32]) -> bool {
+    // Magnitudes compare like their bits.
+    values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff)) < f32::INFINITY.to_bits()
+}
+
+dispatch! {
+    /// Whether all numbers are finite.
+    fn is_finite<>(values: &[f32]) -> bool;
+    baseline: is_finite_body(values);
+    avx2: is_finite_body(values);
+    avx512: is_finite_body(values);
+}
+
+#[inline(always)]
+fn range_body(values: &[f32]) -> (f32, f32) {
+    let (whole, rest) = values.as_chunks::<WIDTH>();
+    let (mut min, mut max) = ([f32::INFINITY; WIDTH], [f32::NEG_INFINITY; WIDTH]);
+    for values in whole {
+        for ((min, max), value) in min.iter_mut().zip(&mut max).zip(values) {
+            (*min, *max) = (smaller(*value, *min), larger(*value, *max));
+        }
+    }
+    let min = min.iter().chain(rest).fold(f32::INFINITY, |min, value| smaller(*value, min));
+    (min, max.iter().chain(rest).fold(f32::NEG_INFINITY, |max, value| larger(*value, max)))
+}
+
+dispatch! {
+    /// The smallest and the largest of finite numbers.
+    fn range<>(values: &[f32]) -> (f32, f32);
+    baseline: range_body(values);
+    avx2: range_body(values);
+    avx512: range_body(values);
+}
+
+#[inline(always)]
+fn widen_body(values: &[f32], min: &mut [f32], max: &mut [f32]) {
+    for ((value, min), max) in values.iter().zip(min).zip(max) {
+        (*min, *max) = (smaller(*value, *min), larger(*value, *max));
+    }
+}
+
+dispatch! {
+    /// Widens each range to hold the number of its place.
+    fn widen<>(values: &[f32], min: &mut [f32], max: &mut [f32]);
+    baseline: widen_body(values, min, max);
+    avx2: widen_body(values, min, max);
+    avx512: widen_body(values, min, max);
+}
+
+/// Scale and zero of each number of a row.
+#[derive(Default)]
+pub(super) struct RowParameters {
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+}
+
+impl RowParameters {
+    /// Makes room for a row of `len` numbers.
+    pub(super) fn resize(&mut self, len: usize) {
+        self.scales.resize(len, 0.0);
+        self.zeros.resize(len, 0.0);
+    }
+
+    /// Gives some numbers these parameters.
+    pub(super) fn set(&mut self, numbers: Range<usize>, parameters: Parameters) {
+        self.scales[numbers.clone()].fill(parameters.scale.widen());
+        self.zeros[numbers].fill(parameters.zero.widen());
+    }
+}
+
+#[inline(always)]
+fn code_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, bits: Bits, codes: &mut [u8]) {
+    let max_code = f32::from(bits.max_code());
+    let parameters = own.scales.iter().zip(&own.zeros);
+    for ((code, value), (scale, zero)) in codes.iter_mut().zip(values).zip(parameters) {
+        let steps = match quantizer {
+            Quantizer::FloatMin => (value - zero) / scale,
+            // Beyond 2^22 this does not round, but no zero point is large enough to bring that back to a code.
+            Quantizer::IntegerZero { .. } => ((value / scale + ROUND) - ROUND) + zero,
+        };
+        let clamped = smaller(larger(steps, 0.0), max_code);
+        let clamped = if *scale == 0.0 { 0.0 } else { clamped };
+        *code = (clamped + ROUND).to_bits() as u8;
+    }
+}
+
+dispatch! {
+    /// The codes of a row.
+    fn code<>(values: &[f32], own: &RowParameters, quantizer: Quantizer, bits: Bits, codes: &mut [u8]);
+    baseline: code_body(values, own, quantizer, bits, codes);
+    avx2: code_body(values, own, quantizer, bits, codes);
+    avx512: code_body(values, own, quantizer, bits, codes);
+}
+
+#[inline(always)]
+fn missed_body(values: &[f32], codes: &[u8], own: &RowParameters, quantizer: Quantizer, missed: &mut [f32]) {
+    let integer = quantizer != Quantizer::FloatMin;
+    let parameters = own.scales.iter().zip(&own.zeros);
+    for (((missed, value), code), (scale, zero)) in missed.iter_mut().zip(values).zip(codes).zip(parameters) {
+        let offset = if integer { -scale * zero } else { *zero };
+        *missed = value - (f32::from(*code) * scale + offset);
+    }
+}
+
+dispatch! {
+    /// What the numbers of a row differ by from what their codes stand for.
+    fn missed<>(values: &[f32], codes: &[u8], own: &RowParameters, quantizer: Quantizer, missed: &mut [f32]);
+    baseline: missed_body(values, codes, own, quantizer, missed);
+    avx2: missed_body(values, codes, own, quantizer, missed);
+    avx512: missed_body(values, codes, own, quantizer, missed);
+}
+
+#[inline(always)]
+fn merge_body(codes: &[u8], plane: Plane, field: usize, bytes: &mut [u8]) {
+    let (mask, shift) = (plane.mask(), field * plane.width);
+    for (byte, code) in bytes.iter_mut().zip(codes) {
+        *byte = *byte & !(mask << shift) | ((code >> plane.shift) & mask) << shift;
+    }
+}
+
+dispatch! {
+    /// Writes a plane's bits of each code into bit field `field` of the byte of its place.
+    fn merge<>(codes: &[u8], plane: Plane, field: usize, bytes: &mut [u8]);
+    baseline: merge_body(codes, plane, field, bytes);
+    avx2: merge_body(codes, plane, field, bytes);
+    avx512: merge_body(codes, plane, field, bytes);
+}
