@@ -185,8 +185,9 @@ impl Encoder {
         self.codes.clear();
         self.codes.resize(tokens.slots.len() * channels, 0);
         self.own.resize(channels);
-        if let Some(slot) =
-            tokens.seen(tokens.slots.clone()).find(|slot| !quantise::is_finite(isa, tokens.numbers(side, *slot)))
+        if let Some(slot) = tokens
+            .seen(tokens.slots.clone())
+            .find(|slot| !quantise::largest_magnitude(isa, tokens.numbers(side, *slot)).is_finite())
         {
             return Err(not_finite(side, tokens, slot));
         }

@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod append;
 mod attention;
 mod block;
 mod codes;

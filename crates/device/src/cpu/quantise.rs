@@ -19,17 +19,17 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 #[inline(always)]
-fn is_finite_body(values: &[f32]) -> bool {
+fn largest_magnitude_body(values: &[f32]) -> f32 {
     // Magnitudes compare like their bits.
-    values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff)) < f32::INFINITY.to_bits()
+    f32::from_bits(values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff)))
 }
 
 dispatch! {
-    /// Whether all numbers are finite.
-    fn is_finite<>(values: &[f32]) -> bool;
-    baseline: is_finite_body(values);
-    avx2: is_finite_body(values);
-    avx512: is_finite_body(values);
+    /// The largest magnitude; not a number where one of them is none.
+    fn largest_magnitude<>(values: &[f32]) -> f32;
+    baseline: largest_magnitude_body(values);
+    avx2: largest_magnitude_body(values);
+    avx512: largest_magnitude_body(values);
 }
 
 #[inline(always)]

@@ -1,16 +1,19 @@
-//! The bytes of a cache on the CPU, and how tokens enter them.
+//! The bytes of a cache on the CPU.
 
-use super::encode::{Encoder, Tokens, write_chunk_factor, write_page_factor};
-use super::frames::Frames;
+use super::append::{Frame, FrameRows, Scratch, blocks, leaving};
+use super::frames::{Frames, HeadRotation};
+use super::quantise::largest_magnitude;
 use super::simd::Isa;
 use super::sinks::Protected;
 use crate::{Batch, DeviceError, Span};
-use dibit_cache::{CacheLayout, ClassTokens, Extras, PAGE_TOKENS, SideLayout};
-use dibit_quant::{QuantError, low_rank};
+use dibit_cache::{CacheLayout, CacheShape, Extras, PAGE_TOKENS};
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use memmap2::MmapMut;
+use rayon::prelude::*;
 use std::ops::Range;
+
+/// Tokens from which it is worth several threads to move them.
+const PARALLEL_TOKENS: usize = 8;
 
 /// Pages, window rings, sinks and the keys and values of the pass in flight.
 pub struct CpuStore {
@@ -22,7 +25,8 @@ pub struct CpuStore {
     keys: Rows,
     values: Rows,
     sequences: Vec<SequenceState>,
-    scratch: Scratch,
+    /// Buffers of each frame of a layer.
+    scratch: Vec<Scratch>,
 }
 
 /// What one sequence holds beside pages and window.
@@ -45,28 +49,15 @@ struct Rows {
 
 /// fp16 rows of every (layer, sequence, KV head).
 struct Slots {
+    sequences: usize,
     count: usize,
     numbers: MmapMut,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Which {
+pub(super) enum Which {
     Keys,
     Values,
-}
-
-/// Buffers of the encoder.
-#[derive(Default)]
-struct Scratch {
-    encoder: Encoder,
-    /// `[kv head of a frame][token][head_dim]` on the way into pages.
-    wide: Vec<f32>,
-    /// Channels of a frame.
-    frame: Vec<f32>,
-    row: Vec<f32>,
-    sinks: Vec<bool>,
-    /// What the codes of a chunk miss, `[token][head_dim]`: keys and values of each head of a frame.
-    errors: Vec<[Vec<f32>; 2]>,
 }
 
 fn map(what: &'static str, bytes: usize) -> Result<MmapMut, DeviceError> {
@@ -87,7 +78,11 @@ impl CpuStore {
         let row_count = shape.num_key_value_heads * max_rows * shape.head_dim;
         let heads = shape.num_layers * shape.num_key_value_heads * num_sequences;
         let slots = |what, count: usize| -> Result<Slots, DeviceError> {
-            Ok(Slots { count, numbers: map(what, heads * count * shape.head_dim * size_of::<f16>())? })
+            Ok(Slots {
+                sequences: num_sequences,
+                count,
+                numbers: map(what, heads * count * shape.head_dim * size_of::<f16>())?,
+            })
         };
         let rows = |side, count: usize| -> Result<Rows, DeviceError> {
             let sinks = slots("sinks", layout.sinks.capacity())?;
@@ -105,7 +100,7 @@ impl CpuStore {
             keys: rows(Which::Keys, layout.window.key_slots())?,
             values: rows(Which::Values, layout.window.value_slots())?,
             sequences: (0..num_sequences).map(|_| state()).collect(),
-            scratch: Scratch::default(),
+            scratch: Vec::new(),
             layout: layout.clone(),
         })
     }
@@ -198,7 +193,9 @@ impl CpuStore {
         v: &[f32],
     ) -> Result<(), DeviceError> {
         for (side, source) in [(&mut self.keys, k), (&mut self.values, v)] {
-            side.write(&self.layout, &self.frames[layer], rows.clone(), source, &mut self.scratch.row).map_err(
+            let frames = &self.frames[layer];
+            let rotation = if side.side == Which::Keys { &frames.keys } else { &frames.values };
+            side.write(self.isa, self.layout.shape, rotation.as_ref(), rows.clone(), source).map_err(
                 |(row, value)| {
                     let span = batch.spans.iter().find(|span| span.rows.contains(&row)).expect("a row of the batch");
                     let token = span.cached + row - span.rows.start;
@@ -218,171 +215,97 @@ impl CpuStore {
         rows: Range<usize>,
         position: usize,
     ) -> Result<(), DeviceError> {
-        let frame = self.layout.layers[layer].frame;
-        let filled = [position, position + rows.len()].map(|len| self.layout.window.packed_keys(len) / PAGE_TOKENS);
-        for first_head in (0..self.layout.shape.num_key_value_heads).step_by(frame) {
-            let heads = first_head..first_head + frame;
-            self.scratch.errors.resize_with(frame, Default::default);
-            self.scratch.errors.iter_mut().flatten().for_each(Vec::clear);
-            for (i, row) in rows.clone().enumerate() {
-                let token = position + i;
-                for kv_head in heads.clone() {
-                    self.keys.append(&self.layout, span.slot, layer, kv_head, token, row);
-                    self.values.append(&self.layout, span.slot, layer, kv_head, token, row);
-                }
-                self.flush(layer, span, heads.clone(), token)
-                    .map_err(|source| DeviceError::Quantize { layer, source })?;
-            }
-            for index in 0..frame {
-                self.finish_chunk(layer, span, first_head, index, filled[0]..filled[1])
-                    .map_err(|source| DeviceError::Quantize { layer, source })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Moves what leaves the window once `token` is cached.
-    fn flush(&mut self, layer: usize, span: &Span, heads: Range<usize>, token: usize) -> Result<(), QuantError> {
-        let window = self.layout.window;
-        let keys = window.packed_keys(token)..window.packed_keys(token + 1);
-        let values = window.packed_values(token)..window.packed_values(token + 1);
-        for (which, tokens) in [(Which::Keys, keys), (Which::Values, values)] {
-            let mut first = tokens.start;
-            while first < tokens.end {
-                let place = place(span, first);
-                // Tokens of a class go one by one to its next slots.
-                let room = if span.classes.is_empty() { PAGE_TOKENS - place.slot } else { 1 };
-                let last = tokens.end.min(first + room);
-                self.fill_page(layer, span, heads.clone(), which, first..last, place)?;
-                first = last;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes tokens of one page, for the heads of a frame, from `place` on.
-    fn fill_page(
-        &mut self,
-        layer: usize,
-        span: &Span,
-        heads: Range<usize>,
-        which: Which,
-        tokens: Range<usize>,
-        place: Place,
-    ) -> Result<(), QuantError> {
-        let Self { isa, layout, frames, pages, keys, values, sequences, scratch } = self;
-        let d = layout.shape.head_dim;
-        let own = layout.layer(place.class, layer);
-        let (rows, side) = match which {
-            Which::Keys => (keys, own.page.keys),
-            Which::Values => (values, own.page.values),
+        let cached = position..position + rows.len();
+        let leaving = leaving(&self.layout, cached.clone());
+        let tokens = leaving.iter().map(Range::len).fold(rows.len(), usize::max);
+        let frames = self.split(layer, span, blocks(span, leaving));
+        let append = |mut frame: Frame| frame.append(rows.clone(), position);
+        let done: Vec<_> = if tokens < PARALLEL_TOKENS {
+            frames.into_iter().map(append).collect()
+        } else {
+            frames.into_par_iter().map(append).collect()
         };
-        let state = &mut sequences[span.slot as usize];
-        scratch.sinks.clear();
-        for token in tokens.clone() {
-            let slot = state.protected.slot(layer, token);
-            scratch.sinks.push(slot.is_some());
-            if let Some(slot) = slot {
-                heads.clone().for_each(|head| rows.keep_sink(layout, span.slot, layer, head, token, slot));
-            }
-        }
-        let pre_rope = frames[layer].pre_rope.as_ref().filter(|_| which == Which::Keys);
-        let per_head = tokens.len() * d;
-        scratch.wide.resize(heads.len() * per_head, 0.0);
-        for (index, kv_head) in heads.clone().enumerate() {
-            let mut wide = &mut scratch.wide[index * per_head..(index + 1) * per_head];
-            for run in rows.ring.runs(layout, span.slot, layer, kv_head, tokens.clone()) {
-                let (now, rest) = wide.split_at_mut(run.len());
-                run.convert_to_f32_slice(now);
-                wide = rest;
-            }
-        }
-        if let Some(pre_rope) = pre_rope {
-            scratch.frame.resize(heads.len() * d, 0.0);
-            for (i, token) in tokens.clone().enumerate() {
-                let at = |index: usize| index * per_head + i * d;
-                for (index, head) in scratch.frame.chunks_exact_mut(d).enumerate() {
-                    head.copy_from_slice(&scratch.wide[at(index)..at(index) + d]);
-                }
-                pre_rope.store(heads.start, token, &mut scratch.frame, &mut scratch.row);
-                for (index, head) in scratch.frame.chunks_exact(d).enumerate() {
-                    scratch.wide[at(index)..at(index) + d].copy_from_slice(head);
-                }
-            }
-        }
-        let slots = place.slot..place.slot + tokens.len();
-        for ((index, kv_head), wide) in heads.enumerate().zip(scratch.wide.chunks_exact_mut(per_head)) {
-            let offset = layout.page_offset(place.class, place.block, layer, kv_head);
-            let page = &mut pages[offset..offset + own.page.stride];
-            match side {
-                SideLayout::Half { rows } => {
-                    let row_bytes = d * size_of::<f16>();
-                    let target = &mut page[rows + slots.start * row_bytes..rows + slots.end * row_bytes];
-                    bytemuck::cast_slice_mut::<u8, f16>(target).convert_from_f32_slice(wide);
-                }
-                SideLayout::Packed(side) => {
-                    let tokens = Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks };
-                    let error = &mut scratch.errors[index][usize::from(which == Which::Values)];
-                    scratch.encoder.encode(*isa, &side, tokens, page, error)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Factors what the codes of newly filled pages miss, for head `index` of the frame that begins at `first_head`.
-    fn finish_chunk(
-        &mut self,
-        layer: usize,
-        span: &Span,
-        first_head: usize,
-        index: usize,
-        blocks: Range<usize>,
-    ) -> Result<(), QuantError> {
-        let page_layout = self.layout.layers[layer].page;
-        for (side, error) in [page_layout.keys, page_layout.values].into_iter().zip(&self.scratch.errors[index]) {
-            let SideLayout::Packed(side) = side else { continue };
-            let Some(factors) = side.factors.filter(|_| !blocks.is_empty()) else { continue };
-            let all = low_rank(error, self.layout.shape.head_dim, factors.rank);
-            for (place, block) in blocks.clone().enumerate() {
-                let offset = self.layout.page_offset(0, span.blocks[block], layer, first_head + index);
-                let page = &mut self.pages[offset..offset + page_layout.stride];
-                write_page_factor(factors, &all, place, page)?;
-                if place == 0 {
-                    write_chunk_factor(factors, &all, page)?;
-                }
-            }
+        // Of several errors the first frame's is told, whichever thread was first.
+        done.into_iter().collect::<Result<(), _>>().map_err(|source| DeviceError::Quantize { layer, source })?;
+        if self.layout.chunk_bytes() > 0 {
+            let filled = [cached.start, cached.end].map(|len| self.layout.window.packed_keys(len) / PAGE_TOKENS);
             let chunks = &mut self.sequences[span.slot as usize].chunks;
-            chunks.resize(chunks.len().max(blocks.end), 0);
-            chunks[blocks.clone()].fill(blocks.start as u32);
+            chunks.resize(chunks.len().max(filled[1]), 0);
+            chunks[filled[0]..filled[1]].fill(filled[0] as u32);
         }
         Ok(())
     }
+
+    /// The frames of a layer, with their pages in these blocks.
+    fn split<'a>(&'a mut self, layer: usize, span: &'a Span, blocks: Vec<(u32, usize)>) -> Vec<Frame<'a>> {
+        let Self { isa, layout, frames, pages, keys, values, sequences, scratch } = self;
+        let heads = layout.layers[layer].frame;
+        let count = layout.shape.num_key_value_heads / heads;
+        scratch.resize_with(count.max(scratch.len()), Default::default);
+        let mut pages = split_pages(layout, pages, layer, blocks, count).into_iter();
+        let mut keys = keys.split(layout, span.slot, layer, count);
+        let mut values = values.split(layout, span.slot, layer, count);
+        let frame = |(index, scratch)| Frame {
+            isa: *isa,
+            layout,
+            layer,
+            span,
+            first_head: index * heads,
+            rotations: &frames[layer],
+            protected: &sequences[span.slot as usize].protected,
+            keys: keys.next().expect("keys of every frame"),
+            values: values.next().expect("values of every frame"),
+            pages: pages.next().expect("pages of every frame"),
+            scratch,
+        };
+        scratch.iter_mut().take(count).enumerate().map(frame).collect()
+    }
 }
 
-/// Where a packed token lies.
-#[derive(Clone, Copy)]
-struct Place {
-    class: usize,
-    block: u32,
-    slot: usize,
+/// `count` parts of equal length.
+fn parts<T>(mut all: &mut [T], count: usize) -> impl Iterator<Item = &mut [T]> {
+    let len = all.len() / count;
+    (0..count).map(move |_| {
+        let (own, rest) = std::mem::take(&mut all).split_at_mut(len);
+        all = rest;
+        own
+    })
 }
 
-fn place(span: &Span, token: usize) -> Place {
-    let in_class = |(class, own): (usize, &ClassTokens)| {
-        let index = own.tokens.binary_search(&(token as u32)).ok()?;
-        Some(Place { class, block: own.blocks[index / PAGE_TOKENS], slot: index % PAGE_TOKENS })
-    };
-    let without = || Place { class: 0, block: span.blocks[token / PAGE_TOKENS], slot: token % PAGE_TOKENS };
-    span.classes.iter().enumerate().find_map(in_class).unwrap_or_else(without)
+/// For each of `count` frames of a layer, its pages in `blocks`, which are pairs of block and class, in order.
+fn split_pages<'a>(
+    layout: &CacheLayout,
+    mut rest: &'a mut [u8],
+    layer: usize,
+    blocks: Vec<(u32, usize)>,
+    count: usize,
+) -> Vec<Vec<(u32, &'a mut [u8])>> {
+    let mut frames: Vec<Vec<_>> = (0..count).map(|_| Vec::with_capacity(blocks.len())).collect();
+    let mut start = 0;
+    for (block, class) in blocks {
+        let offset = layout.page_offset(class, block, layer, 0);
+        let bytes = layout.shape.num_key_value_heads * layout.layer(class, layer).page.stride;
+        let (own, behind) = rest[offset - start..].split_at_mut(bytes);
+        (rest, start) = (behind, offset + bytes);
+        frames.iter_mut().zip(parts(own, count)).for_each(|(frame, pages)| frame.push((block, pages)));
+    }
+    frames
+}
+
+/// Rows of consecutive tokens in the ring of a head, token `t` in slot `t % slots`, as up to two runs.
+pub(super) fn runs(ring: &[f16], head_dim: usize, tokens: Range<usize>) -> [&[f16]; 2] {
+    let count = ring.len() / head_dim;
+    debug_assert!(tokens.len() <= count);
+    let first = tokens.start % count;
+    let until_wrap = tokens.len().min(count - first);
+    [&ring[first * head_dim..(first + until_wrap) * head_dim], &ring[..(tokens.len() - until_wrap) * head_dim]]
 }
 
 impl Slots {
     fn start(&self, layout: &CacheLayout, sequence: u32, layer: usize, kv_head: usize) -> usize {
         let shape = layout.shape;
         let own = self.count * shape.head_dim;
-        let sequences = self.numbers.len() / size_of::<f16>() / (shape.num_layers * shape.num_key_value_heads * own);
-        ((layer * sequences + sequence as usize) * shape.num_key_value_heads + kv_head) * own
+        ((layer * self.sequences + sequence as usize) * shape.num_key_value_heads + kv_head) * own
     }
 
     fn row(&self, layout: &CacheLayout, sequence: u32, layer: usize, kv_head: usize, slot: usize) -> &[f16] {
@@ -391,20 +314,14 @@ impl Slots {
         &bytemuck::cast_slice(&self.numbers)[start..start + d]
     }
 
-    fn row_mut(
-        &mut self,
-        layout: &CacheLayout,
-        sequence: u32,
-        layer: usize,
-        kv_head: usize,
-        slot: usize,
-    ) -> &mut [f16] {
-        let d = layout.shape.head_dim;
-        let start = self.start(layout, sequence, layer, kv_head) + slot * d;
-        &mut bytemuck::cast_slice_mut(&mut self.numbers)[start..start + d]
+    /// Rows of all heads of a layer of a sequence.
+    fn heads_mut(&mut self, layout: &CacheLayout, sequence: u32, layer: usize) -> &mut [f16] {
+        let start = self.start(layout, sequence, layer, 0);
+        let numbers = layout.shape.num_key_value_heads * self.count * layout.shape.head_dim;
+        bytemuck::cast_slice_mut(&mut self.numbers[start * size_of::<f16>()..][..numbers * size_of::<f16>()])
     }
 
-    /// Rows of consecutive tokens, token `t` in slot `t % count`.
+    /// Rows of consecutive tokens.
     fn runs(
         &self,
         layout: &CacheLayout,
@@ -415,11 +332,7 @@ impl Slots {
     ) -> [&[f16]; 2] {
         let d = layout.shape.head_dim;
         let start = self.start(layout, sequence, layer, kv_head);
-        let all = &bytemuck::cast_slice::<u8, f16>(&self.numbers)[start..start + self.count * d];
-        debug_assert!(tokens.len() <= self.count);
-        let first = tokens.start % self.count;
-        let until_wrap = tokens.len().min(self.count - first);
-        [&all[first * d..(first + until_wrap) * d], &all[..(tokens.len() - until_wrap) * d]]
+        runs(&bytemuck::cast_slice(&self.numbers)[start..start + self.count * d], d, tokens)
     }
 }
 
@@ -431,56 +344,53 @@ impl Rows {
         &self.incoming[start + rows.start * shape.head_dim..start + rows.end * shape.head_dim]
     }
 
+    /// Writes rows of the pass in flight, rotated. Of numbers that fp16 would round to infinity the first one is refused,
+    /// with its row.
     fn write(
         &mut self,
-        layout: &CacheLayout,
-        frames: &Frames,
+        isa: Isa,
+        shape: CacheShape,
+        rotation: Option<&HeadRotation>,
         rows: Range<usize>,
         source: &[f32],
-        buffer: &mut Vec<f32>,
     ) -> Result<(), (usize, f32)> {
-        let shape = layout.shape;
-        let d = shape.head_dim;
-        let limit = f16::MAX.to_f32();
-        let head = self.incoming.len() / shape.num_key_value_heads;
-        let rotation = if self.side == Which::Keys { &frames.keys } else { &frames.values };
-        for (row, source) in rows.zip(source.chunks_exact(shape.num_key_value_heads * d)) {
-            for (kv_head, source) in source.chunks_exact(d).enumerate() {
-                let target = &mut self.incoming[kv_head * head + row * d..][..d];
-                target.copy_from_slice(source);
+        let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
+        let write = |(kv_head, incoming): (usize, &mut [f32])| {
+            let mut buffer = Vec::new();
+            for (row, source) in rows.clone().zip(source.chunks_exact(heads * d)) {
+                let target = &mut incoming[row * d..][..d];
+                target.copy_from_slice(&source[kv_head * d..][..d]);
                 if let Some(rotation) = rotation {
-                    rotation.apply(kv_head, target, buffer);
+                    rotation.apply(kv_head, target, &mut buffer);
                 }
-                // Numbers that fp16 would round to infinity are refused before they are cached.
-                if let Some(value) = target.iter().find(|value| !(-limit..=limit).contains(*value)) {
-                    return Err((row, *value));
+                let (limit, largest) = (f16::MAX.to_f32(), largest_magnitude(isa, target));
+                if largest.is_nan() || largest > limit {
+                    let value = target.iter().find(|value| !(-limit..=limit).contains(*value));
+                    return Some((row, *value.expect("a large number")));
                 }
             }
-        }
-        Ok(())
+            None
+        };
+        let all = parts(&mut self.incoming, heads).enumerate();
+        let refused: Vec<_> = if rows.len() < PARALLEL_TOKENS {
+            all.map(write).collect()
+        } else {
+            all.collect::<Vec<_>>().into_par_iter().map(write).collect()
+        };
+        refused.into_iter().flatten().min_by_key(|(row, _)| *row).map_or(Ok(()), Err)
     }
 
-    fn append(&mut self, layout: &CacheLayout, sequence: u32, layer: usize, kv_head: usize, token: usize, row: usize) {
-        let d = layout.shape.head_dim;
-        let head = self.incoming.len() / layout.shape.num_key_value_heads;
-        let source = kv_head * head + row * d;
-        let slot = token % self.ring.count;
-        self.ring
-            .row_mut(layout, sequence, layer, kv_head, slot)
-            .convert_from_f32_slice(&self.incoming[source..source + d]);
-    }
-
-    /// Copies a protected token out of the ring.
-    fn keep_sink(
+    /// The rows of each of `count` frames of heads.
+    fn split(
         &mut self,
         layout: &CacheLayout,
         sequence: u32,
         layer: usize,
-        kv_head: usize,
-        token: usize,
-        slot: usize,
-    ) {
-        let row = self.ring.row(layout, sequence, layer, kv_head, token % self.ring.count);
-        self.sinks.row_mut(layout, sequence, layer, kv_head, slot).copy_from_slice(row);
+        count: usize,
+    ) -> impl Iterator<Item = FrameRows<'_>> {
+        let rings = parts(self.ring.heads_mut(layout, sequence, layer), count);
+        let sinks = parts(self.sinks.heads_mut(layout, sequence, layer), count);
+        let incoming = self.incoming.chunks(self.incoming.len() / count);
+        rings.zip(sinks).zip(incoming).map(|((ring, sinks), incoming)| FrameRows { ring, sinks, incoming })
     }
 }

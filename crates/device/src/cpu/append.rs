@@ -1,0 +1,230 @@
+//! How tokens enter a layer of a cache: into the rings, and from there into pages.
+//!
+//! Frames of heads share nothing but what is only read, so they are worked on in parallel.
+
+use super::encode::{Encoder, Tokens, write_chunk_factor, write_page_factor};
+use super::frames::Frames;
+use super::simd::Isa;
+use super::sinks::Protected;
+use super::store::{Which, runs};
+use crate::Span;
+use dibit_cache::{CacheLayout, ClassTokens, PAGE_TOKENS, SideLayout};
+use dibit_quant::{QuantError, low_rank};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
+
+/// One frame of heads of a layer, and the sequence whose tokens enter it.
+pub(super) struct Frame<'a> {
+    pub isa: Isa,
+    pub layout: &'a CacheLayout,
+    pub layer: usize,
+    pub span: &'a Span,
+    pub first_head: usize,
+    pub rotations: &'a Frames,
+    pub protected: &'a Protected,
+    pub keys: FrameRows<'a>,
+    pub values: FrameRows<'a>,
+    /// Blocks that are written, by their numbers: the pages of the frame.
+    pub pages: Vec<(u32, &'a mut [u8])>,
+    pub scratch: &'a mut Scratch,
+}
+
+/// Keys, or values, of a frame outside of pages.
+pub(super) struct FrameRows<'a> {
+    /// `[head][slot][head_dim]`
+    pub ring: &'a mut [f16],
+    /// `[head][slot][head_dim]`
+    pub sinks: &'a mut [f16],
+    /// `[head][row of the batch][head_dim]`
+    pub incoming: &'a [f32],
+}
+
+/// Buffers of a frame.
+#[derive(Default)]
+pub(super) struct Scratch {
+    encoder: Encoder,
+    /// `[head][token][head_dim]` on the way into pages.
+    wide: Vec<f32>,
+    /// A token's channels of the frame.
+    token: Vec<f32>,
+    row: Vec<f32>,
+    sinks: Vec<bool>,
+    /// What the codes of a chunk miss, `[token][head_dim]`: keys and values of each head.
+    errors: Vec<[Vec<f32>; 2]>,
+}
+
+/// Where a packed token lies.
+#[derive(Clone, Copy)]
+struct Place {
+    class: usize,
+    block: u32,
+    slot: usize,
+}
+
+fn place(span: &Span, token: usize) -> Place {
+    let in_class = |(class, own): (usize, &ClassTokens)| {
+        let index = own.tokens.binary_search(&(token as u32)).ok()?;
+        Some(Place { class, block: own.blocks[index / PAGE_TOKENS], slot: index % PAGE_TOKENS })
+    };
+    let without = || Place { class: 0, block: span.blocks[token / PAGE_TOKENS], slot: token % PAGE_TOKENS };
+    span.classes.iter().enumerate().find_map(in_class).unwrap_or_else(without)
+}
+
+/// Keys and values that leave the window while a sequence grows from `cached.start` to `cached.end` tokens.
+pub(super) fn leaving(layout: &CacheLayout, cached: Range<usize>) -> [Range<usize>; 2] {
+    let window = layout.window;
+    [
+        window.packed_keys(cached.start)..window.packed_keys(cached.end),
+        window.packed_values(cached.start)..window.packed_values(cached.end),
+    ]
+}
+
+/// Blocks that these keys and values enter, in the order of their numbers, each with its class.
+pub(super) fn blocks(span: &Span, leaving: [Range<usize>; 2]) -> Vec<(u32, usize)> {
+    let places = leaving.into_iter().flatten().map(|token| place(span, token));
+    let mut blocks: Vec<(u32, usize)> = places.map(|place| (place.block, place.class)).collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks
+}
+
+impl Frame<'_> {
+    fn heads(&self) -> usize {
+        self.layout.layers[self.layer].frame
+    }
+
+    /// Stores `rows` of the batch as tokens from `position` on. The pages that they fill are one chunk.
+    pub(super) fn append(&mut self, rows: Range<usize>, position: usize) -> Result<(), QuantError> {
+        self.scratch.errors.resize_with(self.heads(), Default::default);
+        self.scratch.errors.iter_mut().flatten().for_each(Vec::clear);
+        let last = position + rows.len();
+        for (token, row) in (position..).zip(rows) {
+            let (heads, d) = (self.heads(), self.layout.shape.head_dim);
+            self.keys.append(heads, d, token, row);
+            self.values.append(heads, d, token, row);
+            self.flush(token)?;
+        }
+        let filled = [position, last].map(|len| self.layout.window.packed_keys(len) / PAGE_TOKENS);
+        (0..self.heads()).try_for_each(|head| self.finish_chunk(head, filled[0]..filled[1]))
+    }
+
+    /// Moves what leaves the window once `token` is cached.
+    fn flush(&mut self, token: usize) -> Result<(), QuantError> {
+        let leaving = leaving(self.layout, token..token + 1);
+        for (which, tokens) in [Which::Keys, Which::Values].into_iter().zip(leaving) {
+            let mut first = tokens.start;
+            while first < tokens.end {
+                let place = place(self.span, first);
+                // Tokens of a class go one by one to its next slots.
+                let room = if self.span.classes.is_empty() { PAGE_TOKENS - place.slot } else { 1 };
+                let last = tokens.end.min(first + room);
+                self.fill_page(which, first..last, place)?;
+                first = last;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes tokens of one page from `place` on.
+    fn fill_page(&mut self, which: Which, tokens: Range<usize>, place: Place) -> Result<(), QuantError> {
+        let (heads, d) = (self.heads(), self.layout.shape.head_dim);
+        let page_layout = self.layout.layer(place.class, self.layer).page;
+        let Self { rotations, protected, keys, values, pages, scratch, .. } = self;
+        let (rows, side) = match which {
+            Which::Keys => (keys, page_layout.keys),
+            Which::Values => (values, page_layout.values),
+        };
+        scratch.sinks.clear();
+        for token in tokens.clone() {
+            let slot = protected.slot(self.layer, token);
+            scratch.sinks.push(slot.is_some());
+            if let Some(slot) = slot {
+                rows.keep_sink(heads, d, token, slot);
+            }
+        }
+        let per_head = tokens.len() * d;
+        scratch.wide.resize(heads * per_head, 0.0);
+        let rings = rows.ring.chunks_exact(rows.ring.len() / heads);
+        for (mut wide, ring) in scratch.wide.chunks_exact_mut(per_head).zip(rings) {
+            for run in runs(ring, d, tokens.clone()) {
+                let (now, rest) = wide.split_at_mut(run.len());
+                run.convert_to_f32_slice(now);
+                wide = rest;
+            }
+        }
+        if let Some(pre_rope) = rotations.pre_rope.as_ref().filter(|_| which == Which::Keys) {
+            scratch.token.resize(heads * d, 0.0);
+            for (i, token) in tokens.clone().enumerate() {
+                let at = |head: usize| head * per_head + i * d;
+                for (head, key) in scratch.token.chunks_exact_mut(d).enumerate() {
+                    key.copy_from_slice(&scratch.wide[at(head)..at(head) + d]);
+                }
+                pre_rope.store(self.first_head, token, &mut scratch.token, &mut scratch.row);
+                for (head, key) in scratch.token.chunks_exact(d).enumerate() {
+                    scratch.wide[at(head)..at(head) + d].copy_from_slice(key);
+                }
+            }
+        }
+        let slots = place.slot..place.slot + tokens.len();
+        let pages = pages_of(pages, place.block).chunks_exact_mut(page_layout.stride);
+        for ((page, wide), errors) in pages.zip(scratch.wide.chunks_exact_mut(per_head)).zip(&mut scratch.errors) {
+            match side {
+                SideLayout::Half { rows } => {
+                    let row_bytes = d * size_of::<f16>();
+                    let target = &mut page[rows + slots.start * row_bytes..rows + slots.end * row_bytes];
+                    bytemuck::cast_slice_mut::<u8, f16>(target).convert_from_f32_slice(wide);
+                }
+                SideLayout::Packed(side) => {
+                    let tokens = Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks };
+                    scratch.encoder.encode(self.isa, &side, tokens, page, &mut errors[which as usize])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Factors what the codes of newly filled pages miss.
+    fn finish_chunk(&mut self, head: usize, blocks: Range<usize>) -> Result<(), QuantError> {
+        let page_layout = self.layout.layers[self.layer].page;
+        for (side, error) in [page_layout.keys, page_layout.values].into_iter().zip(&self.scratch.errors[head]) {
+            let SideLayout::Packed(side) = side else { continue };
+            let Some(factors) = side.factors.filter(|_| !blocks.is_empty()) else { continue };
+            let all = low_rank(error, self.layout.shape.head_dim, factors.rank);
+            for (place, block) in blocks.clone().enumerate() {
+                let pages = pages_of(&mut self.pages, self.span.blocks[block]);
+                let page = &mut pages[head * page_layout.stride..][..page_layout.stride];
+                write_page_factor(factors, &all, place, page)?;
+                if place == 0 {
+                    write_chunk_factor(factors, &all, page)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The pages of a block that is written.
+fn pages_of<'a>(pages: &'a mut [(u32, &mut [u8])], block: u32) -> &'a mut [u8] {
+    let index = pages.binary_search_by_key(&block, |(number, _)| *number).expect("a block that tokens enter");
+    pages[index].1
+}
+
+impl FrameRows<'_> {
+    fn append(&mut self, heads: usize, d: usize, token: usize, row: usize) {
+        let rings = self.ring.chunks_exact_mut(self.ring.len() / heads);
+        for (ring, incoming) in rings.zip(self.incoming.chunks_exact(self.incoming.len() / heads)) {
+            let slot = token % (ring.len() / d);
+            ring[slot * d..][..d].convert_from_f32_slice(&incoming[row * d..][..d]);
+        }
+    }
+
+    /// Copies a protected token out of the ring.
+    fn keep_sink(&mut self, heads: usize, d: usize, token: usize, slot: usize) {
+        let rings = self.ring.chunks_exact(self.ring.len() / heads);
+        for (ring, sinks) in rings.zip(self.sinks.chunks_exact_mut(self.sinks.len() / heads)) {
+            let from = token % (ring.len() / d);
+            sinks[slot * d..][..d].copy_from_slice(&ring[from * d..][..d]);
+        }
+    }
+}
