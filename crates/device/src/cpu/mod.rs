@@ -8,6 +8,7 @@ mod block;
 mod codes;
 mod dot;
 mod element;
+mod elementwise;
 mod encode;
 mod exp;
 mod frames;
@@ -91,20 +92,6 @@ impl Cpu {
     }
 }
 
-fn norm_rows<'a>(rows: impl Iterator<Item = (&'a [f32], &'a mut [f32])>, weight: &[f32], eps: f32) {
-    for (x, out) in rows {
-        let scale = rms_scale(x, eps);
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
-        }
-    }
-}
-
-fn rms_scale(x: &[f32], eps: f32) -> f32 {
-    let sum: f32 = x.iter().map(|x| x * x).sum();
-    1.0 / (sum / x.len() as f32 + eps).sqrt()
-}
-
 fn widen_row<E: Element>(table: &[E], row: usize, out: &mut [f32]) {
     let width = out.len();
     for (out, value) in out.iter_mut().zip(&table[row * width..(row + 1) * width]) {
@@ -186,23 +173,18 @@ impl Device for Cpu {
     ) {
         let x = &x[rows.start * width..rows.end * width];
         let out = &mut out[..rows.len() * width];
+        let weight = &weight[..width];
         if rows.len() < PARALLEL_ROWS {
-            norm_rows(x.chunks_exact(width).zip(out.chunks_exact_mut(width)), weight, eps);
+            elementwise::norm_rows(self.isa, x, weight, eps, out);
         } else {
             let pairs = x.par_chunks(width * PARALLEL_ROWS).zip(out.par_chunks_mut(width * PARALLEL_ROWS));
-            pairs.for_each(|(x, out)| norm_rows(x.chunks_exact(width).zip(out.chunks_exact_mut(width)), weight, eps));
+            pairs.for_each(|(x, out)| elementwise::norm_rows(self.isa, x, weight, eps, out));
         }
     }
 
     fn rms_norm_inplace(&self, x: &mut Vec<f32>, rows: usize, width: usize, weight: &Vec<f32>, eps: f32) {
-        x[..rows * width].par_chunks_mut(width * PARALLEL_ROWS).for_each(|rows| {
-            for row in rows.chunks_exact_mut(width) {
-                let scale = rms_scale(row, eps);
-                for (x, weight) in row.iter_mut().zip(weight) {
-                    *x = *x * scale * weight;
-                }
-            }
-        });
+        let chunks = x[..rows * width].par_chunks_mut(width * PARALLEL_ROWS);
+        chunks.for_each(|rows| elementwise::norm_rows_inplace(self.isa, rows, &weight[..width], eps));
     }
 
     fn linear(
@@ -241,22 +223,14 @@ impl Device for Cpu {
         let table = table[rows.start * head_dim..rows.end * head_dim].par_chunks(head_dim);
         x.par_chunks_mut(heads * head_dim).zip(table).for_each(|(row, angles)| {
             let (cosines, sines) = angles.split_at(half);
-            for head in row.chunks_exact_mut(head_dim) {
-                let (low, high) = head.split_at_mut(half);
-                for (((a, b), cosine), sine) in low.iter_mut().zip(high).zip(cosines).zip(sines) {
-                    (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
-                }
-            }
+            elementwise::turn(self.isa, row, cosines, sines);
         });
     }
 
     fn silu_mul(&self, gate: &mut Vec<f32>, up: &Vec<f32>, len: usize) {
         let chunk = 4096;
-        gate[..len].par_chunks_mut(chunk).zip(up[..len].par_chunks(chunk)).for_each(|(gate, up)| {
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate = *gate / (1.0 + (-*gate).exp()) * up;
-            }
-        });
+        let pairs = gate[..len].par_chunks_mut(chunk).zip(up[..len].par_chunks(chunk));
+        pairs.for_each(|(gate, up)| elementwise::silu_mul(self.isa, gate, up));
     }
 
     fn observe(&self, cache: &mut CpuCache, layer: usize, batch: &Batch, hidden: &Vec<f32>, width: usize) {
