@@ -3,6 +3,8 @@
 //! `H = had(K) (x) Sylvester(n / K) / sqrt(n)` with `K` = 1, 12 or 20. had(12) and had(20) are
 //! Paley's first construction over the primes 11 and 19. For `K` = 1 the matrix is symmetric and its
 //! own inverse; otherwise the inverse is the transpose.
+//!
+//! All of it is inlined, so that a caller that is compiled for more instructions uses them.
 
 use crate::QuantError;
 
@@ -38,6 +40,7 @@ impl Hadamard {
     ///
     /// # Panics
     /// If `row` is not [`Hadamard::order`] long.
+    #[inline(always)]
     pub fn apply(&self, row: &mut [f32]) {
         self.apply_columns(row, 1);
     }
@@ -46,6 +49,7 @@ impl Hadamard {
     ///
     /// # Panics
     /// If `row` is not [`Hadamard::order`] long.
+    #[inline(always)]
     pub fn apply_inverse(&self, row: &mut [f32]) {
         self.apply_inverse_columns(row, 1);
     }
@@ -55,6 +59,7 @@ impl Hadamard {
     ///
     /// # Panics
     /// If the matrix does not have [`Hadamard::order`] rows.
+    #[inline(always)]
     pub fn apply_columns(&self, matrix: &mut [f32], columns: usize) {
         self.rotate(matrix, columns, |signs, i, j, k| signs[i * k + j]);
     }
@@ -63,10 +68,12 @@ impl Hadamard {
     ///
     /// # Panics
     /// If the matrix does not have [`Hadamard::order`] rows.
+    #[inline(always)]
     pub fn apply_inverse_columns(&self, matrix: &mut [f32], columns: usize) {
         self.rotate(matrix, columns, |signs, i, j, k| signs[j * k + i]);
     }
 
+    #[inline(always)]
     fn rotate(&self, matrix: &mut [f32], columns: usize, sign: impl Fn(&[f32], usize, usize, usize) -> f32) {
         assert_eq!(matrix.len(), self.order * columns, "rows of a rotation of order {}", self.order);
         let inner = self.order / self.outer * columns;
@@ -93,16 +100,41 @@ impl Hadamard {
 }
 
 /// Unnormalised fast Walsh-Hadamard transform of every column of a power-of-two number of rows.
+#[inline(always)]
 fn sylvester(matrix: &mut [f32], columns: usize) {
     let mut half = columns;
-    while half < matrix.len() {
+    if columns == 1 && matrix.len() >= 16 {
+        matrix.as_chunks_mut().0.iter_mut().for_each(sixteen);
+        half = 16;
+    }
+    // Two steps in one pass over the matrix.
+    while 4 * half <= matrix.len() {
+        for four in matrix.chunks_exact_mut(4 * half) {
+            let (low, high) = four.split_at_mut(2 * half);
+            let ((a, b), (c, d)) = (low.split_at_mut(half), high.split_at_mut(half));
+            for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
+                let ((e, f), (g, h)) = ((*a + *b, *a - *b), (*c + *d, *c - *d));
+                (*a, *b, *c, *d) = (e + g, f + h, e - g, f - h);
+            }
+        }
+        half *= 4;
+    }
+    if half < matrix.len() {
         for pair in matrix.chunks_exact_mut(2 * half) {
             let (low, high) = pair.split_at_mut(half);
             for (a, b) in low.iter_mut().zip(high) {
                 (*a, *b) = (*a + *b, *a - *b);
             }
         }
-        half *= 2;
+    }
+}
+
+/// The transform of 16 numbers, in steps of known length, which become shuffles.
+#[inline(always)]
+fn sixteen(x: &mut [f32; 16]) {
+    for half in [1, 2, 4, 8] {
+        let sum = |i: usize| if i & half == 0 { x[i] + x[i | half] } else { x[i & !half] - x[i] };
+        *x = std::array::from_fn(sum);
     }
 }
 

@@ -1,5 +1,6 @@
 /// Turns heads of `head_dim` channels back by rotary angles, given as cosine and sine of each of the `head_dim / 2` pairs:
 /// channel `c` pairs with `c + head_dim / 2`.
+#[inline(always)]
 pub fn turn_back(heads: &mut [f32], head_dim: usize, angles: impl Iterator<Item = (f32, f32)>) {
     let half = head_dim / 2;
     for (c, (cosine, sine)) in angles.enumerate() {

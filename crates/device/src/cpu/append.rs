@@ -160,7 +160,7 @@ impl Frame<'_> {
                 for (head, key) in scratch.token.chunks_exact_mut(d).enumerate() {
                     key.copy_from_slice(&scratch.wide[at(head)..at(head) + d]);
                 }
-                pre_rope.store(self.first_head, token, &mut scratch.token, &mut scratch.row);
+                pre_rope.store(self.isa, self.first_head, token, &mut scratch.token, &mut scratch.row);
                 for (head, key) in scratch.token.chunks_exact(d).enumerate() {
                     scratch.wide[at(head)..at(head) + d].copy_from_slice(key);
                 }

@@ -134,7 +134,7 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
                 let at = (query + head) * stride;
                 join(parts.clone().map(|part| &part[at..at + stride]), out);
                 if let Some(rotation) = &call.store.frames(call.layer).values {
-                    SCRATCH.with_borrow_mut(|scratch| rotation.apply_inverse(kv_head, out, &mut scratch.row));
+                    SCRATCH.with_borrow_mut(|scratch| rotation.apply_inverse(call.isa, kv_head, out, &mut scratch.row));
                 }
             }
         }
@@ -198,7 +198,7 @@ fn load_queries(scratch: &mut Scratch, call: Call, q: &[f32], item: &Item, first
                 let start = scratch.queries.len();
                 scratch.queries.extend(query.iter().map(|x| x * scale));
                 if let Some(rotation) = rotation {
-                    rotation.apply(kv_head, &mut scratch.queries[start..], &mut scratch.row);
+                    rotation.apply(call.isa, kv_head, &mut scratch.queries[start..], &mut scratch.row);
                 }
             }
         }
@@ -287,7 +287,7 @@ fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mu
     let Some(pre_rope) = &call.store.frames(call.layer).pre_rope else { return };
     let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].page.keys else { return };
     let Scratch { expanded, folding, .. } = scratch;
-    pre_rope.load(first_head, expanded, |head, place, out| {
+    pre_rope.load(call.isa, first_head, expanded, |head, place, out| {
         let bytes = call.store.page(0, span.blocks[token / PAGE_TOKENS], call.layer, first_head + head);
         Page { bytes, chunk: bytes, side, next: &[] }.expand(call.isa, folding, place, out);
     });

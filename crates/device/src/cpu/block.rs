@@ -5,6 +5,8 @@ use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::page::{Page, Sums, Weights};
+use super::rotate;
+use super::simd::Isa;
 use super::softmax::softmax;
 use crate::Span;
 use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
@@ -139,7 +141,7 @@ impl Block<'_> {
                     let mut sums = Sums { values: &mut *logits, stride: PAGE_TOKENS };
                     page.accumulate(isa, 0..d, weights, &mut sums, folding);
                     if side.token_hadamard {
-                        rotate_tokens(logits);
+                        rotate_tokens(isa, logits);
                     }
                 }
             }
@@ -209,7 +211,7 @@ impl Block<'_> {
             }
         }
         if side.token_hadamard {
-            rotate_tokens(logits);
+            rotate_tokens(isa, logits);
         }
         let slots = tokens.start % PAGE_TOKENS..tokens.start % PAGE_TOKENS + tokens.len();
         let weights = Weights { values: logits, count: self.queries, stride: PAGE_TOKENS };
@@ -238,9 +240,9 @@ impl Block<'_> {
 }
 
 /// Rotates the 128 numbers of each row along the tokens of a page.
-fn rotate_tokens(rows: &mut [f32]) {
+fn rotate_tokens(isa: Isa, rows: &mut [f32]) {
     let hadamard = Hadamard::new(PAGE_TOKENS).expect("a power of two");
-    rows.chunks_exact_mut(PAGE_TOKENS).for_each(|row| hadamard.apply(row));
+    rows.chunks_exact_mut(PAGE_TOKENS).for_each(|row| rotate::hadamard(isa, &hadamard, row));
 }
 
 /// fp16 rows of tokens within a page.

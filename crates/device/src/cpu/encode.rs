@@ -1,6 +1,7 @@
 //! Writing tokens into one packed side of a page.
 
 use super::quantise::{self, RowParameters};
+use super::rotate;
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, Outliers, PAGE_TOKENS, PackedSide};
 use dibit_quant::{Hadamard, LowRank, Parameters, QuantError, pack, put};
@@ -96,7 +97,7 @@ impl Encoder {
     ) -> Result<(), QuantError> {
         if side.token_hadamard {
             let hadamard = Hadamard::new(PAGE_TOKENS).expect("a power of two");
-            hadamard.apply_columns(tokens.values, tokens.head_dim);
+            rotate::hadamard_columns(isa, &hadamard, tokens.values, tokens.head_dim);
         }
         self.kept.clear();
         if let Some(outliers) = side.outliers {

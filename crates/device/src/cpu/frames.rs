@@ -1,5 +1,8 @@
 //! The frames in which keys and values are stored: rotations of heads, and keys before their rotary embedding.
 
+use super::elementwise;
+use super::rotate;
+use super::simd::Isa;
 use dibit_cache::{CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, PreRope, Tables, Transform};
 use dibit_quant::{Hadamard, turn_back};
 use std::sync::Arc;
@@ -46,30 +49,26 @@ impl Frames {
 
 impl HeadRotation {
     /// `row <- row U`, with a buffer of a head's size.
-    pub(super) fn apply(&self, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
+    pub(super) fn apply(&self, isa: Isa, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
         match self {
-            HeadRotation::Hadamard(hadamard) => hadamard.apply(row),
+            HeadRotation::Hadamard(hadamard) => rotate::hadamard(isa, hadamard, row),
             HeadRotation::Basis(basis) => {
-                buffer.clear();
                 buffer.resize(row.len(), 0.0);
-                for (x, matrix_row) in row.iter().zip(matrix(basis, kv_head, row.len())) {
-                    for (sum, u) in buffer.iter_mut().zip(matrix_row) {
-                        *sum += x * u;
-                    }
-                }
+                rotate::times(isa, row, matrix(basis, kv_head, row.len()), buffer);
                 row.copy_from_slice(buffer);
             }
         }
     }
 
     /// `row <- row U^T`.
-    pub(super) fn apply_inverse(&self, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
+    pub(super) fn apply_inverse(&self, isa: Isa, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
         match self {
-            HeadRotation::Hadamard(hadamard) => hadamard.apply_inverse(row),
+            HeadRotation::Hadamard(hadamard) => rotate::hadamard_inverse(isa, hadamard, row),
             HeadRotation::Basis(basis) => {
                 buffer.clear();
                 buffer.extend(
                     matrix(basis, kv_head, row.len())
+                        .chunks_exact(row.len())
                         .map(|matrix_row| row.iter().zip(matrix_row).map(|(x, u)| x * u).sum::<f32>()),
                 );
                 row.copy_from_slice(buffer);
@@ -78,9 +77,9 @@ impl HeadRotation {
     }
 }
 
-/// Rows of one head's matrix.
-fn matrix(basis: &[f32], kv_head: usize, d: usize) -> impl Iterator<Item = &[f32]> {
-    basis[kv_head * d * d..(kv_head + 1) * d * d].chunks_exact(d)
+/// One head's matrix.
+fn matrix(basis: &[f32], kv_head: usize, d: usize) -> &[f32] {
+    &basis[kv_head * d * d..(kv_head + 1) * d * d]
 }
 
 /// Keys that are stored before RoPE, rotated over adjacent heads and reordered (RotateKV).
@@ -143,12 +142,12 @@ impl PreRopeKeys {
     }
 
     /// From the key after RoPE of the token at `position`, heads of a frame side by side, to what is stored.
-    pub(super) fn store(&self, first_head: usize, position: usize, key: &mut [f32], buffer: &mut Vec<f32>) {
+    pub(super) fn store(&self, isa: Isa, first_head: usize, position: usize, key: &mut [f32], buffer: &mut Vec<f32>) {
         // The same angles as when the model applied them.
         let angles = self.tables.inv_freq.iter().map(|frequency| position as f32 * frequency);
         turn_back(key, self.head_dim, angles.map(|angle| (angle.cos(), angle.sin())));
         if let Some(hadamard) = &self.hadamard {
-            key.chunks_exact_mut(hadamard.order()).for_each(|heads| hadamard.apply(heads));
+            key.chunks_exact_mut(hadamard.order()).for_each(|heads| rotate::hadamard(isa, hadamard, heads));
         }
         buffer.clear();
         buffer.extend(self.frame_order(first_head).map(|channel| key[channel]));
@@ -160,6 +159,7 @@ impl PreRopeKeys {
     /// `out[place(row)..]`.
     pub(super) fn load(
         &self,
+        isa: Isa,
         first_head: usize,
         out: &mut Vec<f32>,
         mut expand: impl FnMut(usize, &dyn Fn(usize) -> usize, &mut [f32]),
@@ -172,16 +172,10 @@ impl PreRopeKeys {
         }
         if let Some(hadamard) = &self.hadamard {
             for heads in out.chunks_exact_mut(hadamard.order() * PAGE_TOKENS) {
-                hadamard.apply_inverse_columns(heads, PAGE_TOKENS);
+                rotate::hadamard_inverse_columns(isa, hadamard, heads, PAGE_TOKENS);
             }
         }
-        for head in out.chunks_exact_mut(self.head_dim * PAGE_TOKENS) {
-            let (low, high) = head.split_at_mut(self.head_dim / 2 * PAGE_TOKENS);
-            let angles = self.cosines.iter().zip(&self.sines);
-            for ((a, b), (cosine, sine)) in low.iter_mut().zip(high).zip(angles) {
-                (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
-            }
-        }
+        elementwise::turn(isa, out, &self.cosines, &self.sines);
     }
 
     /// Turns queries back by the angle of the page that begins at `position`.

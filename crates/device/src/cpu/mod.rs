@@ -19,6 +19,7 @@ mod quantise;
 mod quantized;
 #[cfg(test)]
 mod reference;
+mod rotate;
 mod scales;
 mod simd;
 mod sinks;

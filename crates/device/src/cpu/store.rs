@@ -361,7 +361,7 @@ impl Rows {
                 let target = &mut incoming[row * d..][..d];
                 target.copy_from_slice(&source[kv_head * d..][..d]);
                 if let Some(rotation) = rotation {
-                    rotation.apply(kv_head, target, &mut buffer);
+                    rotation.apply(isa, kv_head, target, &mut buffer);
                 }
                 let (limit, largest) = (f16::MAX.to_f32(), largest_magnitude(isa, target));
                 if largest.is_nan() || largest > limit {
