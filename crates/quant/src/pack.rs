@@ -4,6 +4,8 @@
 //! in the bit field number `i / stride` counted from the low end. Unpacking one bit field of
 //! consecutive bytes therefore yields consecutive lanes, with one shift and one mask. Codes of three bits
 //! are a packed row of their two low bits, followed by a packed row of their high bit.
+//!
+//! Packing and unpacking are inlined, so that a caller that is compiled for more instructions uses them.
 
 use crate::QuantError;
 
@@ -80,11 +82,13 @@ impl TryFrom<u32> for Bits {
 }
 
 /// Bytes taken by a packed row of `lanes` codes.
+#[inline]
 pub fn packed_len(bits: Bits, lanes: usize) -> usize {
     bits.planes().iter().map(|plane| plane.stride(lanes)).sum()
 }
 
 /// The planes of a packed row, each with its bytes.
+#[inline(always)]
 fn planes(bits: Bits, lanes: usize) -> impl Iterator<Item = (Plane, std::ops::Range<usize>)> {
     let mut start = 0;
     bits.planes().iter().map(move |plane| {
@@ -98,6 +102,7 @@ fn planes(bits: Bits, lanes: usize) -> impl Iterator<Item = (Plane, std::ops::Ra
 ///
 /// # Panics
 /// If `out` is not exactly [`packed_len`] bytes long.
+#[inline(always)]
 pub fn pack(bits: Bits, codes: &[u8], out: &mut [u8]) {
     assert_eq!(out.len(), packed_len(bits, codes.len()), "packed row of {} codes", codes.len());
     out.fill(0);
@@ -129,6 +134,7 @@ pub fn put(bits: Bits, lanes: usize, lane: usize, code: u8, row: &mut [u8]) {
 ///
 /// # Panics
 /// If `packed` is not exactly [`packed_len`] bytes long.
+#[inline(always)]
 pub fn unpack(bits: Bits, packed: &[u8], codes: &mut [u8]) {
     assert_eq!(packed.len(), packed_len(bits, codes.len()), "packed row of {} codes", codes.len());
     codes.fill(0);

@@ -3,8 +3,8 @@
 use super::quantise::{self, RowParameters};
 use super::rotate;
 use super::simd::Isa;
-use dibit_cache::{Along, Factors, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::{Hadamard, LowRank, Parameters, QuantError, pack, put};
+use dibit_cache::{Along, Factors, GroupSpan, Outliers, PAGE_TOKENS, PackedSide};
+use dibit_quant::{Hadamard, LowRank, Parameters, QuantError, put};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -112,7 +112,7 @@ impl Encoder {
         if side.tokens_are_lanes {
             self.pack_channels(isa, side, tokens.slots.clone(), page);
         } else {
-            self.pack_tokens(side, tokens.slots.clone(), page);
+            self.pack_tokens(isa, side, tokens.slots.clone(), page);
         }
         if side.high.is_some() {
             write_high(side, &tokens, page);
@@ -262,11 +262,12 @@ impl Encoder {
     }
 
     /// Packs rows that are tokens.
-    fn pack_tokens(&self, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
+    fn pack_tokens(&self, isa: Isa, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
+        let spans: Vec<GroupSpan> = side.group_spans().collect();
         for (slot, codes) in slots.zip(self.codes.chunks_exact(channels(side))) {
             let row = &mut page[side.codes + slot * side.row_bytes..][..side.row_bytes];
-            for span in side.group_spans() {
-                pack(side.bits, &codes[span.lanes], &mut row[span.bytes]);
+            for span in &spans {
+                quantise::pack(isa, side.bits, &codes[span.lanes.clone()], &mut row[span.bytes.clone()]);
             }
         }
     }

@@ -7,10 +7,10 @@
 use super::codes::{Codes, IntegerWeights, Line, mix_codes};
 use super::element::Element;
 use super::mix::{self, mix_rows};
+use super::quantise::unpack;
 use super::scales::{Scales, apply, fold, total, unfold};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::unpack;
 use half::f16;
 use std::ops::Range;
 
@@ -231,16 +231,17 @@ impl Page<'_> {
         row_scales.resize(side.lanes, 0.0);
         row_offsets.resize(side.lanes, 0.0);
         let own = self.scales(0, side.num_parameters());
+        let spans: Vec<GroupSpan> = side.group_spans().collect();
         for row in 0..side.rows {
-            for span in side.group_spans() {
-                unpack(side.bits, self.codes(&span, row..row + 1).bytes, &mut codes[span.lanes.clone()]);
+            for span in &spans {
+                unpack(isa, side.bits, self.codes(span, row..row + 1).bytes, &mut codes[span.lanes.clone()]);
             }
             match side.along {
                 Along::Lanes => {
-                    for span in side.group_spans() {
+                    for span in &spans {
                         let (scale, offset) = own.at(side.parameter(row, span.lanes.start));
                         row_scales[span.lanes.clone()].fill(scale);
-                        row_offsets[span.lanes].fill(offset);
+                        row_offsets[span.lanes.clone()].fill(offset);
                     }
                 }
                 Along::Rows if row % side.group == 0 => {

@@ -146,3 +146,19 @@ dispatch! {
     avx2: merge_body(codes, plane, field, bytes);
     avx512: merge_body(codes, plane, field, bytes);
 }
+
+dispatch! {
+    /// [`dibit_quant::pack`].
+    fn pack<>(bits: Bits, codes: &[u8], out: &mut [u8]);
+    baseline: dibit_quant::pack(bits, codes, out);
+    avx2: dibit_quant::pack(bits, codes, out);
+    avx512: dibit_quant::pack(bits, codes, out);
+}
+
+dispatch! {
+    /// [`dibit_quant::unpack`].
+    fn unpack<>(bits: Bits, packed: &[u8], codes: &mut [u8]);
+    baseline: dibit_quant::unpack(bits, packed, codes);
+    avx2: dibit_quant::unpack(bits, packed, codes);
+    avx512: dibit_quant::unpack(bits, packed, codes);
+}
