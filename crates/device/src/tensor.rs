@@ -3,9 +3,9 @@
 use crate::BlockType;
 use dibit_quant::splitmix;
 use half::{bf16, f16};
-use memmap2::{Mmap, MmapMut};
 #[cfg(unix)]
 use memmap2::UncheckedAdvice;
+use memmap2::{Mmap, MmapMut};
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 use thiserror::Error;
@@ -81,7 +81,11 @@ enum Storage<T> {
     Owned(Arc<Vec<T>>),
     /// Memory of its own in huge pages, where the system grants them: large matrices are read faster from these.
     Huge(Arc<MmapMut>),
-    Shared { bytes: Bytes, offset: usize, len: usize },
+    Shared {
+        bytes: Bytes,
+        offset: usize,
+        len: usize,
+    },
 }
 
 impl<T: bytemuck::Pod> Storage<T> {

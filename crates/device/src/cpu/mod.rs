@@ -12,11 +12,11 @@ mod elementwise;
 mod encode;
 mod exp;
 mod frames;
+mod ggml;
 mod linear;
 mod mix;
 mod page;
 mod quantise;
-mod quantized;
 #[cfg(test)]
 mod reference;
 mod rotate;
@@ -204,7 +204,7 @@ impl Device for Cpu {
             Values::F16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
             Values::Bf16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
             Values::Blocks(kind, words) => {
-                with_blocks!(kind, words, |w| quantized::linear(x, w, shape, bias, out, output));
+                with_blocks!(kind, words, |w| ggml::linear(x, w, shape, bias, out, output));
             }
         }
     }
