@@ -48,6 +48,7 @@ mod tests {
         baseline: body::<BASELINE_FMA>(values, offset);
         avx2: body::<true>(values, offset);
         avx512: body::<true>(values, offset);
+        neon: body::<true>(values, offset);
     }
 
     #[test]

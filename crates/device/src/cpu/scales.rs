@@ -3,6 +3,8 @@
 //! A code `c` stands for `x^ = s c + o`, where the offset `o` is the zero itself ([`Quantizer::FloatMin`]) or `-s z`.
 
 use super::element::Element;
+#[cfg(target_arch = "aarch64")]
+use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{BASELINE_FMA, Lanes, Portable, WIDTH, dispatch, join, mul_add};
@@ -65,6 +67,7 @@ dispatch! {
     baseline: fold_body::<Portable, BASELINE_FMA>(weights, own, folded);
     avx2: fold_body::<Avx2, true>(weights, own, folded);
     avx512: fold_body::<Avx512, true>(weights, own, folded);
+    neon: fold_body::<Neon, true>(weights, own, folded);
 }
 
 #[inline(always)]
@@ -83,6 +86,7 @@ dispatch! {
     baseline: unfold_body(total, mixed, own, sums);
     avx2: unfold_body(total, mixed, own, sums);
     avx512: unfold_body(total, mixed, own, sums);
+    neon: unfold_body(total, mixed, own, sums);
 }
 
 #[inline(always)]
@@ -106,6 +110,7 @@ dispatch! {
     baseline: total_body::<Portable>(values);
     avx2: total_body::<Avx2>(values);
     avx512: total_body::<Avx512>(values);
+    neon: total_body::<Neon>(values);
 }
 
 /// One row of codes as numbers.
@@ -122,6 +127,7 @@ dispatch! {
     baseline: apply_body(codes, scale, offset, out);
     avx2: apply_body(codes, scale, offset, out);
     avx512: apply_body(codes, scale, offset, out);
+    neon: apply_body(codes, scale, offset, out);
 }
 
 #[cfg(test)]

@@ -53,6 +53,7 @@ dispatch! {
     baseline: body::<BASELINE_FMA>(logits, state);
     avx2: body::<true>(logits, state);
     avx512: body::<true>(logits, state);
+    neon: body::<true>(logits, state);
 }
 
 #[cfg(test)]

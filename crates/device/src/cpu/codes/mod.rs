@@ -234,6 +234,7 @@ dispatch! {
     avx2: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
     avx512: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
     vnni: body::<Vnni>(codes, weights, lines, y, y_stride, ahead);
+    neon: body::<Portable>(codes, weights, lines, y, y_stride, ahead);
 }
 
 /// The specification.

@@ -75,6 +75,7 @@ dispatch! {
     baseline: body(values, high, low, step);
     avx2: body(values, high, low, step);
     avx512: body(values, high, low, step);
+    neon: body(values, high, low, step);
 }
 
 #[inline(always)]

@@ -5,6 +5,8 @@
 //! sums, joined by a fixed tree. A batch therefore computes exactly what each of its rows computes alone.
 
 use super::element::Element;
+#[cfg(target_arch = "aarch64")]
+use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Lanes, Portable, WIDTH, dispatch, prefetch_at};
@@ -139,6 +141,7 @@ dispatch! {
     baseline: body::<E, Portable, 2, 2, 1>(x, w, shape, emit);
     avx2: body::<E, Avx2, 4, 3, 1>(x, w, shape, emit);
     avx512: body::<E, Avx512, 1, 8, 4>(x, w, shape, emit);
+    neon: body::<E, Neon, 4, 3, 1>(x, w, shape, emit);
 }
 
 #[cfg(test)]

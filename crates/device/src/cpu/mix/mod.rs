@@ -4,6 +4,8 @@
 //! on how many rows of `y` share a call.
 
 use super::element::Element;
+#[cfg(target_arch = "aarch64")]
+use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{BASELINE_FMA, Lanes, Portable, WIDTH, dispatch, mul_add};
@@ -131,13 +133,14 @@ dispatch! {
     baseline: body::<E, Portable, BASELINE_FMA, 1, 1, 1>(weights, data, shape, y);
     avx2: body::<E, Avx2, true, 4, 2, 1>(weights, data, shape, y);
     avx512: body::<E, Avx512, true, 8, 8, 4>(weights, data, shape, y);
+    neon: body::<E, Neon, true, 4, 2, 1>(weights, data, shape, y);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cpu::simd::Isa;
-    use half::f16;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
     fn check<E: Element>(m: usize, rows: usize, lanes: usize, number: impl Fn(f32) -> E) {
@@ -161,5 +164,23 @@ mod tests {
             check(m, rows, lanes, f16::from_f32);
             check(m, rows, lanes, |x| x);
         }
+    }
+
+    /// Each of these finite numbers, weighted by one and added to zero, is what it is widened to.
+    fn check_widening<E: Element>(data: &[E]) {
+        let lanes = data.len();
+        let shape = Shape { m: 1, weight_stride: 1, rows: 1, row_stride: lanes, lanes, y_stride: lanes };
+        let expected: Vec<f32> = data.iter().map(|value| value.widen()).collect();
+        for isa in Isa::available() {
+            let mut y = vec![0.0; lanes];
+            mix_rows(isa, &[1.0], data, shape, &mut y);
+            assert_eq!(y, expected, "{isa:?}");
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_widens_exactly() {
+        check_widening(&(0..=u16::MAX).map(f16::from_bits).filter(|half| half.is_finite()).collect::<Vec<_>>());
+        check_widening(&(0..=u16::MAX).map(bf16::from_bits).filter(|brain| brain.is_finite()).collect::<Vec<_>>());
     }
 }

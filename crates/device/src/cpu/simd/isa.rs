@@ -24,6 +24,9 @@ pub enum Isa {
     /// The same with AMX for bf16.
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// NEON. The baseline has it too; here kernels use its instructions, there they are left to the compiler.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Isa {
@@ -56,6 +59,8 @@ impl Isa {
                 }
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        all.push(Isa::Neon);
         all
     }
 
@@ -76,7 +81,7 @@ impl Isa {
         })
     }
 
-    /// Its name: `scalar`, `avx2`, `avx512`, `avx512-vnni` or `amx`.
+    /// Its name: `scalar`, `avx2`, `avx512`, `avx512-vnni`, `amx` or `neon`.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Baseline => "scalar",
@@ -88,6 +93,8 @@ impl Isa {
             Isa::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => "amx",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => "neon",
         }
     }
 }
@@ -107,11 +114,11 @@ pub(crate) fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 /// True where the target itself guarantees a fused multiply-add.
 pub(crate) const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
-/// Defines `fn $name(isa, args)` that runs `$base`, `$avx2`, `$avx512` or `$vnni`: the same body with constants for each.
-/// Without `$vnni`, `$avx512` takes its place.
+/// Defines `fn $name(isa, args)` that runs `$base`, `$avx2`, `$avx512`, `$vnni` or `$neon`: the same body with constants
+/// for each. Without `$vnni`, `$avx512` takes its place.
 macro_rules! dispatch {
     ($(#[$meta:meta])* fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?)
-     $(-> $out:ty)?; baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr;) => {
+     $(-> $out:ty)?; baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr; neon: $neon:expr;) => {
         $crate::cpu::simd::dispatch! {
             $(#[$meta])*
             fn $name<$($generic: $bound),*>($($arg: $type),*) $(-> $out)?;
@@ -119,10 +126,12 @@ macro_rules! dispatch {
             avx2: $avx2;
             avx512: $avx512;
             vnni: $avx512;
+            neon: $neon;
         }
     };
     ($(#[$meta:meta])* fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?)
-     $(-> $out:ty)?; baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr; vnni: $vnni:expr;) => {
+     $(-> $out:ty)?; baseline: $base:expr; avx2: $avx2:expr; avx512: $avx512:expr; vnni: $vnni:expr;
+     neon: $neon:expr;) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         pub(crate) fn $name<$($generic: $bound),*>(isa: $crate::cpu::simd::Isa, $($arg: $type),*) $(-> $out)? {
@@ -156,6 +165,8 @@ macro_rules! dispatch {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Isa::Avx512Vnni | Isa::Amx => unsafe { vnni::<$($generic),*>($($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => $neon,
             }
         }
     };

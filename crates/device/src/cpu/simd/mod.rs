@@ -8,6 +8,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod isa;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +18,8 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 pub use isa::Isa;
 pub(crate) use isa::{BASELINE_FMA, dispatch, mul_add};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
 use half::{bf16, f16};
