@@ -10,6 +10,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -19,6 +21,8 @@ use super::simd::{CACHE_LINE, WIDTH, dispatch};
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;
 use dibit_quant::Bits;
+#[cfg(target_arch = "aarch64")]
+use neon::Neon;
 use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use vnni::Vnni;
@@ -234,7 +238,7 @@ dispatch! {
     avx2: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
     avx512: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
     vnni: body::<Vnni>(codes, weights, lines, y, y_stride, ahead);
-    neon: body::<Portable>(codes, weights, lines, y, y_stride, ahead);
+    neon: body::<Neon>(codes, weights, lines, y, y_stride, ahead);
 }
 
 /// The specification.
@@ -301,18 +305,19 @@ mod tests {
         }
     }
 
-    /// The largest sums that can occur: 256 rows of 8 bit.
+    /// The largest sums that can occur: 256 rows of the largest codes.
     #[test]
     fn sums_do_not_overflow() {
         let bytes = vec![u8::MAX; 256 * 32];
-        let codes = Codes { bytes: &bytes, bits: Bits::Eight, rows: 256, stride: 32, lanes: 32 };
-        for isa in Isa::available() {
+        for (isa, bits) in Isa::available().into_iter().flat_map(|isa| Bits::ALL.map(|bits| (isa, bits))) {
+            let codes = Codes { bytes: &bytes, bits, rows: 256, stride: 32, lanes: 32 };
             for sign in [1.0, -1.0] {
                 let mut weights = IntegerWeights::default();
                 weights.load(isa, &[sign; 256], 1, 256, 256);
                 let mut y = [0.0; 32];
                 mix_codes(isa, codes, &weights, &mut Vec::new(), &mut y, 32, &mut [].as_slice());
-                assert!(y.iter().all(|y| (y - sign * 255.0 * 256.0).abs() < 0.1), "{isa:?}: {y:?}");
+                let sum = sign * f32::from(bits.max_code()) * 256.0;
+                assert!(y.iter().all(|y| (y - sum).abs() < 0.1), "{isa:?}, {bits:?}: {y:?}");
             }
         }
     }
