@@ -10,6 +10,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// Sixteen numbers, widened.
     fn load<L: Lanes>(values: &[Self; WIDTH]) -> L;
     /// The same numbers, where they are bf16.
+    #[cfg(target_arch = "x86_64")]
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }
@@ -38,6 +39,7 @@ impl Element for bf16 {
         L::load_bf16(values)
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
         Some(values)
     }

@@ -66,13 +66,20 @@ pub(crate) fn prefetch(bytes: &[u8], index: usize) {
 /// Asks for the cache line at an address, whatever is there. Where no instruction does that, it is read when it is.
 #[inline(always)]
 pub(crate) fn prefetch_at<T>(address: *const T) {
+    // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing that the program could see: it may have any
+    // address.
     #[cfg(target_arch = "x86_64")]
-    {
+    unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing that the program could see: it may have any
-        // address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
     }
+    // SAFETY: as above; every AArch64 processor has the instruction, and it changes no register.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) address, options(readonly, nostack, preserves_flags))
+    };
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = address;
 }
 
 /// The tree of [`Lanes::sum`].
