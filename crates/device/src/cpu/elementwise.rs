@@ -34,6 +34,7 @@ dispatch! {
     baseline: norm_body::<BASELINE_FMA>(x, weight, eps, out);
     avx2: norm_body::<true>(x, weight, eps, out);
     avx512: norm_body::<true>(x, weight, eps, out);
+    neon: norm_body::<true>(x, weight, eps, out);
 }
 
 #[inline(always)]
@@ -52,6 +53,7 @@ dispatch! {
     baseline: norm_inplace_body::<BASELINE_FMA>(x, weight, eps);
     avx2: norm_inplace_body::<true>(x, weight, eps);
     avx512: norm_inplace_body::<true>(x, weight, eps);
+    neon: norm_inplace_body::<true>(x, weight, eps);
 }
 
 #[inline(always)]
@@ -70,6 +72,7 @@ dispatch! {
     baseline: silu_mul_body::<BASELINE_FMA>(gate, up);
     avx2: silu_mul_body::<true>(gate, up);
     avx512: silu_mul_body::<true>(gate, up);
+    neon: silu_mul_body::<true>(gate, up);
 }
 
 #[inline(always)]
@@ -88,6 +91,7 @@ dispatch! {
     baseline: turn_body(heads, cosines, sines);
     avx2: turn_body(heads, cosines, sines);
     avx512: turn_body(heads, cosines, sines);
+    neon: turn_body(heads, cosines, sines);
 }
 
 #[cfg(test)]

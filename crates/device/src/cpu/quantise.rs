@@ -30,6 +30,7 @@ dispatch! {
     baseline: largest_magnitude_body(values);
     avx2: largest_magnitude_body(values);
     avx512: largest_magnitude_body(values);
+    neon: largest_magnitude_body(values);
 }
 
 #[inline(always)]
@@ -51,6 +52,7 @@ dispatch! {
     baseline: range_body(values);
     avx2: range_body(values);
     avx512: range_body(values);
+    neon: range_body(values);
 }
 
 #[inline(always)]
@@ -66,6 +68,7 @@ dispatch! {
     baseline: widen_body(values, min, max);
     avx2: widen_body(values, min, max);
     avx512: widen_body(values, min, max);
+    neon: widen_body(values, min, max);
 }
 
 /// Scale and zero of each number of a row.
@@ -111,6 +114,7 @@ dispatch! {
     baseline: code_body(values, own, quantizer, bits, codes);
     avx2: code_body(values, own, quantizer, bits, codes);
     avx512: code_body(values, own, quantizer, bits, codes);
+    neon: code_body(values, own, quantizer, bits, codes);
 }
 
 #[inline(always)]
@@ -129,6 +133,7 @@ dispatch! {
     baseline: missed_body(values, codes, own, quantizer, missed);
     avx2: missed_body(values, codes, own, quantizer, missed);
     avx512: missed_body(values, codes, own, quantizer, missed);
+    neon: missed_body(values, codes, own, quantizer, missed);
 }
 
 #[inline(always)]
@@ -145,6 +150,7 @@ dispatch! {
     baseline: merge_body(codes, plane, field, bytes);
     avx2: merge_body(codes, plane, field, bytes);
     avx512: merge_body(codes, plane, field, bytes);
+    neon: merge_body(codes, plane, field, bytes);
 }
 
 dispatch! {
@@ -153,6 +159,7 @@ dispatch! {
     baseline: dibit_quant::pack(bits, codes, out);
     avx2: dibit_quant::pack(bits, codes, out);
     avx512: dibit_quant::pack(bits, codes, out);
+    neon: dibit_quant::pack(bits, codes, out);
 }
 
 dispatch! {
@@ -161,4 +168,5 @@ dispatch! {
     baseline: dibit_quant::unpack(bits, packed, codes);
     avx2: dibit_quant::unpack(bits, packed, codes);
     avx512: dibit_quant::unpack(bits, packed, codes);
+    neon: dibit_quant::unpack(bits, packed, codes);
 }

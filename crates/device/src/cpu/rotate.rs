@@ -9,6 +9,7 @@ dispatch! {
     baseline: matrix.apply(row);
     avx2: matrix.apply(row);
     avx512: matrix.apply(row);
+    neon: matrix.apply(row);
 }
 
 dispatch! {
@@ -17,6 +18,7 @@ dispatch! {
     baseline: matrix.apply_inverse(row);
     avx2: matrix.apply_inverse(row);
     avx512: matrix.apply_inverse(row);
+    neon: matrix.apply_inverse(row);
 }
 
 dispatch! {
@@ -25,6 +27,7 @@ dispatch! {
     baseline: matrix.apply_columns(rows, columns);
     avx2: matrix.apply_columns(rows, columns);
     avx512: matrix.apply_columns(rows, columns);
+    neon: matrix.apply_columns(rows, columns);
 }
 
 dispatch! {
@@ -33,6 +36,7 @@ dispatch! {
     baseline: matrix.apply_inverse_columns(rows, columns);
     avx2: matrix.apply_inverse_columns(rows, columns);
     avx512: matrix.apply_inverse_columns(rows, columns);
+    neon: matrix.apply_inverse_columns(rows, columns);
 }
 
 #[inline(always)]
@@ -51,6 +55,7 @@ dispatch! {
     baseline: times_body(row, matrix, out);
     avx2: times_body(row, matrix, out);
     avx512: times_body(row, matrix, out);
+    neon: times_body(row, matrix, out);
 }
 
 #[cfg(test)]
