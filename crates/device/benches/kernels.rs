@@ -2,7 +2,7 @@
 //! memory, and each scheme's cache against that of fp16.
 
 use dibit_cache::{CacheLayout, CacheManager, CacheShape, PAGE_TOKENS, Scheme, Sequence};
-use dibit_device::{Batch, Cpu, DType, Device, DeviceError, Mode, Output, Tensor};
+use dibit_device::{Batch, Cpu, DType, Device, DeviceError, Mode, Output, Phase, Tensor};
 use dibit_timing::{Kernels, Sweep};
 
 /// More than the processor's caches hold, so that every matrix comes from memory.
@@ -43,7 +43,8 @@ fn linear(cpu: &Cpu) -> Result<(), DeviceError> {
                 let w = cpu.matrix(Tensor::random(rows as u64, 0.02, dtype, n, k))?;
                 let (x, mut out) = (cpu.upload(&random(0, rows * k))?, cpu.buffer(rows * n)?);
                 kernels = kernels.add(format!("{rows} rows"), w.num_bytes() as f64 / 1e9, move || {
-                    cpu.scope(|| cpu.linear(&x, rows, &w, None, &mut out, Output::Write(0)));
+                    let phase = if rows > 8 { Phase::Prefill } else { Phase::Decode };
+                    cpu.scope(|| cpu.linear(phase, &x, rows, &w, None, &mut out, Output::Write(0)));
                 });
             }
             println!("{}", kernels.table());

@@ -11,6 +11,16 @@ pub enum Mode {
     Streaming,
 }
 
+/// What the rows of a pass are. A device may have an arithmetic for prompts that is faster for many rows; a row's results
+/// depend on the phase, and on nothing else that is in the pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Prompts: several new tokens of every sequence.
+    Prefill,
+    /// Single tokens, or tokens that are passed as if they came one by one.
+    Decode,
+}
+
 /// The new tokens of one sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
@@ -63,6 +73,12 @@ impl Batch {
             cached: sequence.len(),
             rows: start..start + tokens,
         });
+    }
+
+    /// What its rows are.
+    pub fn phase(&self) -> Phase {
+        let prompts = self.mode == Mode::Chunk && self.spans.iter().all(|span| span.rows.len() > 1);
+        if prompts { Phase::Prefill } else { Phase::Decode }
     }
 
     /// Rows of all spans.

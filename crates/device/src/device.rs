@@ -1,4 +1,4 @@
-use crate::{Batch, DeviceError, Tensor};
+use crate::{Batch, DeviceError, Phase, Tensor};
 use dibit_cache::{CacheLayout, Extras};
 use std::ops::Range;
 
@@ -87,8 +87,10 @@ pub trait Device: Send + Sync {
     fn rms_norm_inplace(&self, x: &mut Self::Buffer, rows: usize, width: usize, weight: &Self::Buffer, eps: f32);
 
     /// `x w^T + bias` for the first `rows` rows of `x`.
+    #[allow(clippy::too_many_arguments)]
     fn linear(
         &self,
+        phase: Phase,
         x: &Self::Buffer,
         rows: usize,
         w: &Self::Matrix,

@@ -10,7 +10,7 @@ mod device;
 mod error;
 mod tensor;
 
-pub use batch::{Batch, Mode, Span};
+pub use batch::{Batch, Mode, Phase, Span};
 pub use blocks::BlockType;
 pub use cpu::{Cpu, Isa};
 pub use device::{Device, Output};

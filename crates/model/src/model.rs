@@ -2,7 +2,7 @@
 
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
-use dibit_device::{Batch, Device, Output, Tensor};
+use dibit_device::{Batch, Device, Output, Phase, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -70,8 +70,8 @@ impl<D: Device> Linear<D> {
         Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
     }
 
-    fn run(&self, device: &D, x: &D::Buffer, rows: usize, out: &mut D::Buffer, output: Output) {
-        device.linear(x, rows, &self.weight, self.bias.as_deref(), out, output);
+    fn run(&self, device: &D, phase: Phase, x: &D::Buffer, rows: usize, out: &mut D::Buffer, output: Output) {
+        device.linear(phase, x, rows, &self.weight, self.bias.as_deref(), out, output);
     }
 }
 
@@ -198,7 +198,7 @@ impl<D: Device> Model<D> {
                         tile.clone(),
                         observer.as_deref_mut(),
                     )?;
-                    self.mlp_block(device, ws, layer, tile);
+                    self.mlp_block(device, batch.phase(), ws, layer, tile);
                 }
                 device.commit(store, index, batch)?;
             }
@@ -226,7 +226,15 @@ impl<D: Device> Model<D> {
         device.scope(|| {
             device.copy_rows(&ws.hidden, rows, width, &mut ws.selected);
             device.rms_norm(&ws.selected, 0..count, width, &self.norm, eps, &mut ws.selected_normed);
-            device.linear(&ws.selected_normed, count, &self.lm_head, None, &mut ws.logits, Output::Write(0));
+            device.linear(
+                Phase::Decode,
+                &ws.selected_normed,
+                count,
+                &self.lm_head,
+                None,
+                &mut ws.logits,
+                Output::Write(0),
+            );
         });
         device.download(&ws.logits, 0..count * self.config.vocab_size, out);
         Ok(())
@@ -248,9 +256,9 @@ impl<D: Device> Model<D> {
             self.config;
         let rows = tile.len();
         device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.input_norm, eps, &mut ws.normed);
-        layer.q.run(device, &ws.normed, rows, &mut ws.q, Output::Write(0));
-        layer.k.run(device, &ws.normed, rows, &mut ws.k, Output::Write(0));
-        layer.v.run(device, &ws.normed, rows, &mut ws.v, Output::Write(0));
+        layer.q.run(device, batch.phase(), &ws.normed, rows, &mut ws.q, Output::Write(0));
+        layer.k.run(device, batch.phase(), &ws.normed, rows, &mut ws.k, Output::Write(0));
+        layer.v.run(device, batch.phase(), &ws.normed, rows, &mut ws.v, Output::Write(0));
         for (x, norm, heads) in
             [(&mut ws.q, &layer.q_norm, num_attention_heads), (&mut ws.k, &layer.k_norm, num_key_value_heads)]
         {
@@ -268,17 +276,17 @@ impl<D: Device> Model<D> {
         }
         device.write_kv(store, index, batch, tile.clone(), &ws.k, &ws.v)?;
         device.attention(store, index, batch, tile.clone(), num_attention_heads, &ws.q, &mut ws.attention)?;
-        layer.o.run(device, &ws.attention, rows, &mut ws.hidden, Output::Add(tile.start));
+        layer.o.run(device, batch.phase(), &ws.attention, rows, &mut ws.hidden, Output::Add(tile.start));
         Ok(())
     }
 
-    fn mlp_block(&self, device: &D, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
+    fn mlp_block(&self, device: &D, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
         let ModelConfig { hidden_size, intermediate_size, rms_norm_eps: eps, .. } = self.config;
         let rows = tile.len();
         device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.post_norm, eps, &mut ws.normed);
-        layer.gate.run(device, &ws.normed, rows, &mut ws.gate, Output::Write(0));
-        layer.up.run(device, &ws.normed, rows, &mut ws.up, Output::Write(0));
+        layer.gate.run(device, phase, &ws.normed, rows, &mut ws.gate, Output::Write(0));
+        layer.up.run(device, phase, &ws.normed, rows, &mut ws.up, Output::Write(0));
         device.silu_mul(&mut ws.gate, &ws.up, rows * intermediate_size);
-        layer.down.run(device, &ws.gate, rows, &mut ws.hidden, Output::Add(tile.start));
+        layer.down.run(device, phase, &ws.gate, rows, &mut ws.hidden, Output::Add(tile.start));
     }
 }

@@ -4,7 +4,7 @@
 
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelError};
-use dibit_device::{DType, Device, Output, Tensor};
+use dibit_device::{DType, Device, Output, Phase, Tensor};
 use dibit_quant::Hadamard;
 
 /// The rotated projections of one layer.
@@ -71,7 +71,7 @@ pub(crate) fn self_test<D: Device>(
         let (x, mut out) = (device.upload(x)?, device.buffer(linear.weight.rows())?);
         let bias = linear.bias.as_ref().map(|bias| device.upload(&bias.to_f32())).transpose()?;
         let matrix = device.matrix(linear.weight.clone())?;
-        device.linear(&x, 1, &matrix, bias.as_ref(), &mut out, Output::Write(0));
+        device.linear(Phase::Decode, &x, 1, &matrix, bias.as_ref(), &mut out, Output::Write(0));
         let mut result = Vec::new();
         device.download(&out, 0..linear.weight.rows(), &mut result);
         Ok(result)

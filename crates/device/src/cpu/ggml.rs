@@ -50,7 +50,7 @@ fn round<T: GgmlType>(x: &[f32], k: usize) -> Vec<T> {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Bytes, Cpu, DType, Device, Output, Tensor};
+    use crate::{Bytes, Cpu, DType, Device, Output, Phase, Tensor};
     use candle_core::quantized::{GgmlDType, QTensor};
     use std::sync::Arc;
 
@@ -67,7 +67,7 @@ mod tests {
     fn run(threads: usize, x: &[f32], rows: usize, w: &Tensor, bias: Option<&Vec<f32>>) -> Vec<f32> {
         let cpu = Cpu::new(Some(threads)).unwrap();
         let mut out = vec![1.0; rows * w.rows()];
-        cpu.scope(|| cpu.linear(&x.to_vec(), rows, w, bias, &mut out, Output::Add(0)));
+        cpu.scope(|| cpu.linear(Phase::Prefill, &x.to_vec(), rows, w, bias, &mut out, Output::Add(0)));
         out
     }
 

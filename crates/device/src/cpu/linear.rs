@@ -86,7 +86,7 @@ pub(super) fn store(out: &mut [f32], sums: &[f32], bias: Option<&[f32]>, output:
     }
 }
 
-/// The columns that the matrix unit computes, where there is one and it pays: their number.
+/// The columns that the matrix unit computes, where there is one: their number.
 #[cfg(target_arch = "x86_64")]
 fn by_tiles<E: Element>(
     isa: Isa,
@@ -98,7 +98,7 @@ fn by_tiles<E: Element>(
     output: Output,
 ) -> usize {
     match E::as_bf16(w) {
-        Some(w) if isa == Isa::Amx && shape.m >= amx::MIN_ROWS => amx::linear(x, w, shape, bias, out, output),
+        Some(w) if isa == Isa::Amx => amx::linear(x, w, shape, bias, out, output),
         _ => 0,
     }
 }

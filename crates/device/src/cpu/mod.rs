@@ -30,7 +30,7 @@ mod tests;
 
 use crate::blocks::with_blocks;
 use crate::tensor::Values;
-use crate::{Batch, Device, DeviceError, Mode, Output, Span, Tensor};
+use crate::{Batch, Device, DeviceError, Mode, Output, Phase, Span, Tensor};
 use attention::{Buffers, Call, Heads};
 use dibit_cache::{CacheLayout, Extras, Sees};
 use element::Element;
@@ -190,6 +190,7 @@ impl Device for Cpu {
 
     fn linear(
         &self,
+        phase: Phase,
         x: &Vec<f32>,
         rows: usize,
         w: &Tensor,
@@ -199,10 +200,11 @@ impl Device for Cpu {
     ) {
         let shape = dot::Shape { m: rows, n: w.rows(), k: w.cols() };
         let bias = bias.map(Vec::as_slice);
+        let isa = if phase == Phase::Prefill { self.isa } else { self.isa.without_matrices() };
         match w.values() {
-            Values::F32(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
-            Values::F16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
-            Values::Bf16(w) => linear::linear(self.isa, x, w, shape, bias, out, output),
+            Values::F32(w) => linear::linear(isa, x, w, shape, bias, out, output),
+            Values::F16(w) => linear::linear(isa, x, w, shape, bias, out, output),
+            Values::Bf16(w) => linear::linear(isa, x, w, shape, bias, out, output),
             Values::Blocks(kind, words) => {
                 with_blocks!(kind, words, |w| ggml::linear(x, w, shape, bias, out, output));
             }

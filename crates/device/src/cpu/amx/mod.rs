@@ -18,9 +18,6 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 use tile::NEXT_ROWS;
 
-/// Rows from which a call is worth laying out activations. Fewer are bound by reading the weights anyway.
-pub(super) const MIN_ROWS: usize = 9;
-
 /// Numbers of `k` in a row of a tile.
 const STEP: usize = 32;
 

@@ -64,6 +64,15 @@ impl Isa {
         all
     }
 
+    /// The one below those that have a unit for whole matrices.
+    pub(crate) fn without_matrices(self) -> Isa {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Avx512Vnni,
+            other => other,
+        }
+    }
+
     /// Whether kernels fuse multiplication and addition.
     #[cfg(test)]
     pub(crate) fn fuses(self) -> bool {
