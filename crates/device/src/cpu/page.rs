@@ -8,7 +8,7 @@ use super::codes::{Codes, IntegerWeights, Line, mix_codes};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::quantise::unpack;
-use super::scales::{Scales, apply, fold, total, unfold};
+use super::scales::{Scales, apply, total, unfold};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
 use half::f16;
@@ -48,10 +48,9 @@ impl Sums<'_> {
 /// Buffers of a call.
 #[derive(Default)]
 pub(super) struct Folding {
-    /// Weights with scales folded in.
-    folded: Vec<f32>,
-    /// The same as integers.
     weights: IntegerWeights,
+    /// What each row of weights adds to all lanes.
+    offsets: Vec<f32>,
     /// Packed rows side by side.
     lines: Vec<Line>,
     /// Weighted codes of one group of rows.
@@ -102,20 +101,12 @@ impl Page<'_> {
     /// Scales and zeros belong to rows: `w x^ = (w s) c + w z`.
     fn groups_of_lanes(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
         let mut ahead = self.next;
-        let count = rows.len();
-        let Folding { folded, weights: integers, lines, .. } = folding;
-        folded.resize(weights.count * count, 0.0);
+        let Folding { offsets, weights: integers, lines, .. } = folding;
         for span in self.side.group_spans() {
-            let own = self.scales(span.index * self.side.rows + rows.start, count);
-            for ((weights, folded), sums) in weights.rows().zip(folded.chunks_exact_mut(count)).zip(sums.rows()) {
-                let offset = fold(isa, &weights[..count], own, folded);
-                for sum in &mut sums[span.lanes.clone()] {
-                    *sum += offset;
-                }
-            }
-            integers.load(isa, folded, weights.count, count, count);
+            let own = self.scales(span.index * self.side.rows + rows.start, rows.len());
+            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, offsets);
             let y = &mut sums.values[span.lanes.start..];
-            mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride, &mut ahead);
+            mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride, &mut ahead, offsets);
         }
     }
 
@@ -135,7 +126,7 @@ impl Page<'_> {
             integers.load(isa, weights.values, weights.count, weights.stride, own.len());
             for span in self.side.group_spans() {
                 let y = &mut mixed[span.lanes.start..];
-                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes, &mut ahead);
+                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes, &mut ahead, &[]);
             }
             let scales = self.scales(group * lanes, lanes);
             for ((weights, mixed), sums) in weights.rows().zip(mixed.chunks_exact(lanes)).zip(sums.rows()) {

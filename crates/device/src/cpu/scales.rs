@@ -7,7 +7,7 @@ use super::element::Element;
 use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
-use super::simd::{BASELINE_FMA, Lanes, Portable, WIDTH, dispatch, join, mul_add};
+use super::simd::{Lanes, Portable, WIDTH, dispatch, join, mul_add};
 use dibit_quant::Quantizer;
 use half::f16;
 
@@ -31,8 +31,9 @@ impl Scales<'_> {
     }
 }
 
+/// `folded = weights * scales`; returns `weights . offsets`. `L` must be of the instruction set that this is inlined for.
 #[inline(always)]
-fn fold_body<L: Lanes, const FMA: bool>(weights: &[f32], own: Scales, folded: &mut [f32]) -> f32 {
+pub(super) fn fold<L: Lanes, const FMA: bool>(weights: &[f32], own: Scales, folded: &mut [f32]) -> f32 {
     let len = weights.len();
     let (folded, scales, zeros) = (&mut folded[..len], &own.scales[..len], &own.zeros[..len]);
     let integer = own.integer();
@@ -59,15 +60,6 @@ fn fold_body<L: Lanes, const FMA: bool>(weights: &[f32], own: Scales, folded: &m
         *lane = mul_add::<FMA>(of_zero, zero, *lane);
     }
     join(lanes)
-}
-
-dispatch! {
-    /// `folded = weights * scales`; returns `weights . offsets`.
-    fn fold<>(weights: &[f32], own: Scales, folded: &mut [f32]) -> f32;
-    baseline: fold_body::<Portable, BASELINE_FMA>(weights, own, folded);
-    avx2: fold_body::<Avx2, true>(weights, own, folded);
-    avx512: fold_body::<Avx512, true>(weights, own, folded);
-    neon: fold_body::<Neon, true>(weights, own, folded);
 }
 
 #[inline(always)]
@@ -133,8 +125,16 @@ dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::simd::Isa;
+    use crate::cpu::simd::{BASELINE_FMA, Isa};
     use proptest::prelude::*;
+
+    dispatch! {
+        fn fold_by<>(weights: &[f32], own: Scales, folded: &mut [f32]) -> f32;
+        baseline: fold::<Portable, BASELINE_FMA>(weights, own, folded);
+        avx2: fold::<Avx2, true>(weights, own, folded);
+        avx512: fold::<Avx512, true>(weights, own, folded);
+        neon: fold::<Neon, true>(weights, own, folded);
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
@@ -154,7 +154,7 @@ mod tests {
             let sum: f64 = weights.iter().map(|w| f64::from(*w)).sum();
             for isa in Isa::available() {
                 let mut folded = vec![0.0; len];
-                let offset = fold(isa, &weights, own, &mut folded);
+                let offset = fold_by(isa, &weights, own, &mut folded);
                 prop_assert!((f64::from(offset) - offsets).abs() < 1e-3, "{:?}: {} is not {}", isa, offset, offsets);
                 prop_assert!((f64::from(total(isa, &weights)) - sum).abs() < 1e-3);
                 let mut sums = weights.clone();

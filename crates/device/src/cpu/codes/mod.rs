@@ -132,6 +132,7 @@ fn body<K: Kernel>(
     y: &mut [f32],
     y_stride: usize,
     ahead: &mut &[u8],
+    offsets: &[f32],
 ) {
     lines.resize(codes.rows.div_ceil(QUAD), Line([0; WIDTH * QUAD]));
     let mut start = 0;
@@ -150,7 +151,9 @@ fn body<K: Kernel>(
                     shift: (field * plane.width) as u32,
                     count: MAX_FIELDS.min(8 / plane.width),
                 };
-                let place = Place { first, units, lanes: codes.lanes, field, value: f32::from(1u8 << plane.shift) };
+                let value = f32::from(1u8 << plane.shift);
+                let offsets = if plane.shift == 0 { offsets } else { &[] };
+                let place = Place { first, units, lanes: codes.lanes, field, value, offsets };
                 let whole = weights.count() / 2 * 2;
                 for query in (0..whole).step_by(2) {
                     let ahead = take(ahead, lines.len());
@@ -175,7 +178,7 @@ fn take<'a>(ahead: &mut &'a [u8], count: usize) -> &'a [u8] {
 
 /// Where the sums of a line go.
 #[derive(Clone, Copy)]
-struct Place {
+struct Place<'a> {
     /// Number of the line's first byte in a row of `units` bytes.
     first: usize,
     units: usize,
@@ -184,6 +187,8 @@ struct Place {
     field: usize,
     /// What 1 in the plane is worth in the code.
     value: f32,
+    /// What each query adds to all lanes; nothing where there are none.
+    offsets: &'a [f32],
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -201,31 +206,32 @@ fn run<K: Kernel, const M: usize>(
     let sums = K::sum::<M>(lines, weights.bytes::<M>(query), fields, ahead);
     for (i, sums) in sums.iter().enumerate() {
         let step = weights.step(query + i) * place.value;
+        let offset = place.offsets.get(query + i).copied().unwrap_or(0.0);
         for (field, sums) in sums[..fields.count].iter().enumerate() {
             let lane = (place.field + field) * place.units + place.first;
             let width = WIDTH.min(place.units - place.first).min(place.lanes.saturating_sub(lane));
             let y = &mut y[i * y_stride..];
             if width == WIDTH {
                 let y: &mut [f32; WIDTH] = (&mut y[lane..lane + WIDTH]).try_into().expect("WIDTH lanes");
-                add_scaled(y, sums, step);
+                add_scaled(y, sums, step, offset);
             } else if width > 0 {
-                add_scaled(&mut y[lane..lane + width], sums, step);
+                add_scaled(&mut y[lane..lane + width], sums, step, offset);
             }
         }
     }
 }
 
-/// `y += step * sums`.
+/// `y += step * sums + offset`.
 #[inline(always)]
-fn add_scaled(y: &mut [f32], sums: &[i32; WIDTH], step: f32) {
+fn add_scaled(y: &mut [f32], sums: &[i32; WIDTH], step: f32, offset: f32) {
     for (y, sum) in y.iter_mut().zip(sums) {
-        *y += *sum as f32 * step;
+        *y += *sum as f32 * step + offset;
     }
 }
 
 dispatch! {
-    /// Adds the weighted codes to the rows of `y`, which are `y_stride` numbers apart. Meanwhile bytes off the front of
-    /// `ahead` are brought into the cache.
+    /// Adds the weighted codes, and each row's offset if there are any, to the rows of `y`, which are `y_stride` numbers
+    /// apart. Meanwhile bytes off the front of `ahead` are brought into the cache.
     fn mix_codes<>(
         codes: Codes,
         weights: &IntegerWeights,
@@ -233,17 +239,18 @@ dispatch! {
         y: &mut [f32],
         y_stride: usize,
         ahead: &mut &[u8],
+        offsets: &[f32],
     );
-    baseline: body::<Portable>(codes, weights, lines, y, y_stride, ahead);
-    avx2: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
-    avx512: body::<Avx2>(codes, weights, lines, y, y_stride, ahead);
-    vnni: body::<Vnni>(codes, weights, lines, y, y_stride, ahead);
-    neon: body::<Neon>(codes, weights, lines, y, y_stride, ahead);
+    baseline: body::<Portable>(codes, weights, lines, y, y_stride, ahead, offsets);
+    avx2: body::<Avx2>(codes, weights, lines, y, y_stride, ahead, offsets);
+    avx512: body::<Avx2>(codes, weights, lines, y, y_stride, ahead, offsets);
+    vnni: body::<Vnni>(codes, weights, lines, y, y_stride, ahead, offsets);
+    neon: body::<Neon>(codes, weights, lines, y, y_stride, ahead, offsets);
 }
 
 /// The specification.
 #[cfg(test)]
-pub(crate) fn reference(codes: Codes, weights: &IntegerWeights, y: &mut [f32], y_stride: usize) {
+pub(crate) fn reference(codes: Codes, weights: &IntegerWeights, y: &mut [f32], y_stride: usize, offsets: &[f32]) {
     let mut start = 0;
     for plane in codes.bits.planes() {
         let units = plane.stride(codes.lanes);
@@ -255,7 +262,9 @@ pub(crate) fn reference(codes: Codes, weights: &IntegerWeights, y: &mut [f32], y
                     i32::from(byte >> (field * plane.width) & (u8::MAX >> (8 - plane.width)))
                 };
                 let sum: i32 = (0..codes.rows).map(|row| weights.number(query, row) * code(row)).sum();
-                y[query * y_stride + lane] += sum as f32 * (weights.step(query) * f32::from(1u8 << plane.shift));
+                let offset = if plane.shift == 0 { offsets[query] } else { 0.0 };
+                y[query * y_stride + lane] +=
+                    sum as f32 * (weights.step(query) * f32::from(1u8 << plane.shift)) + offset;
             }
         }
         start += units;
@@ -295,11 +304,12 @@ mod tests {
             let bytes: Vec<u8> = (0..(rows - 1) * stride + own).map(byte).collect();
             let codes = Codes { bytes: &bytes, bits, rows, stride, lanes };
             let start: Vec<f32> = (0..m * y_stride).map(|i| (i as f32 * 0.37).cos()).collect();
+            let offsets: Vec<f32> = (0..m).map(|i| i as f32 - 1.5).collect();
             let mut expected = start.clone();
-            reference(codes, &weights(Isa::Baseline, m, rows, spread), &mut expected, y_stride);
+            reference(codes, &weights(Isa::Baseline, m, rows, spread), &mut expected, y_stride, &offsets);
             for isa in Isa::available() {
                 let mut y = start.clone();
-                mix_codes(isa, codes, &weights(isa, m, rows, spread), &mut Vec::new(), &mut y, y_stride, &mut bytes.as_slice());
+                mix_codes(isa, codes, &weights(isa, m, rows, spread), &mut Vec::new(), &mut y, y_stride, &mut bytes.as_slice(), &offsets);
                 prop_assert_eq!(&y, &expected, "{:?}", isa);
             }
         }
@@ -315,7 +325,7 @@ mod tests {
                 let mut weights = IntegerWeights::default();
                 weights.load(isa, &[sign; 256], 1, 256, 256);
                 let mut y = [0.0; 32];
-                mix_codes(isa, codes, &weights, &mut Vec::new(), &mut y, 32, &mut [].as_slice());
+                mix_codes(isa, codes, &weights, &mut Vec::new(), &mut y, 32, &mut [].as_slice(), &[]);
                 let sum = sign * f32::from(bits.max_code()) * 256.0;
                 assert!(y.iter().all(|y| (y - sum).abs() < 0.1), "{isa:?}, {bits:?}: {y:?}");
             }
@@ -332,7 +342,7 @@ mod tests {
             weights.load(Isa::detect(), &[1.0], 1, 1, 1);
             let mut y = vec![0.0; 20];
             let codes_of = Codes { bytes: &packed, bits, rows: 1, stride: packed.len(), lanes: 20 };
-            mix_codes(Isa::detect(), codes_of, &weights, &mut Vec::new(), &mut y, 20, &mut [].as_slice());
+            mix_codes(Isa::detect(), codes_of, &weights, &mut Vec::new(), &mut y, 20, &mut [].as_slice(), &[]);
             for (y, code) in y.iter().zip(codes) {
                 assert!((y - f32::from(code)).abs() < 1e-4, "{bits:?}: {y} is not {code}");
             }

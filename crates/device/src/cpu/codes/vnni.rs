@@ -1,5 +1,5 @@
 use super::{Fields, Kernel, Line, MAX_FIELDS, QUAD, Sums, WIDTH, Weights};
-use crate::cpu::simd::prefetch;
+use crate::cpu::simd::{CACHE_LINE, prefetch_at};
 use std::arch::x86_64::*;
 
 /// AVX-512 with VNNI and VBMI.
@@ -53,6 +53,8 @@ fn sum<const M: usize, const F: usize>(lines: &[Line], weights: Weights<M>, fiel
     let Weights { high, low } = weights;
     let high: [&[i32]; M] = std::array::from_fn(|i| &high[i][..lines.len()]);
     let low: [&[i32]; M] = std::array::from_fn(|i| &low[i][..lines.len()]);
+    // Nothing is asked for by asking for what is there.
+    let (next, step) = if ahead.is_empty() { (lines.as_ptr().cast(), 0) } else { (ahead.as_ptr(), CACHE_LINE) };
     // SAFETY: as above; a `Line` is 64 bytes, aligned, and 16 numbers are writable.
     unsafe {
         let masks: [__m512i; F] =
@@ -60,7 +62,7 @@ fn sum<const M: usize, const F: usize>(lines: &[Line], weights: Weights<M>, fiel
         let mut high_sums = [[_mm512_setzero_si512(); F]; M];
         let mut low_sums = [[_mm512_setzero_si512(); F]; M];
         for (index, line) in lines.iter().enumerate() {
-            prefetch(ahead, index);
+            prefetch_at(next.wrapping_add(index * step));
             let bytes = _mm512_load_si512(line.0.as_ptr().cast());
             for field in 0..F {
                 let codes = _mm512_and_si512(bytes, masks[field]);

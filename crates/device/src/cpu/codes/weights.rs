@@ -1,7 +1,12 @@
 //! Weights as integers of 16 bit.
 
 use super::{QUAD, Weights};
-use crate::cpu::simd::{Isa, dispatch};
+use crate::cpu::scales::{Scales, fold};
+#[cfg(target_arch = "aarch64")]
+use crate::cpu::simd::Neon;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{Avx2, Avx512};
+use crate::cpu::simd::{BASELINE_FMA, Isa, Lanes, Portable, dispatch};
 
 /// The largest number whose high byte, rounded, is at most 127.
 const LARGEST: f32 = 127.0 * 256.0 + 127.0;
@@ -22,6 +27,8 @@ pub(crate) struct IntegerWeights {
     /// Numbers that hold the high, or low, bytes of a row.
     quads: usize,
     steps: Vec<f32>,
+    /// A row with scales folded in.
+    folded: Vec<f32>,
 }
 
 impl IntegerWeights {
@@ -37,6 +44,31 @@ impl IntegerWeights {
                 let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
                 round(isa, &values[..len], high, low, step);
             }
+        }
+    }
+
+    /// Rounds rows as [`IntegerWeights::load`] does, with the scales of their groups folded in; `offsets` gets the product
+    /// of each row with the offsets. A row has as many weights as there are scales.
+    pub(crate) fn load_folded(
+        &mut self,
+        isa: Isa,
+        values: &[f32],
+        count: usize,
+        stride: usize,
+        own: Scales,
+        offsets: &mut Vec<f32>,
+    ) {
+        let len = own.scales.len();
+        self.folded.resize(len, 0.0);
+        offsets.resize(count, 0.0);
+        self.quads = len.div_ceil(QUAD);
+        self.numbers.resize(2 * count * self.quads, 0);
+        self.steps.resize(count, 0.0);
+        let rows = self.numbers.chunks_exact_mut(2 * self.quads).zip(&mut self.steps).zip(offsets);
+        for (((numbers, step), offset), values) in rows.zip(values.chunks(stride)) {
+            let (high, low) = numbers.split_at_mut(self.quads);
+            let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
+            *offset = fold_and_round(isa, &values[..len], own, &mut self.folded, high, low, step);
         }
     }
 
@@ -76,6 +108,36 @@ dispatch! {
     avx2: body(values, high, low, step);
     avx512: body(values, high, low, step);
     neon: body(values, high, low, step);
+}
+
+dispatch! {
+    /// Folds scales into a row and rounds it; returns its product with the offsets.
+    fn fold_and_round<>(
+        values: &[f32],
+        own: Scales,
+        folded: &mut [f32],
+        high: &mut [i8],
+        low: &mut [i8],
+        step: &mut f32,
+    ) -> f32;
+    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, folded, high, low, step);
+    avx2: folding_body::<Avx2, true>(values, own, folded, high, low, step);
+    avx512: folding_body::<Avx512, true>(values, own, folded, high, low, step);
+    neon: folding_body::<Neon, true>(values, own, folded, high, low, step);
+}
+
+#[inline(always)]
+fn folding_body<L: Lanes, const FMA: bool>(
+    values: &[f32],
+    own: Scales,
+    folded: &mut [f32],
+    high: &mut [i8],
+    low: &mut [i8],
+    step: &mut f32,
+) -> f32 {
+    let offset = fold::<L, FMA>(values, own, folded);
+    body(folded, high, low, step);
+    offset
 }
 
 #[inline(always)]
