@@ -95,7 +95,7 @@ fn append(cpu: &Cpu) -> Result<(), DeviceError> {
         let mut cache = Cache::new(cpu, scheme, 32 * PAGE_TOKENS)?;
         let row = &row;
         kernels = kernels.add(scheme, PAGE_TOKENS as f64, move || {
-            (0..PAGE_TOKENS).for_each(|_| cache.append(cpu, row, row).expect("finite numbers"));
+            cpu.scope(|| (0..PAGE_TOKENS).try_for_each(|_| cache.append(cpu, row, row))).expect("finite numbers");
         });
     }
     println!("{}", kernels.table());

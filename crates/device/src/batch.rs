@@ -12,7 +12,8 @@ pub enum Mode {
 }
 
 /// What the rows of a pass are. A device may have an arithmetic for prompts that is faster for many rows; a row's results
-/// depend on the phase, and on nothing else that is in the pass.
+/// depend on the phase of its pass, and on nothing else that is in it. Prompts and single tokens that must not depend on
+/// each other are run in passes of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Prompts: several new tokens of every sequence.

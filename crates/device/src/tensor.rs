@@ -179,7 +179,8 @@ impl Tensor {
         cols: usize,
     ) -> Result<Self, TensorError> {
         let available = bytes.len().saturating_sub(offset);
-        let len = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size())).filter(|n| *n <= available);
+        let len = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+        let len = len.filter(|len| offset <= bytes.len() && *len <= available);
         let Some(len) = len else {
             return Err(TensorError { rows, cols, bytes: available, dtype: dtype.name() });
         };
@@ -204,7 +205,7 @@ impl Tensor {
     ) -> Result<Self, TensorError> {
         let available = bytes.len().saturating_sub(offset);
         let row = cols.is_multiple_of(kind.numbers()).then(|| cols / kind.numbers() * kind.bytes());
-        let len = row.and_then(|row| row.checked_mul(rows)).filter(|len| *len <= available);
+        let len = row.and_then(|row| row.checked_mul(rows)).filter(|len| offset <= bytes.len() && *len <= available);
         let Some(len) = len else {
             return Err(TensorError { rows, cols, bytes: available, dtype: kind.name() });
         };
@@ -443,6 +444,8 @@ mod tests {
         assert!(error.to_string().contains("4 bytes cannot hold a 1 x 2 tensor of f32"));
         assert!(Tensor::from_bytes(&raw, 0, DType::F32, usize::MAX, 2).is_err());
         assert!(Tensor::from_bytes(&raw, 100, DType::F32, 1, 1).is_err());
+        assert!(Tensor::from_bytes(&raw, 100, DType::F32, 0, 1).is_err());
+        assert!(Tensor::from_quantized(&raw, 100, BlockType::Q8_0, 0, 32).is_err());
     }
 
     #[test]

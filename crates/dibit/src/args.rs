@@ -107,7 +107,11 @@ pub struct IsaArgs {
 
 fn isa_help() -> String {
     let names: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
-    format!("Instruction set of the kernels: {} [default: {}]", names.join(", "), Isa::detect())
+    format!(
+        "Instruction set of the kernels, but for products with quantised weights: {} [default: {}]",
+        names.join(", "),
+        Isa::detect()
+    )
 }
 
 #[derive(Args)]

@@ -144,7 +144,8 @@ impl Checkpoint {
     /// there is none. In GGUF files of Llama models rows of query and key projections are put back in order.
     ///
     /// # Errors
-    /// [`ModelError::Shape`] and, for a dtype that is not f32, f16 or bf16, [`ModelError::Unsupported`].
+    /// [`ModelError::Shape`], [`ModelError::Malformed`] where the file lacks the numbers and, for a storage type that dibit
+    /// does not read, [`ModelError::Unsupported`].
     pub fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<Option<Tensor>, ModelError> {
         let name = self.file_name(name);
         let Some(entry) = self.entries.get(&name) else { return Ok(None) };
@@ -193,7 +194,7 @@ impl Entry {
 /// such rows.
 fn in_halves(tensor: &Tensor, heads: usize) -> Option<Tensor> {
     let rows = if tensor.rows() == 1 { tensor.cols() } else { tensor.rows() };
-    if !rows.is_multiple_of(2 * heads) {
+    if !heads.checked_mul(2).is_some_and(|halves| rows.is_multiple_of(halves)) {
         return None;
     }
     let source = gguf::halves_from_pairs(rows, heads);

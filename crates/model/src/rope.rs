@@ -90,17 +90,11 @@ impl Rope {
             },
             Some("divisors") => {
                 let list = parameters.and_then(|p| p.get("divisors")).and_then(Value::as_array);
-                let divisors: Vec<f32> = list
-                    .into_iter()
-                    .flatten()
-                    .filter_map(Value::as_f64)
-                    .map(|x| x as f32)
-                    .filter(|x| *x > 0.0)
-                    .collect();
-                if divisors.len() != head_dim / 2 {
-                    return Err(malformed(format!("rope scaling needs {} positive divisors", head_dim / 2)));
-                }
-                RopeScaling::Divisors(divisors.into())
+                let positive = |x: &Value| x.as_f64().map(|x| x as f32).filter(|x| *x > 0.0);
+                let divisors: Option<Vec<f32>> = list.into_iter().flatten().map(positive).collect();
+                let divisors = divisors.filter(|divisors| divisors.len() == head_dim / 2);
+                let missing = || malformed(format!("rope scaling needs {} positive divisors", head_dim / 2));
+                RopeScaling::Divisors(divisors.ok_or_else(missing)?.into())
             }
             Some(other) => {
                 return Err(ModelError::Unsupported {

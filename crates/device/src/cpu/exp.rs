@@ -1,4 +1,4 @@
-//! The exponential of softmax, in a form that compilers vectorise.
+//! The exponential of softmax and of the gated activation, in a form that compilers vectorise.
 
 use super::simd::mul_add;
 
@@ -8,8 +8,9 @@ const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// ln 2 in two parts, the first with few enough bits for `n * LN_2_HIGH` to be exact.
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
-/// Adding and subtracting it rounds to the nearest integer.
-const ROUND: f32 = 12_582_912.0;
+/// Adding it to a number between -2^22 and 2^22 leaves that number, rounded half to even, in the low bits; subtracting it
+/// again gives the rounded number.
+pub(super) const ROUND: f32 = 12_582_912.0;
 /// Coefficients of the series (exp(r) - 1 - r) / r^2 = 1/2! + r/3! + ..., from r^5 down. What is left out is below
 /// r^8 / 8! < 6e-9 for |r| <= ln 2 / 2.
 const SERIES: [f32; 6] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5];

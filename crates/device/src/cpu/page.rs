@@ -101,6 +101,9 @@ impl Page<'_> {
     /// Scales and zeros belong to rows: `w x^ = (w s) c + w z`.
     fn groups_of_lanes(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
         let mut ahead = self.next;
+        if rows.is_empty() {
+            return;
+        }
         let Folding { offsets, weights: integers, lines, .. } = folding;
         for span in self.side.group_spans() {
             let own = self.scales(span.index * self.side.rows + rows.start, rows.len());

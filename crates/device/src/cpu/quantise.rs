@@ -1,12 +1,11 @@
 //! Groups of numbers as codes, many at a time: what [`dibit_quant::Quantizer`] and [`dibit_quant::pack`] say, exactly.
 
 use super::element::Element;
+use super::exp::ROUND;
+use super::scales::offset;
 use super::simd::{WIDTH, dispatch};
 use dibit_quant::{Bits, Parameters, Plane, Quantizer};
 use std::ops::Range;
-
-/// Adding it to a number between -2^22 and 2^22 leaves that number, rounded half to even, in the low bits.
-const ROUND: f32 = 12_582_912.0;
 
 #[inline(always)]
 fn smaller(a: f32, b: f32) -> f32 {
@@ -122,8 +121,7 @@ fn missed_body(values: &[f32], codes: &[u8], own: &RowParameters, quantizer: Qua
     let integer = quantizer != Quantizer::FloatMin;
     let parameters = own.scales.iter().zip(&own.zeros);
     for (((missed, value), code), (scale, zero)) in missed.iter_mut().zip(values).zip(codes).zip(parameters) {
-        let offset = if integer { -scale * zero } else { *zero };
-        *missed = value - (f32::from(*code) * scale + offset);
+        *missed = value - (f32::from(*code) * scale + offset(integer, *scale, *zero));
     }
 }
 

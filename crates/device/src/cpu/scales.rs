@@ -27,8 +27,14 @@ impl Scales<'_> {
     /// Scale and offset of one group.
     pub(super) fn at(&self, index: usize) -> (f32, f32) {
         let (scale, zero) = (self.scales[index].widen(), self.zeros[index].widen());
-        (scale, if self.integer() { -scale * zero } else { zero })
+        (scale, offset(self.integer(), scale, zero))
     }
+}
+
+/// What code 0 stands for.
+#[inline(always)]
+pub(super) fn offset(integer: bool, scale: f32, zero: f32) -> f32 {
+    if integer { -scale * zero } else { zero }
 }
 
 /// `folded = weights * scales`; returns `weights . offsets`. `L` must be of the instruction set that this is inlined for.
@@ -67,8 +73,7 @@ fn unfold_body(total: f32, mixed: &[f32], own: Scales, sums: &mut [f32]) {
     let integer = own.integer();
     for (((mixed, scale), zero), sum) in mixed.iter().zip(own.scales).zip(own.zeros).zip(sums) {
         let (scale, zero) = (scale.widen(), zero.widen());
-        let offset = if integer { -scale * zero } else { zero };
-        *sum += mixed * scale + total * offset;
+        *sum += mixed * scale + total * offset(integer, scale, zero);
     }
 }
 

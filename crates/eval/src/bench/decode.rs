@@ -50,7 +50,7 @@ pub struct DecodeBench {
     pub device: String,
     /// Threads.
     pub threads: usize,
-    /// Storage type of the weights.
+    /// Storage types of the weights.
     pub dtype: String,
     /// Bytes of weights that decoding a token reads.
     pub weight_bytes: usize,
@@ -184,7 +184,7 @@ pub fn decode(
         model: pretrained.name.clone(),
         device: device.describe(),
         threads: device.threads(),
-        dtype: pretrained.weights.embed.dtype().name().to_owned(),
+        dtype: pretrained.weights.formats(),
         weight_bytes,
         prompt: options.prompt,
         tokens: options.tokens,

@@ -109,7 +109,9 @@ fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelEr
             rope.insert("factor".into(), json!(metadata.float(&key("scaling.factor"))?.or(old)));
         }
         Some(tensor) if kind == "default" && tensor.ggml_dtype == GgmlDType::F32 => {
-            let numbers = tensor.shape.dims().iter().product();
+            let &[numbers] = tensor.shape.dims() else {
+                return Err(metadata.malformed("'rope_freqs.weight' is no vector".into()));
+            };
             let divisors = Tensor::from_bytes(bytes, metadata.place(tensor), DType::F32, 1, numbers)
                 .map_err(|error| metadata.malformed(format!("'rope_freqs.weight': {error}")))?;
             rope.insert("rope_type".into(), json!("divisors"));

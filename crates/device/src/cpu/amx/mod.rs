@@ -1,7 +1,8 @@
 //! Linear layers of many rows by AMX, the matrix unit of newer Xeons: bf16 weights as they lie.
 //!
 //! `out^T = w x^T`: a tile of weights is the left factor, row-major as the checkpoint has it, and activations are laid
-//! out as the right one, once for a call. The unit multiplies bf16 by bf16 exactly and sums in f32. An activation is the
+//! out as the right one, once for a call. The unit multiplies normal numbers exactly, takes subnormal
+//! ones for zero, and sums in f32. An activation is the
 //! sum of two bf16 numbers, 16 significant bits (its error is at most 2^-17 of it), so that both products together are
 //! what f32 activations would give, but for the order of sums: over `k` in pairs, in steps of 32, in [`Panel::MAX_K`]s.
 
@@ -66,7 +67,7 @@ fn is_permitted() -> bool {
 pub(super) fn linear(x: &[f32], w: &[bf16], shape: Shape, bias: Option<&[f32]>, out: &Shared, output: Output) -> usize {
     assert!(is_available(), "AMX");
     let Shape { m, n, k } = shape;
-    if !k.is_multiple_of(STEP) {
+    if k == 0 || !k.is_multiple_of(STEP) {
         return 0;
     }
     let columns = n - n % TILE;

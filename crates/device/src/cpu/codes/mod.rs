@@ -5,8 +5,8 @@
 //! scale folded in. Nothing is dequantised.
 //!
 //! Weights are integers of 16 bit ([`IntegerWeights`]), so that the sums are exact and the same on every instruction set,
-//! whatever rows of `y` share a call. A weight is `256 high + low`, two signed bytes: instruction sets multiply bytes,
-//! and sum four rows at once. For that, four rows of packed codes are laid side by side, byte by byte ([`Line`]).
+//! whatever rows of `y` share a call. A weight is `256 high + low`, two signed bytes: x86 multiplies bytes, and
+//! sums four rows at once. For that, four rows of packed codes are laid side by side, byte by byte ([`Line`]).
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -1,6 +1,7 @@
 //! Weights as integers of 16 bit.
 
 use super::{QUAD, Weights};
+use crate::cpu::exp::ROUND;
 use crate::cpu::scales::{Scales, fold};
 #[cfg(target_arch = "aarch64")]
 use crate::cpu::simd::Neon;
@@ -10,9 +11,6 @@ use crate::cpu::simd::{BASELINE_FMA, Isa, Lanes, Portable, dispatch};
 
 /// The largest number whose high byte, rounded, is at most 127.
 const LARGEST: f32 = 127.0 * 256.0 + 127.0;
-
-/// Adding it to a number below 2^22 leaves that number, rounded to the nearest integer, in the low bits.
-const ROUND: f32 = 12_582_912.0;
 
 /// Rows of weights, each in integer multiples of a step of its own.
 ///

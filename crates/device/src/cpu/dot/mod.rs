@@ -1,6 +1,7 @@
 //! `out[i][j] = sum_k x[i][k] * w[j][k]`: rows against rows.
 //!
-//! This is every linear layer, and the scores of queries against 16-bit keys. Each result is summed in the
+//! This is linear layers on weights of 16 and 32 bit (but for prompts with AMX), and the scores of queries against 16-bit
+//! keys. Each result is summed in the
 //! same order whatever the number of rows, the tile sizes or the threads: `k` runs over 16 interleaved partial
 //! sums, joined by a fixed tree. A batch therefore computes exactly what each of its rows computes alone.
 

@@ -166,7 +166,7 @@ macro_rules! dispatch {
             match isa {
                 Isa::Baseline => $base,
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: an `Isa` comes from `Isa::available`, which asked the processor.
+                // SAFETY: an `Isa` reaches kernels through a `Cpu`, which takes none that `Isa::available` lacks.
                 Isa::Avx2 => unsafe { avx2::<$($generic),*>($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.

@@ -52,12 +52,14 @@ fn check_context(args: &DecodeBenchArgs, pretrained: &Pretrained, options: &Deco
 
 /// Bytes of the caches of all schemes at all depths.
 fn cache_bytes(pretrained: &Pretrained, schemes: &[Scheme], options: &DecodeOptions) -> Result<usize> {
-    let mut all = 0;
+    let (mut decoding, mut prompts) = (0, 0);
     for scheme in schemes {
         let layout = pretrained.config.cache_layout(scheme)?;
-        all += options.depths.iter().map(|depth| layout.planned_bytes(depth + options.growth())).sum::<usize>();
+        let depths = options.depths.iter().copied().filter(|depth| *depth > 0).chain([0]);
+        decoding += depths.map(|depth| layout.planned_bytes(depth + options.growth())).sum::<usize>();
+        prompts += layout.planned_bytes(options.prompt);
     }
-    Ok(all)
+    Ok(decoding.max(prompts))
 }
 
 fn render(figures: &DecodeBench, peak: Option<usize>) -> String {
