@@ -98,21 +98,17 @@ pub(crate) struct Codes<'a> {
     pub lanes: usize,
 }
 
+/// Lays the first 16 bytes of `rows` rows side by side, zeros where a line lacks rows.
 #[inline(always)]
 fn load<K: Kernel>(bytes: &[u8], rows: usize, stride: usize, lines: &mut [Line]) {
     let whole = rows / QUAD;
     K::interleave(bytes, stride, &mut lines[..whole]);
-    if let Some(line) = lines.get_mut(whole) {
-        *line = Line([0; WIDTH * QUAD]);
-        for (i, row) in (whole * QUAD..rows).enumerate() {
-            for (j, byte) in bytes[row * stride..][..WIDTH].iter().enumerate() {
-                line.0[j * QUAD + i] = *byte;
-            }
-        }
+    if let Some(rest) = bytes.get(whole * QUAD * stride..) {
+        load_narrow(rest, WIDTH, rows - whole * QUAD, stride, &mut lines[whole..]);
     }
 }
 
-/// [`load`] of the last bytes of rows, fewer than 16.
+/// The same of `width` bytes, zeros behind them.
 fn load_narrow(bytes: &[u8], width: usize, rows: usize, stride: usize, lines: &mut [Line]) {
     for (index, line) in lines.iter_mut().enumerate() {
         *line = Line([0; WIDTH * QUAD]);

@@ -32,9 +32,7 @@ pub(crate) struct IntegerWeights {
 impl IntegerWeights {
     /// Rounds `count` rows of `len` weights, which are `stride` numbers apart.
     pub(crate) fn load(&mut self, isa: Isa, values: &[f32], count: usize, stride: usize, len: usize) {
-        self.quads = len.div_ceil(QUAD);
-        self.numbers.resize(2 * count * self.quads, 0);
-        self.steps.resize(count, 0.0);
+        self.resize(count, len);
         if len > 0 {
             let rows = self.numbers.chunks_exact_mut(2 * self.quads).zip(&mut self.steps);
             for ((numbers, step), values) in rows.zip(values.chunks(stride)) {
@@ -59,15 +57,19 @@ impl IntegerWeights {
         let len = own.scales.len();
         self.folded.resize(len, 0.0);
         offsets.resize(count, 0.0);
-        self.quads = len.div_ceil(QUAD);
-        self.numbers.resize(2 * count * self.quads, 0);
-        self.steps.resize(count, 0.0);
+        self.resize(count, len);
         let rows = self.numbers.chunks_exact_mut(2 * self.quads).zip(&mut self.steps).zip(offsets);
         for (((numbers, step), offset), values) in rows.zip(values.chunks(stride)) {
             let (high, low) = numbers.split_at_mut(self.quads);
             let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
             *offset = fold_and_round(isa, &values[..len], own, &mut self.folded, high, low, step);
         }
+    }
+
+    fn resize(&mut self, count: usize, len: usize) {
+        self.quads = len.div_ceil(QUAD);
+        self.numbers.resize(2 * count * self.quads, 0);
+        self.steps.resize(count, 0.0);
     }
 
     /// Rows.
