@@ -165,6 +165,12 @@ pub struct Tensor {
     data: Data,
 }
 
+/// `len`, where so many bytes lie behind `offset`; else how many there are.
+fn fitting(bytes: &Bytes, offset: usize, len: Option<usize>) -> Result<usize, usize> {
+    let available = bytes.len().checked_sub(offset);
+    len.filter(|len| available.is_some_and(|available| *len <= available)).ok_or(available.unwrap_or(0))
+}
+
 impl Tensor {
     /// A matrix over `bytes[offset .. offset + rows * cols * size]`, little-endian, copied only where the
     /// bytes are not aligned.
@@ -178,12 +184,13 @@ impl Tensor {
         rows: usize,
         cols: usize,
     ) -> Result<Self, TensorError> {
-        let available = bytes.len().saturating_sub(offset);
         let len = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
-        let len = len.filter(|len| offset <= bytes.len() && *len <= available);
-        let Some(len) = len else {
-            return Err(TensorError { rows, cols, bytes: available, dtype: dtype.name() });
-        };
+        let len = fitting(bytes, offset, len).map_err(|available| TensorError {
+            rows,
+            cols,
+            bytes: available,
+            dtype: dtype.name(),
+        })?;
         let data = match dtype {
             DType::F32 => Data::F32(Storage::new(bytes, offset, len)),
             DType::F16 => Data::F16(Storage::new(bytes, offset, len)),
@@ -203,12 +210,9 @@ impl Tensor {
         rows: usize,
         cols: usize,
     ) -> Result<Self, TensorError> {
-        let available = bytes.len().saturating_sub(offset);
         let row = cols.is_multiple_of(kind.numbers()).then(|| cols / kind.numbers() * kind.bytes());
-        let len = row.and_then(|row| row.checked_mul(rows)).filter(|len| offset <= bytes.len() && *len <= available);
-        let Some(len) = len else {
-            return Err(TensorError { rows, cols, bytes: available, dtype: kind.name() });
-        };
+        let len = fitting(bytes, offset, row.and_then(|row| row.checked_mul(rows)))
+            .map_err(|available| TensorError { rows, cols, bytes: available, dtype: kind.name() })?;
         Ok(Tensor { rows, cols, data: Data::Blocks(kind, Storage::new(bytes, offset, len)) })
     }
 

@@ -4,7 +4,7 @@
 //! any number of rows, so a batch computes exactly what each of its rows computes alone.
 
 use super::dot::Shape;
-use super::linear::{Shared, TILE_COLUMNS, TILE_ROWS, store};
+use super::linear::{Shared, each_tile, store};
 use crate::Output;
 use crate::blocks::Block;
 use candle_core::quantized::GgmlType;
@@ -24,10 +24,7 @@ pub(super) fn linear<T: Block>(
     let width = k / T::BLCK_SIZE;
     let x = round::<T::VecDotType>(&x[..m * k], k);
     let shared = Shared::new(&mut out[first * n..(first + m) * n]);
-    let column_tiles = n.div_ceil(TILE_COLUMNS);
-    (0..m.div_ceil(TILE_ROWS) * column_tiles).into_par_iter().for_each(|task| {
-        let rows = task / column_tiles * TILE_ROWS..m.min(task / column_tiles * TILE_ROWS + TILE_ROWS);
-        let columns = task % column_tiles * TILE_COLUMNS..n.min(task % column_tiles * TILE_COLUMNS + TILE_COLUMNS);
+    each_tile(m, 0..n, |rows, columns| {
         for column in columns {
             let weights = &w[column * width..(column + 1) * width];
             for row in rows.clone() {

@@ -8,10 +8,11 @@ use super::simd::Isa;
 use crate::Output;
 use rayon::prelude::*;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Rows and columns of the result that one task computes.
-pub(super) const TILE_ROWS: usize = 64;
-pub(super) const TILE_COLUMNS: usize = 64;
+const TILE_ROWS: usize = 64;
+const TILE_COLUMNS: usize = 64;
 
 /// A row-major result that several tasks write, each to numbers of its own.
 pub(super) struct Shared<'a> {
@@ -56,13 +57,7 @@ pub(super) fn linear<E: Element>(
     let (x, w) = (&x[..m * k], &w[..n * k]);
     let shared = Shared::new(&mut out[first * n..(first + m) * n]);
     let done = by_tiles(isa, x, w, shape, bias, &shared, output);
-    let columns = n - done;
-    let column_tiles = columns.div_ceil(TILE_COLUMNS);
-    (0..m.div_ceil(TILE_ROWS) * column_tiles).into_par_iter().for_each(|task| {
-        let first_row = task / column_tiles * TILE_ROWS;
-        let first_column = done + task % column_tiles * TILE_COLUMNS;
-        let rows = first_row..m.min(first_row + TILE_ROWS);
-        let columns = first_column..n.min(first_column + TILE_COLUMNS);
+    each_tile(m, done..n, |rows, columns| {
         let tile = Shape { m: rows.len(), n: columns.len(), k };
         let (x, w) = (&x[rows.start * k..rows.end * k], &w[columns.start * k..columns.end * k]);
         dot_rows(isa, x, w, tile, &mut |i, j, sum| {
@@ -71,6 +66,16 @@ pub(super) fn linear<E: Element>(
             let out = unsafe { shared.slice((rows.start + i) * n + column, 1) };
             store(out, &[sum], bias.map(|bias| &bias[column..]), output);
         });
+    });
+}
+
+/// Shares `m` rows and some columns of a result among threads: `work` gets the rows and the columns of each tile.
+pub(super) fn each_tile(m: usize, columns: Range<usize>, work: impl Fn(Range<usize>, Range<usize>) + Sync) {
+    let column_tiles = columns.len().div_ceil(TILE_COLUMNS);
+    (0..m.div_ceil(TILE_ROWS) * column_tiles).into_par_iter().for_each(|task| {
+        let row = task / column_tiles * TILE_ROWS;
+        let column = columns.start + task % column_tiles * TILE_COLUMNS;
+        work(row..m.min(row + TILE_ROWS), column..columns.end.min(column + TILE_COLUMNS));
     });
 }
 
