@@ -4,7 +4,8 @@
 //! same 128 tokens form a **block**, the unit that the pool hands out, so that one block table serves
 //! the whole model. Order within a block: layer, then KV head.
 
-use crate::{Calibration, PackedSide, Scheme, SchemeError, Side, Sinks, Tables, Transform, Window};
+use crate::{Calibration, Correction, LayerCalibration, Linear, PackedSide, Scheme, SchemeError, Side, Sinks};
+use crate::{StateType, Tables, Transform, Window};
 use crate::{PAGE_TOKENS, Permutation, PreRope, Sees};
 use dibit_quant::Hadamard;
 use std::sync::Arc;
@@ -23,6 +24,11 @@ pub struct CacheShape {
 }
 
 impl CacheShape {
+    /// Keys, or values, of one token in a layer, in scalars: `KV heads * head_dim`.
+    pub fn row(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
     /// Keys and values of one token, in scalars: `2 * layers * KV heads * head_dim`.
     pub fn scalars_per_token(&self) -> usize {
         2 * self.num_layers * self.num_key_value_heads * self.head_dim
@@ -42,10 +48,18 @@ pub enum SideLayout {
 }
 
 impl SideLayout {
-    fn new(side: Side, tokens_are_lanes: bool, head_dim: usize, offset: usize) -> Result<Self, (String, String)> {
+    fn new(
+        side: Side,
+        tokens_are_lanes: bool,
+        head_dim: usize,
+        offset: usize,
+        planes: Option<&[u8]>,
+    ) -> Result<Self, (String, String)> {
         Ok(match side {
             Side::Half => SideLayout::Half { rows: offset },
-            Side::Packed(packed) => SideLayout::Packed(PackedSide::new(packed, tokens_are_lanes, head_dim, offset)?),
+            Side::Packed(packed) => {
+                SideLayout::Packed(PackedSide::new(packed, tokens_are_lanes, head_dim, offset, planes)?)
+            }
         })
     }
 
@@ -81,15 +95,16 @@ pub struct PageLayout {
     pub value_bytes: usize,
     /// Bytes of what a chunk of pages shares; it lies in the chunk's first page.
     pub chunk_bytes: usize,
-    /// Bytes from one page to the next: all of the above, rounded up to a multiple of 64.
+    /// Bytes from one page to the next: all of the above, rounded up to a multiple of 64; the same for all KV heads of a
+    /// layer.
     pub stride: usize,
 }
 
 impl PageLayout {
-    fn new(keys: Side, values: Side, head_dim: usize) -> Result<Self, (String, String)> {
-        let mut keys = SideLayout::new(keys, true, head_dim, 0)?;
+    fn new(keys: Side, values: Side, head_dim: usize, planes: Option<&[u8]>) -> Result<Self, (String, String)> {
+        let mut keys = SideLayout::new(keys, true, head_dim, 0, planes)?;
         let key_bytes = keys.bytes(head_dim);
-        let mut values = SideLayout::new(values, false, head_dim, key_bytes)?;
+        let mut values = SideLayout::new(values, false, head_dim, key_bytes, None)?;
         let value_bytes = values.bytes(head_dim);
         let mut chunk_bytes = keys.place_chunk(head_dim, key_bytes + value_bytes);
         chunk_bytes += values.place_chunk(head_dim, key_bytes + value_bytes + chunk_bytes);
@@ -101,8 +116,8 @@ impl PageLayout {
 /// One layer of the cache.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerLayout {
-    /// One page of any KV head.
-    pub page: PageLayout,
+    /// One page of each KV head. They differ where channels have planes by calibration.
+    pub pages: Vec<PageLayout>,
     /// Offset of the layer's first page in a block.
     pub offset: usize,
     /// What happens to keys before they are stored.
@@ -113,10 +128,50 @@ pub struct LayerLayout {
     pub rotated_heads: usize,
     /// Adjacent KV heads that can only be read together: those that share a rotation or a permutation.
     pub frame: usize,
+    /// The linear correction, where the scheme has one, trained or not.
+    pub linear: Option<Linear>,
+    /// States of the linear correction, where adapters are there.
+    pub states: Option<StateLayout>,
+    /// Whether the bias of rounding is taken from logits.
+    pub bias: bool,
+}
+
+/// States of the linear correction of one layer and sequence: for each KV head that is corrected `S`, `[D][head_dim]`,
+/// and behind it `P`, `[D]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateLayout {
+    /// D.
+    pub features: usize,
+    /// Type of the numbers.
+    pub states: StateType,
+    /// Place of each KV head among those that are corrected.
+    pub places: Vec<Option<usize>>,
+    /// Numbers of a KV head.
+    pub numbers: usize,
+    /// Offset of the layer's states in those of a sequence, in bytes.
+    pub offset: usize,
+}
+
+impl StateLayout {
+    /// Bytes of the layer's states.
+    pub fn bytes(&self) -> usize {
+        self.places.iter().flatten().count() * self.head_bytes()
+    }
+
+    /// Bytes of the state of a KV head, a multiple of 64.
+    pub fn head_bytes(&self) -> usize {
+        (self.numbers * self.states.bytes()).next_multiple_of(64)
+    }
 }
 
 impl LayerLayout {
-    fn new(keys: Side, values: Side, shape: CacheShape, offset: usize) -> Result<Self, (String, String)> {
+    fn new(
+        (keys, values): (Side, Side),
+        correction: Correction,
+        shape: CacheShape,
+        offset: usize,
+        calibration: Option<&LayerCalibration>,
+    ) -> Result<Self, (String, String)> {
         let heads = shape.num_key_value_heads;
         let (mut rotated_heads, mut frame) = (1, 1);
         let order = |what: &str, order: usize| {
@@ -138,8 +193,39 @@ impl LayerLayout {
         if values.transform() == Transform::Hadamard {
             order("values.transform = \"hadamard\"", shape.head_dim)?;
         }
-        let page = PageLayout::new(keys, values, shape.head_dim)?;
-        Ok(LayerLayout { page, offset, keys: keys.transform(), values: values.transform(), rotated_heads, frame })
+        // What is no calibration of this model is refused with the tables.
+        let planes = calibration.and_then(|own| own.key_planes.as_ref());
+        let planes = planes.filter(|own| own.len() == heads * shape.head_dim);
+        let page = |head: usize| {
+            let planes = planes.map(|own| &own[head * shape.head_dim..(head + 1) * shape.head_dim]);
+            PageLayout::new(keys, values, shape.head_dim, planes)
+        };
+        let mut pages: Vec<PageLayout> = (0..heads).map(page).collect::<Result<_, _>>()?;
+        let stride = pages.iter().map(|page| page.stride).max().unwrap_or(0);
+        pages.iter_mut().for_each(|page| page.stride = stride);
+        let adapters = calibration.and_then(|own| own.adapters.as_ref());
+        let states = correction.linear.zip(adapters).map(|(Linear { features, states }, adapters)| {
+            let mut next = 0..;
+            let enabled = adapters.enabled(heads).into_iter();
+            let places = enabled.map(|enabled| enabled.then(|| next.next().expect("numbers do not end"))).collect();
+            StateLayout { features, states, places, numbers: features * (shape.head_dim + 1), offset: 0 }
+        });
+        Ok(LayerLayout {
+            pages,
+            offset,
+            keys: keys.transform(),
+            values: values.transform(),
+            rotated_heads,
+            frame,
+            linear: correction.linear,
+            states: states.filter(|own| own.places.iter().any(Option::is_some)),
+            bias: correction.bias,
+        })
+    }
+
+    /// Bytes from one page to the next.
+    pub fn stride(&self) -> usize {
+        self.pages.first().map_or(0, |page| page.stride)
     }
 }
 
@@ -159,6 +245,7 @@ pub struct CacheLayout {
     /// What the tokens of a pass see of each other.
     pub sees: Sees,
     block_bytes: usize,
+    state_bytes: usize,
     calibration: Option<Arc<Calibration>>,
     tables: Option<Arc<Tables>>,
     name: String,
@@ -186,15 +273,22 @@ impl CacheLayout {
             let mut layers = Vec::with_capacity(shape.num_layers);
             let mut bytes = 0;
             for layer in 0..shape.num_layers {
-                let (keys, values) = scheme.sides(class, layer);
-                let layer = LayerLayout::new(keys, values, shape, bytes).map_err(error)?;
-                bytes += shape.num_key_value_heads * layer.page.stride;
+                let own = scheme.calibration.as_ref().and_then(|own| own.layers.get(layer));
+                let correction = if class == 0 { scheme.correction(layer) } else { Correction::NONE };
+                let sides = scheme.sides(class, layer);
+                let layer = LayerLayout::new(sides, correction, shape, bytes, own).map_err(error)?;
+                bytes += shape.num_key_value_heads * layer.stride();
                 layers.push(layer);
             }
             block_bytes = block_bytes.max(bytes);
             classes.push(layers);
         }
-        let layers = classes.remove(0);
+        let mut layers = classes.remove(0);
+        let mut state_bytes = 0;
+        for states in layers.iter_mut().filter_map(|layer| layer.states.as_mut()) {
+            states.offset = state_bytes;
+            state_bytes += states.bytes();
+        }
         Ok(CacheLayout {
             shape,
             layers,
@@ -203,6 +297,7 @@ impl CacheLayout {
             sinks: scheme.sinks,
             sees: scheme.sees,
             block_bytes,
+            state_bytes,
             calibration: scheme.calibration.clone(),
             tables: None,
             name: scheme.name.clone(),
@@ -271,7 +366,7 @@ impl CacheLayout {
     /// Offset in the arena of a page of a block that holds tokens of this class.
     pub fn page_offset(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> usize {
         let own = self.layer(class, layer);
-        block as usize * self.block_bytes + own.offset + kv_head * own.page.stride
+        block as usize * self.block_bytes + own.offset + kv_head * own.stride()
     }
 
     /// Bytes of one fp16 row of every layer and KV head.
@@ -291,12 +386,19 @@ impl CacheLayout {
 
     /// Bytes that a chunk of pages shares, in all layers and KV heads.
     pub fn chunk_bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.page.chunk_bytes * self.shape.num_key_value_heads).sum()
+        self.layers.iter().flat_map(|layer| &layer.pages).map(|page| page.chunk_bytes).sum()
     }
 
-    /// Bytes allocated for one sequence that holds `blocks` blocks: these, its rings and sinks and its block table.
+    /// Bytes of the states of the linear correction of one sequence, from its first packed token on.
+    pub fn state_bytes(&self) -> usize {
+        self.state_bytes
+    }
+
+    /// Bytes allocated for one sequence that holds `blocks` blocks: these, its rings and sinks, its block table, and its
+    /// states once it has a block.
     pub fn allocated_bytes(&self, blocks: usize) -> usize {
-        blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes() + self.sink_bytes()
+        let states = if blocks > 0 { self.state_bytes() } else { 0 };
+        blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes() + self.sink_bytes() + states
     }
 
     /// Blocks that a sequence of `len` tokens may need: each class ends in a block of its own.
@@ -321,26 +423,26 @@ mod tests {
 
     #[test]
     fn a_two_bit_page_of_128_channels_takes_9216_bytes() {
-        let page = layout("kvlinc", 128).layers[0].page;
+        let page = layout("kvlinc", 128).layers[0].pages[0];
         assert_eq!((page.key_bytes, page.value_bytes, page.stride), (4608, 4608, 9216));
-        assert_eq!(layout("fp16", 128).layers[1].page.stride, 65536);
+        assert_eq!(layout("fp16", 128).layers[1].stride(), 65536);
     }
 
     #[test]
     fn sections_follow_each_other_without_overlap() {
         for head_dim in [64, 80, 96, 128, 256] {
             for name in ["kivi", "kvlinc"] {
-                let page = layout(name, head_dim).layers[2].page;
+                let page = layout(name, head_dim).layers[2].pages[0];
                 let (SideLayout::Packed(keys), SideLayout::Packed(values)) = (page.keys, page.values) else {
                     panic!("{name} packs both sides")
                 };
                 assert_eq!(keys.codes, 0);
                 assert_eq!(keys.scales, head_dim * 32);
-                assert_eq!(keys.zeros - keys.scales, keys.num_parameters() * 2);
-                assert_eq!(values.codes, keys.zeros + keys.num_parameters() * 2);
+                assert_eq!(keys.zeros - keys.scales, keys.num_scales() * 2);
+                assert_eq!(values.codes, keys.zeros + keys.num_scales() * 2);
                 assert_eq!(values.scales - values.codes, 128 * head_dim / 4);
                 assert_eq!(values.group, head_dim.min(128));
-                assert_eq!(page.key_bytes + page.value_bytes, values.zeros + values.num_parameters() * 2);
+                assert_eq!(page.key_bytes + page.value_bytes, values.zeros + values.num_scales() * 2);
                 for offset in [keys.scales, keys.zeros, values.codes, values.scales, values.zeros] {
                     assert_eq!(offset % 16, 0, "head_dim {head_dim}");
                 }
@@ -360,9 +462,9 @@ mod tests {
             }
         }
         for (i, offset) in offsets.iter().enumerate() {
-            assert_eq!(*offset, i * layout.layers[0].page.stride);
+            assert_eq!(*offset, i * layout.layers[0].stride());
         }
-        assert_eq!(layout.block_bytes(), 6 * layout.layers[0].page.stride);
+        assert_eq!(layout.block_bytes(), 6 * layout.layers[0].stride());
     }
 
     #[test]
@@ -392,7 +494,7 @@ mod tests {
         let scheme = Scheme::parse(text, "mixed").unwrap();
         let shape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim: 128 };
         let layout = CacheLayout::new(&scheme, shape).unwrap();
-        let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.page.stride).collect();
+        let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.stride()).collect();
         assert_eq!(strides, [128 * 64 + 512 + 32768, 9216, 9216]);
         assert_eq!(layout.layers[2].offset, 2 * (strides[0] + strides[1]));
         assert_eq!(layout.page_offset(0, 1, 1, 1), layout.block_bytes() + 2 * strides[0] + strides[1]);

@@ -15,14 +15,14 @@ mod usage;
 mod window;
 
 pub use error::{CacheError, SchemeError};
-pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
+pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout, StateLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
 pub use scheme::{
-    Axis, Class, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Scheme, Sees, Side, Sinks, Statistic,
-    Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PreRope, Scheme, Sees, Side, Sinks,
+    StateType, Statistic, Transform,
 };
-pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide};
-pub use tables::{Calibration, LayerCalibration, Tables};
+pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
+pub use tables::{Adapters, Calibration, LayerCalibration, Tables};
 pub use usage::{Extras, Usage};
 pub use window::{Schedule, Window};
 

@@ -35,6 +35,8 @@ pub struct PackedSide {
     pub quantizer: Quantizer,
     /// Whether the page is rotated along its tokens.
     pub token_hadamard: bool,
+    /// Channels with different numbers of planes; the packed rows are then planes.
+    pub planes: Option<Planes>,
     /// Number of packed rows.
     pub rows: usize,
     /// Codes in a row.
@@ -53,6 +55,55 @@ pub struct PackedSide {
     pub factors: Option<Factors>,
     /// Values kept beside the codes.
     pub outliers: Option<Outliers>,
+}
+
+/// Channels by the two-bit planes that each has: of a channel of `p` planes the code is `sum_i 4^i plane_i`.
+///
+/// Channels are ordered by falling planes. The rows of a page are the lowest plane of the channels that have one, then
+/// the second plane of those that have two. There are scales for channels with a plane, and zeros for all: the minimum
+/// of the group, or its mean where there is no plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Planes {
+    /// All channels.
+    pub channels: usize,
+    /// Channels with one plane at least, and with two.
+    pub with: [usize; Planes::MOST],
+}
+
+impl Planes {
+    /// Planes of a channel at most.
+    pub const MOST: usize = 2;
+
+    /// From the planes of each channel.
+    pub fn new(counts: &[u8]) -> Self {
+        let with = |planes: usize| counts.iter().filter(|count| usize::from(**count) > planes).count();
+        Planes { channels: counts.len(), with: std::array::from_fn(with) }
+    }
+
+    /// Where an average of bits is all that is known: as many channels as can be have one plane.
+    fn planned(average: f32, channels: usize) -> Self {
+        let rows = Self::rows_of(average, channels);
+        let first = rows.min(channels);
+        Planes { channels, with: [first, rows - first] }
+    }
+
+    /// Planes of a head whose channels have so many bits on average.
+    pub fn rows_of(average: f32, channels: usize) -> usize {
+        let rows = (f64::from(average) * channels as f64 / 2.0).round() as usize;
+        rows.clamp(1, Self::MOST * channels)
+    }
+
+    /// Planes of all channels.
+    pub fn rows(&self) -> usize {
+        self.with.iter().sum()
+    }
+
+    /// The channels in the order in which they lie in pages.
+    pub fn order(counts: &[u8]) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..counts.len()).collect();
+        order.sort_by_key(|channel| std::cmp::Reverse(counts[*channel]));
+        order
+    }
 }
 
 /// Channels that stay in 16 bit: the last ones. fp16 `[rows][lanes]`.
@@ -104,12 +155,14 @@ pub struct GroupSpan {
 }
 
 impl PackedSide {
-    /// Places a side from `offset` on. On an error: the problem, and what is supported.
+    /// Places a side from `offset` on; `planes` has the planes of each channel, where they are known. On an error: the
+    /// problem, and what is supported.
     pub(crate) fn new(
         packed: Packed,
         tokens_are_lanes: bool,
         head_dim: usize,
         offset: usize,
+        planes: Option<&[u8]>,
     ) -> Result<Self, (String, String)> {
         let share = f64::from(packed.high_precision) * head_dim as f64;
         let high = share.round_ties_even() as usize;
@@ -119,7 +172,11 @@ impl PackedSide {
                 format!("a share from {} on", 1.0 / head_dim as f64),
             ));
         }
-        let low = head_dim - high;
+        let planes = packed.planes.map(|average| match planes {
+            Some(counts) => Planes::new(counts),
+            None => Planes::planned(average, head_dim),
+        });
+        let low = planes.map_or(head_dim - high, |planes| planes.rows());
         let (rows, lanes) = if tokens_are_lanes { (low, PAGE_TOKENS) } else { (PAGE_TOKENS, low) };
         let along = if (packed.axis == Axis::Channel) == tokens_are_lanes { Along::Lanes } else { Along::Rows };
         let mut side = PackedSide {
@@ -129,6 +186,7 @@ impl PackedSide {
             group: packed.group.min(if along == Along::Lanes { lanes } else { rows }),
             quantizer: packed.quantizer,
             token_hadamard: packed.transform == Transform::TokenHadamard,
+            planes,
             rows,
             lanes,
             row_bytes: 0,
@@ -141,7 +199,7 @@ impl PackedSide {
         };
         side.row_bytes = side.group_spans().map(|span| span.bytes.len()).sum();
         side.scales = offset + rows * side.row_bytes;
-        side.zeros = side.scales + side.num_parameters() * HALF_BYTES;
+        side.zeros = side.scales + side.num_scales() * HALF_BYTES;
         if high > 0 {
             let offset = side.end();
             side.high = Some(if tokens_are_lanes {
@@ -161,9 +219,21 @@ impl PackedSide {
         Ok(side)
     }
 
-    /// Scales of a page; there are as many zeros.
-    pub fn num_parameters(&self) -> usize {
-        match self.along {
+    /// Scales of a page.
+    pub fn num_scales(&self) -> usize {
+        match (self.planes, self.along) {
+            (Some(planes), _) => planes.with[0],
+            (None, along) => self.num_groups(along),
+        }
+    }
+
+    /// Zeros of a page: as many as scales, but for channels without a plane.
+    pub fn num_zeros(&self) -> usize {
+        self.planes.map_or(self.num_groups(self.along), |planes| planes.channels)
+    }
+
+    fn num_groups(&self, along: Along) -> usize {
+        match along {
             Along::Lanes => self.lanes.div_ceil(self.group) * self.rows,
             Along::Rows => self.rows.div_ceil(self.group) * self.lanes,
         }
@@ -203,7 +273,7 @@ impl PackedSide {
         } else if let Some(high) = self.high {
             high.offset + high.rows * high.lanes * HALF_BYTES
         } else {
-            self.zeros + self.num_parameters() * HALF_BYTES
+            self.zeros + self.num_zeros() * HALF_BYTES
         }
     }
 
@@ -220,6 +290,7 @@ mod tests {
     fn packed(axis: Axis, group: usize) -> Packed {
         Packed {
             bits: Bits::Two,
+            planes: None,
             axis,
             group,
             quantizer: Quantizer::FloatMin,
@@ -232,28 +303,45 @@ mod tests {
 
     #[test]
     fn groups_that_do_not_divide_a_head_end_short() {
-        let side = PackedSide::new(packed(Axis::Token, 32), false, 80, 0).unwrap();
+        let side = PackedSide::new(packed(Axis::Token, 32), false, 80, 0, None).unwrap();
         let spans: Vec<_> = side.group_spans().map(|span| (span.lanes, span.bytes)).collect();
         assert_eq!(spans, [(0..32, 0..8), (32..64, 8..16), (64..80, 16..20)]);
-        assert_eq!((side.num_parameters(), side.row_bytes), (3 * 128, 20));
-        let keys = PackedSide::new(packed(Axis::Token, 32), true, 80, 0).unwrap();
+        assert_eq!((side.num_scales(), side.row_bytes), (3 * 128, 20));
+        let keys = PackedSide::new(packed(Axis::Token, 32), true, 80, 0, None).unwrap();
         let groups: Vec<_> = keys.row_groups().collect();
         assert_eq!(groups, [(0, 0..32), (1, 32..64), (2, 64..80)]);
-        assert_eq!((keys.num_parameters(), keys.row_bytes, keys.group_spans().count()), (3 * 128, 32, 1));
+        assert_eq!((keys.num_scales(), keys.row_bytes, keys.group_spans().count()), (3 * 128, 32, 1));
     }
 
     #[test]
     fn what_lies_beside_the_codes_is_counted() {
         let resq =
-            PackedSide::new(Packed { high_precision: 0.03125, ..packed(Axis::Token, 128) }, false, 128, 0).unwrap();
+            PackedSide::new(Packed { high_precision: 0.03125, ..packed(Axis::Token, 128) }, false, 128, 0, None).unwrap();
         assert_eq!((resq.lanes, resq.row_bytes), (124, 31));
         assert_eq!(resq.high, Some(High { first_row: 0, rows: 128, first_lane: 124, lanes: 4, offset: 128 * 35 }));
         assert_eq!(resq.bytes(), 128 * (31 + 4 + 8));
         let gear = Packed { low_rank: 2, outliers: 0.01, ..packed(Axis::Channel, 128) };
-        let gear = PackedSide::new(gear, true, 64, 256).unwrap();
+        let gear = PackedSide::new(gear, true, 64, 256, None).unwrap();
         assert_eq!(gear.outliers.unwrap().per_end, 1);
         assert_eq!(gear.bytes(), 64 * (32 + 4) + 128 * 2 * 2 + 64 * 2 * 3);
-        let none = PackedSide::new(Packed { high_precision: 0.001, ..packed(Axis::Token, 128) }, true, 64, 0);
+        let none = PackedSide::new(Packed { high_precision: 0.001, ..packed(Axis::Token, 128) }, true, 64, 0, None);
         assert!(none.unwrap_err().0.contains("which is none"));
+    }
+
+    #[test]
+    fn planes_take_what_their_channels_need() {
+        let side = |planes| {
+            let packed = Packed { planes: Some(2.0), ..packed(Axis::Channel, 128) };
+            PackedSide::new(packed, true, 8, 0, planes).unwrap()
+        };
+        let own = side(Some(&[0, 2, 1, 2, 0, 1, 1, 1]));
+        assert_eq!(own.planes, Some(Planes { channels: 8, with: [6, 2] }));
+        assert_eq!((own.rows, own.num_scales(), own.num_zeros()), (8, 6, 8));
+        assert_eq!(own.bytes(), 8 * 32 + 6 * 2 + 8 * 2);
+        assert_eq!(Planes::order(&[0, 2, 1, 2, 0, 1, 1, 1]), [1, 3, 2, 5, 6, 7, 0, 4]);
+        // What is planned for without a calibration is what two bits take everywhere.
+        assert_eq!(side(None).bytes(), 8 * (32 + 4));
+        assert_eq!(Planes::planned(3.0, 8).with, [8, 4]);
+        assert_eq!(Planes::planned(1.0, 8).with, [4, 0]);
     }
 }

@@ -1,6 +1,6 @@
 //! Numbers that the transforms of a scheme need: the model's rotary frequencies and what was calibrated.
 
-use crate::{CacheLayout, LayerLayout, SchemeError, Transform};
+use crate::{CacheLayout, LayerLayout, Planes, SchemeError, SideLayout, Transform};
 use crate::{Permutation, PreRope};
 use std::sync::Arc;
 
@@ -17,6 +17,32 @@ pub struct LayerCalibration {
     pub key_basis: Option<Vec<f32>>,
     /// The same for values.
     pub value_basis: Option<Vec<f32>>,
+    /// Two-bit planes of each key channel, `[kv head][head_dim]`, 0 to 2.
+    pub key_planes: Option<Vec<u8>>,
+    /// Adapters of the linear correction.
+    pub adapters: Option<Adapters>,
+}
+
+/// Adapters of a layer's linear correction (KVLinC, section 3.2, equations 4 to 6): the feature maps
+/// `phi(x) = [softmax(x W1), softmax(x W2)]` of queries, and of what the codes of keys miss.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Adapters {
+    /// D, the features of both maps.
+    pub features: usize,
+    /// W1 and W2 of each query head, `[head][head_dim][D / 2]`.
+    pub query: [Vec<f32>; 2],
+    /// W1 and W2 of each KV head, `[kv head][head_dim][D / 2]`.
+    pub key: [Vec<f32>; 2],
+    /// What the correction of each query head is multiplied by: 1 as in the paper, 0 where it is switched off.
+    pub gates: Vec<f32>,
+}
+
+impl Adapters {
+    /// For each KV head, whether any of its query heads is corrected.
+    pub fn enabled(&self, num_key_value_heads: usize) -> Vec<bool> {
+        let shared = (self.gates.len() / num_key_value_heads).max(1);
+        self.gates.chunks(shared).map(|gates| gates.iter().any(|gate| *gate != 0.0)).collect()
+    }
 }
 
 /// What calibration found for a model.
@@ -45,7 +71,8 @@ impl Tables {
                 layout.shape.head_dim
             )));
         }
-        let needed = layout.layers.iter().any(|layer| layer.needs_permutation() || layer.needs_basis());
+        let needed = |layer: &LayerLayout| layer.needs_permutation() || layer.needs_basis() || layer.needs_planes();
+        let needed = layout.layers.iter().any(needed);
         let Some(calibration) = &self.calibration else {
             return if needed { Err(SchemeError::Uncalibrated(layout.origin.clone())) } else { Ok(()) };
         };
@@ -73,6 +100,10 @@ impl LayerLayout {
         matches!(self.keys, Transform::PreRope(PreRope { permutation: Permutation::Local | Permutation::Global, .. }))
     }
 
+    fn needs_planes(&self) -> bool {
+        self.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.planes.is_some()))
+    }
+
     fn needs_basis(&self) -> bool {
         self.keys == Transform::Basis || self.values == Transform::Basis
     }
@@ -80,6 +111,21 @@ impl LayerLayout {
 
 fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> Result<(), String> {
     let (heads, d) = (layout.shape.num_key_value_heads, layout.shape.head_dim);
+    if layer.needs_planes() {
+        let counts = own.key_planes.as_ref().ok_or("the planes of the key channels are missing")?;
+        if counts.len() != heads * d {
+            return Err(format!("planes of {} channels, and the model has {}", counts.len(), heads * d));
+        }
+        if let Some(count) = counts.iter().find(|count| usize::from(**count) > Planes::MOST) {
+            return Err(format!("a channel of {count} planes, and there are {} at most", Planes::MOST));
+        }
+        if let Some(head) = counts.chunks_exact(d).position(|own| own.iter().all(|count| *count == 0)) {
+            return Err(format!("KV head {head} has no planes"));
+        }
+    }
+    if let (Some(linear), Some(adapters)) = (layer.linear, &own.adapters) {
+        check_adapters(adapters, linear.features, heads, d)?;
+    }
     if layer.needs_permutation() {
         let order = own.permutation.as_ref().ok_or("the permutation is missing")?;
         if order.len() != heads * d {
@@ -107,6 +153,31 @@ fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration
                 check_orthonormal(matrix, d).map_err(|what| format!("the {side} basis of KV head {head} {what}"))?;
             }
         }
+    }
+    Ok(())
+}
+
+fn check_adapters(adapters: &Adapters, features: usize, kv_heads: usize, d: usize) -> Result<(), String> {
+    let half = d * features / 2;
+    let heads = adapters.gates.len();
+    if adapters.features != features {
+        return Err(format!("adapters of {} features, and the scheme has {features}", adapters.features));
+    }
+    if heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return Err(format!("adapters of {heads} query heads, and the model has {kv_heads} KV heads"));
+    }
+    for (weights, count, side) in [(&adapters.query, heads, "query"), (&adapters.key, kv_heads, "key")] {
+        if let Some(own) = weights.iter().find(|own| own.len() != count * half) {
+            return Err(format!(
+                "adapters of {} numbers for the {side} heads, and {count} x {d} x {} are needed",
+                own.len(),
+                features / 2
+            ));
+        }
+    }
+    let numbers = adapters.query.iter().chain(&adapters.key).chain([&adapters.gates]).flatten();
+    if numbers.into_iter().any(|number| !number.is_finite()) {
+        return Err("adapters that are not finite".into());
     }
     Ok(())
 }
@@ -161,7 +232,7 @@ mod tests {
     fn bases_are_checked() {
         let identity: Vec<f32> = (0..4 * 64 * 64).map(|i| if i / 64 % 64 == i % 64 { 1.0 } else { 0.0 }).collect();
         let basis = |key: Vec<f32>, value: Vec<f32>| {
-            Some(LayerCalibration { key_basis: Some(key), value_basis: Some(value), permutation: None })
+            Some(LayerCalibration { key_basis: Some(key), value_basis: Some(value), ..Default::default() })
         };
         assert_eq!(check("resq", basis(identity.clone(), identity.clone())), Ok(()));
         let mut skewed = identity.clone();

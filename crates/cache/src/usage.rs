@@ -75,7 +75,7 @@ impl CacheLayout {
         self.usage_of(len, blocks, extras, packed)
     }
 
-    /// Figures of a sequence whose pages hold `packed` bytes of each KV head.
+    /// Figures of a sequence whose pages hold `packed` bytes.
     fn usage_of(&self, len: usize, blocks: usize, extras: Extras, packed: usize) -> Usage {
         let heads = self.shape.num_key_value_heads;
         let row = 2 * self.shape.head_dim;
@@ -83,10 +83,11 @@ impl CacheLayout {
         let window = self.shape.num_layers * ((len - keys) * row + (len - values) * row);
         let sinks = extras.sinks * (heads * 2 * row + size_of::<u32>());
         let scalars = len * self.shape.scalars_per_token();
+        let states = if keys > 0 { self.state_bytes() } else { 0 };
         Usage {
             tokens: len,
             scalars,
-            used_bytes: heads * (packed + window) + sinks + extras.chunks * self.chunk_bytes(),
+            used_bytes: packed + heads * window + sinks + extras.chunks * self.chunk_bytes() + states,
             allocated_bytes: self.allocated_bytes(blocks),
             fp16_bytes: scalars * 2,
         }
@@ -112,11 +113,11 @@ impl CacheLayout {
     }
 }
 
-/// Bytes of so many packed keys and values of one KV head in every layer.
+/// Bytes of so many packed keys and values in every layer and KV head.
 fn packed_bytes<'a>(layers: impl IntoIterator<Item = &'a LayerLayout>, keys: usize, values: usize) -> usize {
     // Whole pages divide exactly; of single tokens less than a byte is lost.
     let own = |page: &PageLayout| keys * page.key_bytes / PAGE_TOKENS + values * page.value_bytes / PAGE_TOKENS;
-    layers.into_iter().map(|layer| own(&layer.page)).sum()
+    layers.into_iter().flat_map(|layer| &layer.pages).map(own).sum()
 }
 
 #[cfg(test)]

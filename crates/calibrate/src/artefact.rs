@@ -2,7 +2,7 @@
 
 use crate::file::{Array, Contents};
 use crate::{CalibrationError, Fingerprint};
-use dibit_cache::{Calibration, LayerCalibration, Scheme, SchemeError};
+use dibit_cache::{Adapters, Calibration, LayerCalibration, Scheme, SchemeError};
 use dibit_model::Pretrained;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,8 +24,10 @@ pub struct Artefact {
 impl Artefact {
     /// Writes the file: it is complete, or not there.
     ///
-    /// Tensors are `layers.{i}.permutation` (u32), `layers.{i}.key_basis` and `layers.{i}.value_basis` (f32), all of one
-    /// dimension: the numbers of [`LayerCalibration`] in their order. The fingerprint is JSON in the metadata.
+    /// Tensors are `layers.{i}.permutation` and `layers.{i}.key_planes` (u32), `layers.{i}.key_basis`,
+    /// `layers.{i}.value_basis` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
+    /// `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the numbers of [`LayerCalibration`] in
+    /// their order. The fingerprint is JSON in the metadata.
     ///
     /// # Errors
     /// [`CalibrationError::Write`].
@@ -36,15 +38,27 @@ impl Artefact {
         contents.metadata.insert(SOURCE.to_owned(), self.source.clone());
         contents.metadata.insert("dibit.layers".to_owned(), self.calibration.layers.len().to_string());
         for (index, layer) in self.calibration.layers.iter().enumerate() {
-            if let Some(values) = layer.permutation.clone() {
-                let array = Array { shape: vec![values.len()], values };
-                contents.integers.push((format!("layers.{index}.permutation"), array));
+            let planes = layer.key_planes.as_ref().map(|own| own.iter().map(|planes| u32::from(*planes)).collect());
+            for (name, values) in [("permutation", layer.permutation.clone()), ("key_planes", planes)] {
+                if let Some(values) = values {
+                    let array = Array { shape: vec![values.len()], values };
+                    contents.integers.push((format!("layers.{index}.{name}"), array));
+                }
             }
-            for (name, basis) in [("key_basis", &layer.key_basis), ("value_basis", &layer.value_basis)] {
-                if let Some(values) = basis.clone() {
+            let gates = layer.adapters.as_ref().map(|own| &own.gates);
+            let bases = [("key_basis", layer.key_basis.as_ref()), ("value_basis", layer.value_basis.as_ref())];
+            for (name, numbers) in bases.into_iter().chain([("gates", gates)]) {
+                if let Some(values) = numbers.cloned() {
                     let array = Array { shape: vec![values.len()], values };
                     contents.floats.push((format!("layers.{index}.{name}"), array));
                 }
+            }
+            for (name, values) in layer.adapters.iter().flat_map(maps) {
+                let own = layer.adapters.as_ref().expect("their maps");
+                let half = own.features / 2;
+                let head_dim = own.query[0].len() / (own.gates.len() * half);
+                let shape = vec![values.len() / (head_dim * half), head_dim, half];
+                contents.floats.push((format!("layers.{index}.{name}"), Array { shape, values: values.clone() }));
             }
         }
         contents.write(path)
@@ -71,8 +85,9 @@ impl Artefact {
         };
         let shapes = contents.integers.iter().map(|(name, array)| (name, array.shape.len()));
         let shapes = shapes.chain(contents.floats.iter().map(|(name, array)| (name, array.shape.len())));
-        if let Some((name, _)) = shapes.into_iter().find(|(_, dimensions)| *dimensions != 1) {
-            return Err(malformed(&format!("tensor {name} has not one dimension")));
+        let expected = |name: &str| if name.contains(".phi_") { 3 } else { 1 };
+        if let Some((name, dimensions)) = shapes.into_iter().find(|(name, found)| *found != expected(name)) {
+            return Err(malformed(&format!("tensor {name} has {dimensions} dimensions, not {}", expected(name))));
         }
         if let Some((name, _)) = contents.doubles.first() {
             return Err(malformed(&format!("it has a tensor {name} of 64-bit numbers")));
@@ -82,6 +97,11 @@ impl Artefact {
                 Some((index, part)) if part == "permutation" => {
                     calibration.layers[index].permutation = Some(array.values);
                 }
+                Some((index, part)) if part == "key_planes" => {
+                    let counts = array.values.iter().map(|count| u8::try_from(*count));
+                    let counts = counts.collect::<Result<_, _>>().map_err(|_| malformed("it has thousands of planes"))?;
+                    calibration.layers[index].key_planes = Some(counts);
+                }
                 _ => return Err(malformed(&format!("it has a tensor {name}"))),
             }
         }
@@ -90,6 +110,17 @@ impl Artefact {
                 Some((index, part)) if part == "key_basis" => calibration.layers[index].key_basis = Some(array.values),
                 Some((index, part)) if part == "value_basis" => {
                     calibration.layers[index].value_basis = Some(array.values);
+                }
+                Some((index, part)) if part == "gates" => {
+                    calibration.layers[index].adapters.get_or_insert_default().gates = array.values;
+                }
+                Some((index, part)) if part.starts_with("phi_") => {
+                    let adapters = calibration.layers[index].adapters.get_or_insert_default();
+                    adapters.features = 2 * array.shape[2];
+                    let Some((_, map)) = maps_mut(adapters).into_iter().find(|(known, _)| *known == part) else {
+                        return Err(malformed(&format!("it has a tensor {name}")));
+                    };
+                    *map = array.values;
                 }
                 _ => return Err(malformed(&format!("it has a tensor {name}"))),
             }
@@ -121,4 +152,16 @@ impl Artefact {
         *scheme = calibrated;
         Ok(())
     }
+}
+
+/// The maps of adapters by their names in the file.
+fn maps(adapters: &Adapters) -> [(&'static str, &Vec<f32>); 4] {
+    let Adapters { query: [q1, q2], key: [k1, k2], .. } = adapters;
+    [("phi_q.w1", q1), ("phi_q.w2", q2), ("phi_k.w1", k1), ("phi_k.w2", k2)]
+}
+
+/// [`maps`], to be written.
+fn maps_mut(adapters: &mut Adapters) -> [(&'static str, &mut Vec<f32>); 4] {
+    let Adapters { query: [q1, q2], key: [k1, k2], .. } = adapters;
+    [("phi_q.w1", q1), ("phi_q.w2", q2), ("phi_k.w1", k1), ("phi_k.w2", k2)]
 }

@@ -31,6 +31,9 @@ pub struct Fingerprint {
     pub layers: String,
     /// Classes of tokens with choices of their own.
     pub classes: String,
+    /// The linear correction of the scheme, and whether it comes on top of another one; empty without.
+    #[serde(default)]
+    pub correction: String,
 }
 
 impl Fingerprint {
@@ -48,7 +51,9 @@ impl Fingerprint {
             Sinks::Pivots(pivots) => format!("pivots, {}, per layer: {}", pivots.count, pivots.per_layer),
         };
         let own = |own: &LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, own.values);
-        let layers = |all: &[LayerOverride]| all.iter().map(own).collect::<Vec<_>>().join(" | ");
+        // A layer that only goes without the correction uses the same calibration.
+        let differs = |own: &&LayerOverride| (own.keys, own.values) != (scheme.keys, scheme.values);
+        let layers = |all: &[LayerOverride]| all.iter().filter(differs).map(own).collect::<Vec<_>>().join(" | ");
         let class =
             |class: &Class| format!("{}: {}; {}; {}", class.name, class.keys, class.values, layers(&class.layers));
         Fingerprint {
@@ -60,11 +65,14 @@ impl Fingerprint {
             sinks,
             layers: layers(&scheme.layers),
             classes: scheme.classes.iter().map(class).collect::<Vec<_>>().join(" | "),
+            correction: scheme.linear().map_or(String::new(), |linear| {
+                format!("{} features{}", linear.features, if scheme.correction.bias { ", bias" } else { "" })
+            }),
         }
     }
 
     /// Names and values of all parts.
-    pub(crate) fn parts(&self) -> [(&'static str, &str); 8] {
+    pub(crate) fn parts(&self) -> [(&'static str, &str); 9] {
         [
             ("version", &self.version),
             ("model", &self.model),
@@ -74,6 +82,7 @@ impl Fingerprint {
             ("sinks", &self.sinks),
             ("choice of single layers", &self.layers),
             ("choice of classes", &self.classes),
+            ("linear correction", &self.correction),
         ]
     }
 

@@ -73,11 +73,13 @@ impl Layer {
     fn finish(&self, layout: &LayerLayout, seed: u64, layer: usize) -> LayerCalibration {
         // Every basis has a stream of random numbers of its own.
         let stream = (layer as u64) << 32;
-        let (keys, values) = (high_channels(&layout.page.keys), high_channels(&layout.page.values));
+        let page = &layout.pages[0];
+        let (keys, values) = (high_channels(&page.keys), high_channels(&page.values));
         LayerCalibration {
             permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
             key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
             value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
+            ..LayerCalibration::default()
         }
     }
 }

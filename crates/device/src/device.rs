@@ -159,4 +159,22 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError::Quantize`].
     fn commit(&self, store: &mut Self::Store, layer: usize, batch: &Batch) -> Result<(), DeviceError>;
+
+    /// What the codes of keys miss, `out = k - k^`, in the frame of `k`: rows of `num_key_value_heads * head_dim`, the keys
+    /// after RoPE of the first `rows` tokens of a sequence, rounded to the 16 bit in which a window holds them. It is zero
+    /// for first tokens that the scheme keeps in 16 bit; other sinks are not looked for.
+    ///
+    /// # Errors
+    /// [`DeviceError::Quantize`]; [`DeviceError::Tables`] as of [`Device::store`].
+    ///
+    /// # Panics
+    /// If `rows` is not a multiple of 128, or keys are stored before RoPE.
+    fn missed_keys(
+        &self,
+        layout: &CacheLayout,
+        layer: usize,
+        k: &Self::Buffer,
+        rows: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), DeviceError>;
 }

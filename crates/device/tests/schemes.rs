@@ -60,6 +60,7 @@ fn run(cpu: &Cpu, golden: &Golden, case: &str, shape: [usize; 4]) -> Vec<f32> {
         permutation: golden.integers(&tensor("perm")),
         key_basis: golden.floats(&tensor("key_basis")),
         value_basis: golden.floats(&tensor("value_basis")),
+        ..LayerCalibration::default()
     };
     let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim: d };
     let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * d;

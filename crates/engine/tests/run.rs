@@ -31,6 +31,8 @@ fn calibration(config: &ModelConfig) -> Calibration {
         permutation: Some((0..heads * d).map(|channel| reversed(channel) as u32).collect()),
         key_basis: Some(basis.clone()),
         value_basis: Some(basis),
+        key_planes: Some((0..heads * d).map(|channel| (channel % 3) as u8).collect()),
+        ..LayerCalibration::default()
     };
     Calibration { layers: vec![layer; config.num_hidden_layers] }
 }

@@ -2,7 +2,8 @@
 
 use super::Scheme;
 use super::choices::{Axis, Class, Correction, Packed, Side, Sinks, Transform};
-use crate::{Schedule, Window};
+use crate::{PAGE_TOKENS, Schedule, Window};
+use dibit_quant::Quantizer;
 
 /// Why a scheme is none: what the text says wrongly, or choices that do not go together.
 pub(super) enum Problem {
@@ -95,8 +96,55 @@ pub(super) fn check_pages(side: Side, which: Which, window: Window, sinks: Sinks
 }
 
 pub(super) fn check_correction(correction: Correction, keys: Side) -> Result<(), Problem> {
-    if correction != Correction::None && keys == Side::Half {
+    if correction == Correction::NONE {
+        return Ok(());
+    }
+    let Side::Packed(keys) = keys else {
         return unsupported("a correction on 16-bit keys", "a correction on packed keys");
+    };
+    if matches!(keys.transform, Transform::PreRope(_) | Transform::TokenHadamard) {
+        return unsupported(
+            format!("a correction of keys {}", keys.transform),
+            "a correction of keys after RoPE, with transform none, hadamard or basis",
+        );
+    }
+    if correction.linear.is_some() && keys.low_rank > 0 {
+        return unsupported("correction = \"linear\" with keys.low_rank", "one of the two");
+    }
+    if correction.bias && keys.axis == Axis::Token {
+        return unsupported("correction = \"bias\" of keys per token", "keys.axis = \"channel\"");
+    }
+    Ok(())
+}
+
+/// One size of features serves all layers.
+pub(super) fn check_features(scheme: &Scheme) -> Result<(), Problem> {
+    let all = std::iter::once(scheme.correction).chain(scheme.layers.iter().map(|own| own.correction));
+    let mut all = all.filter_map(|own| own.linear);
+    let first = all.next();
+    if all.any(|linear| Some(linear) != first) {
+        return unsupported("layers with different correction.features or states", "the same in all layers");
+    }
+    if scheme.correction != Correction::NONE && !scheme.classes.is_empty() {
+        return unsupported("a correction with [classes]", "one of the two");
+    }
+    Ok(())
+}
+
+/// Channels of planes are cut by their importance, which nothing else may reorder.
+pub(super) fn check_planes(packed: &Packed, which: Which) -> Result<(), Problem> {
+    if packed.planes.is_none() {
+        return Ok(());
+    }
+    let beside_codes = packed.high_precision > 0.0 || packed.low_rank > 0 || packed.outliers > 0.0;
+    let turned = matches!(packed.transform, Transform::PreRope(_) | Transform::TokenHadamard);
+    let whole = packed.axis == Axis::Channel && packed.group == PAGE_TOKENS;
+    if which == Which::Values || !whole || packed.quantizer != Quantizer::FloatMin || beside_codes || turned {
+        return unsupported(
+            format!("{}.bits = \"planes\" with these choices", which.name()),
+            "planes of keys after RoPE, per channel, in groups of 128, with the float-min quantizer, and without \
+             high_precision, low_rank or outliers",
+        );
     }
     Ok(())
 }

@@ -69,8 +69,10 @@ pub enum Transform {
 /// How a packed side is stored.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Packed {
-    /// Bits of a code.
+    /// Bits of a code; of a plane, where there are planes.
     pub bits: Bits,
+    /// Average bits of a channel, where each channel has 0, 1 or 2 planes of two bits by its calibrated importance.
+    pub planes: Option<f32>,
     /// What shares a scale and a zero.
     pub axis: Axis,
     /// How many share them.
@@ -107,6 +109,9 @@ impl Side {
 
     /// Whether a calibration is needed.
     pub fn is_calibrated(self) -> bool {
+        if matches!(self, Side::Packed(Packed { planes: Some(_), .. })) {
+            return true;
+        }
         match self.transform() {
             Transform::Basis => true,
             Transform::PreRope(pre) => pre.permutation != Permutation::None,
@@ -167,14 +172,45 @@ pub enum Sees {
 }
 
 /// What gives accuracy back after quantisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Correction {
+    /// KVLinC's linear correction adapters (KVLinC, section 3.2).
+    pub linear: Option<Linear>,
+    /// Whether what rounding adds to a logit on average is taken from it: `sum_c ln(sinh(a_c) / a_c)` with
+    /// `a_c = q_c step_c / (2 sqrt(head_dim))` (arXiv 2605.26266).
+    pub bias: bool,
+}
+
+/// Size of a linear correction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Linear {
+    /// D, the features of a query or of what the codes of a key miss.
+    pub features: usize,
+    /// Numbers that the states are kept in between flushes.
+    pub states: StateType,
+}
+
+/// Type of the numbers of a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Correction {
-    /// Nothing.
+pub enum StateType {
+    /// 32 bit.
     #[default]
-    None,
-    /// KVLinC's linear correction adapters (KVLinC, section 3.2).
-    Linear,
+    Fp32,
+    /// 16 bit.
+    Fp16,
+}
+
+impl Correction {
+    /// No correction.
+    pub const NONE: Self = Correction { linear: None, bias: false };
+}
+
+impl StateType {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        if self == StateType::Fp32 { 4 } else { 2 }
+    }
 }
 
 /// Other choices for some layers.
@@ -234,11 +270,30 @@ impl fmt::Display for Transform {
     }
 }
 
+impl fmt::Display for Correction {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let parts = [
+            self.linear.map(|Linear { features, states }| {
+                let states = if states == StateType::Fp32 { "fp32" } else { "fp16" };
+                format!("linear, {features} features, states in {states}")
+            }),
+            self.bias.then(|| "bias of rounding".to_owned()),
+        ];
+        let parts: Vec<String> = parts.into_iter().flatten().collect();
+        f.write_str(if parts.is_empty() { "none" } else { "" })?;
+        f.write_str(&parts.join("; "))
+    }
+}
+
 impl fmt::Display for Side {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Side::Packed(packed) = self else { return f.write_str("16 bit") };
-        let Packed { bits, axis, group, quantizer, transform, high_precision, low_rank, outliers } = packed;
-        write!(f, "{} bit per {axis}, groups of {group}, ", bits.count())?;
+        let Packed { bits, planes, axis, group, quantizer, transform, high_precision, low_rank, outliers } = packed;
+        match planes {
+            None => write!(f, "{} bit per {axis}", bits.count())?,
+            Some(average) => write!(f, "0 to 2 planes of {} bit per {axis}, {average} bit on average", bits.count())?,
+        }
+        write!(f, ", groups of {group}, ")?;
         match quantizer {
             Quantizer::FloatMin => f.write_str("float minimum")?,
             Quantizer::IntegerZero { clip, include_zero } => {

@@ -1,10 +1,12 @@
 //! From the text of a scheme to a [`Scheme`].
 
 use super::Scheme;
-use super::check::{Problem, Which, check_classes, check_correction, check_pages, needs_chunks, unsupported};
+use super::check::{
+    Problem, Which, check_classes, check_correction, check_features, check_pages, check_planes, needs_chunks, unsupported,
+};
 use super::choices::{
-    Axis, Class, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic,
-    Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, StateType,
+    Statistic, Transform,
 };
 use crate::{PAGE_TOKENS, Schedule, SchemeError, Window};
 use dibit_quant::{Bits, Quantizer};
@@ -19,14 +21,16 @@ const MAX_FOUND: usize = 64;
 const MAX_RANK: usize = 16;
 const MAX_CLASSES: usize = 8;
 
+/// Features of a linear correction (KVLinC, section 4.1).
+const FEATURES: usize = 256;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SchemeFile {
     name: String,
     #[serde(default)]
     summary: String,
-    #[serde(default)]
-    correction: Correction,
+    correction: Option<CorrectionFile>,
     #[serde(default)]
     attention: Sees,
     keys: toml::Table,
@@ -57,13 +61,50 @@ struct LayerFile {
     keys: toml::Table,
     #[serde(default)]
     values: toml::Table,
-    correction: Option<Correction>,
+    correction: Option<CorrectionFile>,
+}
+
+/// `correction = "linear"`, or a table with more to say.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum CorrectionFile {
+    Kind(CorrectionKind),
+    Table(CorrectionTable),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CorrectionTable {
+    kind: CorrectionKind,
+    features: Option<usize>,
+    states: Option<StateType>,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+enum CorrectionKind {
+    #[serde(rename = "none")]
+    None,
+    #[serde(rename = "linear")]
+    Linear,
+    #[serde(rename = "bias")]
+    Bias,
+    #[serde(rename = "linear+bias")]
+    Both,
+}
+
+/// Bits of a code, or planes.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum BitsFile {
+    Count(u32),
+    Word(String),
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SideFile {
-    bits: u32,
+    bits: BitsFile,
+    average_bits: Option<f32>,
     axis: Option<Axis>,
     group: Option<usize>,
     quantizer: Option<QuantizerFile>,
@@ -171,20 +212,21 @@ impl SchemeFile {
             window,
             sinks,
             sees: self.attention,
-            correction: self.correction,
+            correction: Correction::NONE,
             layers: Vec::new(),
             classes: Vec::new(),
             calibration: None,
         };
+        scheme.correction = self.correction.map_or(Ok(Correction::NONE), CorrectionFile::validate)?;
         check_correction(scheme.correction, scheme.keys)?;
-        scheme.layers = overrides(self.layers, &self.keys, &self.values, self.correction, &side)?;
+        scheme.layers = overrides(self.layers, &self.keys, &self.values, scheme.correction, &side)?;
         if self.classes.len() > MAX_CLASSES {
             return unsupported(format!("{} classes", self.classes.len()), format!("at most {MAX_CLASSES}"));
         }
         for (name, own) in self.classes {
             let (keys, values) = (merge(&self.keys, own.keys), merge(&self.values, own.values));
             let within = |problem: Problem| problem.within(&format!("classes.{name}"));
-            let layers = overrides(own.layers, &keys, &values, Correction::None, &side).map_err(within)?;
+            let layers = overrides(own.layers, &keys, &values, Correction::NONE, &side).map_err(within)?;
             let keys = side(&keys, Which::Keys).map_err(within)?;
             let values = side(&values, Which::Values).map_err(within)?;
             scheme.classes.push(Class { name, keys, values, layers });
@@ -192,6 +234,7 @@ impl SchemeFile {
         if !scheme.classes.is_empty() {
             check_classes(&scheme)?;
         }
+        check_features(&scheme)?;
         if scheme.sees == Sees::Stored && scheme.all_sides().any(needs_chunks) {
             return unsupported("attention = \"stored\" with low_rank", "attention = \"exact\"");
         }
@@ -214,8 +257,8 @@ fn overrides(
         let keys = side(&merge(keys, own.keys), Which::Keys).map_err(within)?;
         let values = side(&merge(values, own.values), Which::Values).map_err(within)?;
         // A correction of all layers leaves those out that have nothing to correct.
-        let inherited = if keys == Side::Half { Correction::None } else { correction };
-        let correction = own.correction.unwrap_or(inherited);
+        let inherited = if keys == Side::Half { Correction::NONE } else { correction };
+        let correction = own.correction.map_or(Ok(inherited), CorrectionFile::validate).map_err(within)?;
         check_correction(correction, keys).map_err(within)?;
         all.push(LayerOverride { layers, keys, values, correction });
     }
@@ -237,7 +280,8 @@ fn merge(base: &toml::Table, own: toml::Table) -> toml::Table {
     let mut merged = base.clone();
     // What belongs to a choice goes with it.
     for (choice, parts) in [
-        ("quantizer", &["clip", "include_zero"][..]),
+        ("bits", &["average_bits"][..]),
+        ("quantizer", &["clip", "include_zero"]),
         ("transform", &["heads", "permutation", "statistic"]),
         ("position", &["heads", "permutation", "statistic"]),
         ("permutation", &["statistic"]),
@@ -263,20 +307,54 @@ fn range(text: &str) -> Result<Range<usize>, Problem> {
     }
 }
 
+impl CorrectionFile {
+    fn validate(self) -> Result<Correction, Problem> {
+        let CorrectionTable { kind, features, states } = match self {
+            CorrectionFile::Kind(kind) => CorrectionTable { kind, features: None, states: None },
+            CorrectionFile::Table(table) => table,
+        };
+        let linear = matches!(kind, CorrectionKind::Linear | CorrectionKind::Both);
+        if !linear && (features.is_some() || states.is_some()) {
+            return unsupported("correction.features or states without a linear correction", "kind = \"linear\"");
+        }
+        let features = features.unwrap_or(FEATURES);
+        if !(32..=512).contains(&features) || !features.is_multiple_of(32) {
+            return unsupported(format!("correction.features = {features}"), "multiples of 32 from 32 to 512");
+        }
+        Ok(Correction {
+            linear: linear.then_some(Linear { features, states: states.unwrap_or_default() }),
+            bias: matches!(kind, CorrectionKind::Bias | CorrectionKind::Both),
+        })
+    }
+}
+
 impl SideFile {
     fn side(self, which: Which) -> Result<Side, Problem> {
         let name = which.name();
-        if self.bits == 16 {
+        let (count, planes) = match &self.bits {
+            BitsFile::Count(count) => (*count, None),
+            BitsFile::Word(word) if word == "planes" => (2, Some(self.average_bits.unwrap_or(2.0))),
+            BitsFile::Word(word) => {
+                return unsupported(format!("{name}.bits = \"{word}\""), "2, 3, 4, 8, 16, \"planes\"");
+            }
+        };
+        if self.average_bits.is_some() && planes.is_none() {
+            return unsupported(format!("{name}.average_bits without planes"), format!("{name}.bits = \"planes\""));
+        }
+        if planes.is_some_and(|average| !(0.25..=4.0).contains(&average)) {
+            return unsupported(format!("{name}.average_bits out of range"), "0.25 to 4");
+        }
+        if count == 16 {
             if self.has_choices() {
                 return unsupported(
                     format!("other choices of [{name}] with {name}.bits = 16"),
-                    "these choices on packed codes (bits = 2, 3, 4 or 8)",
+                    "these choices on packed codes (bits = 2, 3, 4, 8 or \"planes\")",
                 );
             }
             return Ok(Side::Half);
         }
-        let Ok(bits) = Bits::try_from(self.bits) else {
-            return unsupported(format!("{name}.bits = {}", self.bits), "2, 3, 4, 8, 16");
+        let Ok(bits) = Bits::try_from(count) else {
+            return unsupported(format!("{name}.bits = {count}"), "2, 3, 4, 8, 16, \"planes\"");
         };
         let group = self.group.unwrap_or(PAGE_TOKENS);
         if !GROUPS.contains(&group) {
@@ -284,6 +362,7 @@ impl SideFile {
         }
         let packed = Packed {
             bits,
+            planes,
             axis: self.axis.unwrap_or(which.default_axis()),
             group,
             quantizer: self.quantizer(name)?,
@@ -302,6 +381,7 @@ impl SideFile {
                 "these on keys and values after RoPE, with transform none, hadamard or basis",
             );
         }
+        check_planes(&packed, which)?;
         Ok(Side::Packed(packed))
     }
 

@@ -10,8 +10,8 @@ mod file;
 mod tests;
 
 pub use choices::{
-    Axis, Class, Correction, LayerOverride, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, Statistic,
-    Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, StateType,
+    Statistic, Transform,
 };
 
 use crate::{Calibration, SchemeError, Window};
@@ -22,11 +22,14 @@ macro_rules! built_in {
     ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../schemes/", $name, ".toml")))),*] };
 }
 
-const BUILT_IN: [(&str, &str); 15] = built_in![
+const BUILT_IN: [(&str, &str); 18] = built_in![
     "fp16",
     "kivi",
     "kivi-paper",
+    "kivi-linc",
     "kvlinc",
+    "kvlinc-rotation",
+    "dibit",
     "quarot",
     "quarot-official",
     "resq",
@@ -137,16 +140,35 @@ impl Scheme {
         self.all_sides().all(|side| side == Side::Half)
     }
 
+    /// The correction of a layer.
+    pub fn correction(&self, layer: usize) -> Correction {
+        self.layers.iter().find(|own| own.layers.contains(&layer)).map_or(self.correction, |own| own.correction)
+    }
+
     /// Whether the scheme needs what `dibit calibrate` makes.
     pub fn is_calibrated(&self) -> bool {
         self.all_sides().any(Side::is_calibrated)
     }
 
-    /// What the scheme asks for and this version does not do, as a sentence; `None` where nothing is missing.
+    /// The size of the linear correction, where a layer has one: all that have one share it.
+    pub fn linear(&self) -> Option<Linear> {
+        std::iter::once(self.correction).chain(self.layers.iter().map(|own| own.correction)).find_map(|own| own.linear)
+    }
+
+    /// Whether the scheme can use what `dibit calibrate` makes.
+    pub fn takes_calibration(&self) -> bool {
+        self.is_calibrated() || self.linear().is_some()
+    }
+
+    /// What the scheme asks for and goes without, as a sentence; `None` where nothing is missing.
     pub fn notice(&self) -> Option<String> {
-        let linear = |correction: Correction| correction == Correction::Linear;
-        (linear(self.correction) || self.overrides().any(|own| linear(own.correction))).then(|| {
-            format!("{}: the linear correction is not implemented yet; running the quantiser without it", self.name)
+        let trained = self.calibration.iter().flat_map(|own| &own.layers).any(|layer| layer.adapters.is_some());
+        (self.linear().is_some() && !trained).then(|| {
+            format!(
+                "{}: no adapters of the linear correction for this model; running the quantiser without it \
+                 (`dibit calibrate --kv {}` trains them)",
+                self.name, self.origin
+            )
         })
     }
 }

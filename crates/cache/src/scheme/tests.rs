@@ -26,6 +26,7 @@ fn a_file_of_ones_own() {
     let scheme = Scheme::parse(BASE, "mine.toml").unwrap();
     let packed = Packed {
         bits: Bits::Two,
+        planes: None,
         axis: Axis::Channel,
         group: 128,
         quantizer: Quantizer::FloatMin,

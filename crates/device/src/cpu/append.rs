@@ -2,6 +2,7 @@
 //!
 //! Frames of heads share nothing but what is only read, so they are worked on in parallel.
 
+use super::adapters::{self, StateMut};
 use super::encode::{Encoder, Tokens, write_chunk_factor, write_page_factor};
 use super::frames::Frames;
 use super::simd::Isa;
@@ -27,6 +28,8 @@ pub(super) struct Frame<'a> {
     pub values: FrameRows<'a>,
     /// Blocks that are written, by their numbers: the pages of the frame.
     pub pages: Vec<(u32, &'a mut [u8])>,
+    /// State of the linear correction, for a frame of one head that has one.
+    pub state: Option<StateMut<'a>>,
     pub scratch: &'a mut Scratch,
 }
 
@@ -52,6 +55,7 @@ pub(super) struct Scratch {
     sinks: Vec<bool>,
     /// What the codes of a chunk miss, `[token][head_dim]`: keys and values of each head.
     errors: Vec<[Vec<f32>; 2]>,
+    correction: adapters::Buffers,
 }
 
 /// Where a packed token lies.
@@ -129,11 +133,13 @@ impl Frame<'_> {
     /// Writes tokens of one page from `place` on.
     fn fill_page(&mut self, which: Which, tokens: Range<usize>, place: Place) -> Result<(), QuantError> {
         let (heads, d) = (self.heads(), self.layout.shape.head_dim);
-        let page_layout = self.layout.layer(place.class, self.layer).page;
-        let Self { rotations, protected, keys, values, pages, scratch, .. } = self;
-        let (rows, side) = match which {
-            Which::Keys => (keys, page_layout.keys),
-            Which::Values => (values, page_layout.values),
+        let layer = self.layout.layer(place.class, self.layer);
+        let page_layouts = &layer.pages[self.first_head..self.first_head + heads];
+        let Self { rotations, protected, keys, values, pages, scratch, state, .. } = self;
+        let corrects = which == Which::Keys && state.is_some();
+        let rows = match which {
+            Which::Keys => &mut *keys,
+            Which::Values => &mut *values,
         };
         scratch.sinks.clear();
         for token in tokens.clone() {
@@ -167,26 +173,55 @@ impl Frame<'_> {
             }
         }
         let slots = place.slot..place.slot + tokens.len();
-        let pages = pages_of(pages, place.block).chunks_exact_mut(page_layout.stride);
-        for ((page, wide), errors) in pages.zip(scratch.wide.chunks_exact_mut(per_head)).zip(&mut scratch.errors) {
-            match side {
+        let pages = pages_of(pages, place.block).chunks_exact_mut(layer.stride()).zip(page_layouts);
+        let wide = scratch.wide.chunks_exact_mut(per_head).enumerate();
+        for (((page, own), (head, wide)), errors) in pages.zip(wide).zip(&mut scratch.errors) {
+            match if which == Which::Keys { own.keys } else { own.values } {
                 SideLayout::Half { rows } => {
                     let row_bytes = d * size_of::<f16>();
                     let target = &mut page[rows + slots.start * row_bytes..rows + slots.end * row_bytes];
                     bytemuck::cast_slice_mut::<u8, f16>(target).convert_from_f32_slice(wide);
                 }
                 SideLayout::Packed(side) => {
-                    let tokens = Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks };
-                    scratch.encoder.encode(self.isa, &side, tokens, page, &mut errors[which as usize])?;
+                    let order = rotations.order.as_ref().filter(|_| which == Which::Keys);
+                    let order = order.map(|order| &order[self.first_head + head][..]);
+                    let tokens = Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks, order };
+                    let errors = &mut errors[which as usize];
+                    let wanted = corrects || side.factors.is_some();
+                    scratch.encoder.encode(self.isa, &side, tokens, page, wanted.then_some(errors))?;
                 }
             }
+        }
+        if let Some(state) = state.as_mut().filter(|_| corrects) {
+            let maps = rotations.adapters.as_ref().expect("the adapters of a state");
+            let Scratch { errors, wide, sinks, row, correction, .. } = &mut **scratch;
+            let missed = &mut errors[0][which as usize];
+            // Values of the same tokens are still in the ring: they leave it with the keys, or after them.
+            let mut rest = &mut wide[..per_head];
+            for run in runs(values.ring, d, tokens.clone()) {
+                let (now, behind) = rest.split_at_mut(run.len());
+                run.convert_to_f32_slice(now);
+                rest = behind;
+            }
+            let kept = drop_rows(missed, d, sinks);
+            drop_rows(&mut wide[..per_head], d, sinks);
+            if let Some(rotation) = &rotations.keys {
+                let missed = missed[..kept * d].chunks_exact_mut(d);
+                missed.for_each(|missed| rotation.apply_inverse(self.isa, self.first_head, missed, row));
+            }
+            // A sequence begins with an empty state, whatever was left there.
+            if tokens.start == 0 {
+                state.clear();
+            }
+            maps.flush(self.isa, self.first_head, &missed[..kept * d], &wide[..kept * d], state, correction);
+            missed.clear();
         }
         Ok(())
     }
 
     /// Factors what the codes of newly filled pages miss.
     fn finish_chunk(&mut self, head: usize, blocks: Range<usize>) -> Result<(), QuantError> {
-        let page_layout = self.layout.layers[self.layer].page;
+        let page_layout = self.layout.layers[self.layer].pages[self.first_head + head];
         for (side, error) in [page_layout.keys, page_layout.values].into_iter().zip(&self.scratch.errors[head]) {
             let SideLayout::Packed(side) = side else { continue };
             let Some(factors) = side.factors.filter(|_| !blocks.is_empty()) else { continue };
@@ -202,6 +237,16 @@ impl Frame<'_> {
         }
         Ok(())
     }
+}
+
+/// Moves the rows that are no sinks to the front; returns how many they are.
+fn drop_rows(rows: &mut [f32], width: usize, sinks: &[bool]) -> usize {
+    let mut kept = 0;
+    for (row, _) in sinks.iter().enumerate().filter(|(_, is_sink)| !**is_sink) {
+        rows.copy_within(row * width..(row + 1) * width, kept * width);
+        kept += 1;
+    }
+    kept
 }
 
 /// The pages of a block that is written.

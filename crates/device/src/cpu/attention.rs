@@ -9,6 +9,7 @@
 //! Long histories of single rows are cut into splits of a fixed number of tokens, which depend on nothing but the
 //! sequence's length, so that neither threads nor batches change a result.
 
+use super::adapters;
 use super::block::{Block, Tokens};
 use super::page::{Folding, Page};
 use super::simd::Isa;
@@ -59,6 +60,8 @@ pub(super) struct Buffers {
     items: Vec<Item>,
     /// Partial results of each item: `[query][maximum, normaliser, head_dim weighted values]`.
     partials: Vec<f32>,
+    /// What the linear correction adds: `[kv head][row][query head][normaliser, head_dim weighted values]`.
+    corrections: Vec<f32>,
 }
 
 /// Buffers of one thread.
@@ -71,11 +74,12 @@ pub(super) struct Scratch {
     pub folding: Folding,
     /// Keys of a page of a frame, `[channel][128]`, turned by the angles within the page.
     pub expanded: Vec<f32>,
-    /// Queries turned back by the angle of the page.
+    /// Queries as keys in pages see them: turned back by the angle of the page, or in the order of its channels.
     pub turned: Vec<f32>,
     pub row: Vec<f32>,
     /// Protected tokens of the block: token within the block, and slot.
     pub sinks: Vec<(usize, usize)>,
+    correction: adapters::Buffers,
 }
 
 thread_local! {
@@ -110,7 +114,7 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
     let item_rows = (TASK_QUERIES / (frame * shared)).max(1).min(rows.len());
     let stride = heads.dim + 2;
     let item_len = item_rows * frame * shared * stride;
-    let Buffers { items, partials } = buffers;
+    let Buffers { items, partials, corrections } = buffers;
     plan(items, call, rows.clone(), item_rows);
     if partials.len() < items.len() * item_len {
         partials.resize(items.len() * item_len, 0.0);
@@ -121,8 +125,10 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
             run(call, item, scratch, partials);
         });
     });
+    let corrected = correct(call, rows.clone(), q, corrections);
     let width = heads.num * heads.dim;
-    out[..rows.len() * width].par_chunks_mut(width).zip(rows).for_each(|(out, row)| {
+    let count = rows.len();
+    out[..rows.len() * width].par_chunks_mut(width).zip(rows).enumerate().for_each(|(index, (out, row))| {
         for (kv_head, outs) in out.chunks_exact_mut(shared * heads.dim).enumerate() {
             let own = |item: &&Item| item.first_head == kv_head / frame * frame && item.rows.contains(&row);
             let first = items.iter().position(|item| own(&item)).expect("every row is planned");
@@ -132,7 +138,11 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
             let parts = partials[first * item_len..].chunks(item_len).take(splits);
             for (head, out) in outs.chunks_exact_mut(heads.dim).enumerate() {
                 let at = (query + head) * stride;
-                join(parts.clone().map(|part| &part[at..at + stride]), out);
+                let correction = corrected.then(|| {
+                    let own = (kv_head * count + index) * shared + head;
+                    &corrections[own * (heads.dim + 1)..][..heads.dim + 1]
+                });
+                join(parts.clone().map(|part| &part[at..at + stride]), correction, out);
                 if let Some(rotation) = &call.store.frames(call.layer).values {
                     SCRATCH.with_borrow_mut(|scratch| rotation.apply_inverse(call.isa, kv_head, out, &mut scratch.row));
                 }
@@ -168,8 +178,8 @@ fn plan(items: &mut Vec<Item>, call: Call, rows: Range<usize>, item_rows: usize)
 }
 
 /// Joins the partial results of one query: `sum_j w_j Y_j / sum_j w_j l_j` with `w_j = exp(m_j - max m)`
-/// (KVLinC, Algorithm 1).
-fn join<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, out: &mut [f32]) {
+/// (KVLinC, Algorithm 1). What the correction adds to both sums is in the frame of the largest logit of all.
+fn join<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, correction: Option<&[f32]>, out: &mut [f32]) {
     let maximum = parts.clone().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
     let mut normaliser = 0.0;
     out.fill(0.0);
@@ -180,9 +190,49 @@ fn join<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, out: &mut [f32]) {
             *out += weight * value;
         }
     }
+    if let Some((correction, values)) = correction.and_then(<[f32]>::split_first) {
+        normaliser += correction;
+        out.iter_mut().zip(values).for_each(|(out, value)| *out += value);
+    }
     for out in out {
         *out /= normaliser;
     }
+}
+
+/// What the states of the layer's linear correction add to these rows; false where there is nothing to add.
+fn correct(call: Call, rows: Range<usize>, q: &[f32], corrections: &mut Vec<f32>) -> bool {
+    let Call { store, layer, heads, .. } = call;
+    let Some(maps) = &store.frames(layer).adapters else { return false };
+    let window = store.layout().window;
+    let has_state = |span: &&Span| window.packed_keys(span.cached) > 0;
+    let (shared, width) = (heads.per_key_value(), heads.num * heads.dim);
+    let per_row = shared * (heads.dim + 1);
+    corrections.clear();
+    if call.spans.iter().find(has_state).is_none() {
+        return false;
+    }
+    corrections.resize(heads.num_key_value * rows.len() * per_row, 0.0);
+    let correct = |(kv_head, own): (usize, &mut [f32])| {
+        for span in call.spans.iter().filter(has_state) {
+            let Some(state) = store.state(span, layer, kv_head) else { return };
+            let own_rows = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
+            if own_rows.is_empty() {
+                continue;
+            }
+            let first = own_rows.start - rows.start;
+            let queries = &q[first * width + kv_head * shared * heads.dim..];
+            let out = &mut own[first * per_row..][..own_rows.len() * per_row];
+            let blocks = out.par_chunks_mut(TASK_QUERIES * per_row).enumerate();
+            blocks.for_each(|(block, out)| {
+                let queries = &queries[block * TASK_QUERIES * width..];
+                SCRATCH.with_borrow_mut(|scratch| {
+                    maps.correct(call.isa, kv_head, queries, width, &state, out, &mut scratch.correction);
+                });
+            });
+        }
+    };
+    corrections.par_chunks_mut(rows.len() * per_row).enumerate().for_each(correct);
+    true
 }
 
 fn load_queries(scratch: &mut Scratch, call: Call, q: &[f32], item: &Item, first_row: usize) {
@@ -201,6 +251,14 @@ fn load_queries(scratch: &mut Scratch, call: Call, q: &[f32], item: &Item, first
                     rotation.apply(call.isa, kv_head, &mut scratch.queries[start..], &mut scratch.row);
                 }
             }
+        }
+    }
+    if let Some(order) = &call.store.frames(call.layer).order {
+        let Scratch { queries, turned, .. } = &mut *scratch;
+        turned.clear();
+        for (own, queries) in order[item.first_head..].iter().zip(queries.chunks(item.rows.len() * shared * d)) {
+            let queries = queries.chunks_exact(d);
+            queries.for_each(|query| turned.extend(own.iter().map(|channel| query[*channel])));
         }
     }
     let queries = item.rows.len() * shared;
@@ -274,7 +332,7 @@ fn next_page<'a>(
 ) -> Option<&'a [u8]> {
     let Tokens::Packed(slots) = tokens else { return None };
     let index = slots.start / PAGE_TOKENS + 1;
-    let page = call.store.layout().layer(class, call.layer).page;
+    let page = &call.store.layout().layer(class, call.layer).pages[kv_head];
     let packed = matches!((page.keys, page.values), (SideLayout::Packed(_), SideLayout::Packed(_)));
     if !packed || !span.classes.is_empty() || index * PAGE_TOKENS >= packed_keys {
         return None;
@@ -285,7 +343,7 @@ fn next_page<'a>(
 /// Expands the keys of a page that are stored before RoPE, for all heads of a frame.
 fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mut Scratch) {
     let Some(pre_rope) = &call.store.frames(call.layer).pre_rope else { return };
-    let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].page.keys else { return };
+    let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].pages[first_head].keys else { return };
     let Scratch { expanded, folding, .. } = scratch;
     pre_rope.load(call.isa, first_head, expanded, |head, place, out| {
         let bytes = call.store.page(0, span.blocks[token / PAGE_TOKENS], call.layer, first_head + head);

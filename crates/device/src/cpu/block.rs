@@ -116,7 +116,7 @@ impl Block<'_> {
         let Call { isa, store, layer, heads, .. } = self.call;
         let d = heads.dim;
         let own = self.own();
-        match store.layout().layer(self.class, layer).page.keys {
+        match store.layout().layer(self.class, layer).pages[self.kv_head].keys {
             SideLayout::Half { rows } => {
                 let page = store.page(self.class, self.blocks(tokens.start)[0], layer, self.kv_head);
                 self.plain_logits([half_rows(page, rows, tokens, d), &[]]);
@@ -137,9 +137,13 @@ impl Block<'_> {
                     };
                     mix_rows(isa, &turned[own.clone()], keys, shape, logits);
                 } else {
+                    let queries = if side.planes.is_some() { &*turned } else { &*queries };
                     let weights = Weights { values: &queries[own.clone()], count: self.queries, stride: d };
                     let mut sums = Sums { values: &mut *logits, stride: PAGE_TOKENS };
                     page.accumulate(isa, 0..d, weights, &mut sums, folding);
+                    if store.layout().layer(self.class, layer).bias {
+                        page.take_bias(weights, &mut sums);
+                    }
                     if side.token_hadamard {
                         rotate_tokens(isa, logits);
                     }
@@ -192,7 +196,7 @@ impl Block<'_> {
     fn page_values(&mut self, tokens: Range<usize>) {
         let Call { isa, store, layer, heads, .. } = self.call;
         let (d, stride) = (heads.dim, heads.dim + 2);
-        let side = match store.layout().layer(self.class, layer).page.values {
+        let side = match store.layout().layer(self.class, layer).pages[self.kv_head].values {
             SideLayout::Half { rows } => {
                 let page = store.page(self.class, self.blocks(tokens.start)[0], layer, self.kv_head);
                 return self.plain_values([half_rows(page, rows, tokens, d), &[]], 0);

@@ -3,8 +3,8 @@
 use super::quantise::{self, RowParameters};
 use super::rotate;
 use super::simd::Isa;
-use dibit_cache::{Along, Factors, GroupSpan, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::{Hadamard, LowRank, Parameters, QuantError, put};
+use dibit_cache::{Along, Factors, GroupSpan, Outliers, PAGE_TOKENS, PackedSide, Planes};
+use dibit_quant::{Bits, Hadamard, LowRank, Parameters, QuantError, put};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -21,6 +21,8 @@ pub(super) struct Tokens<'a> {
     pub slots: Range<usize>,
     /// Which of them are kept elsewhere, and have no part in a group.
     pub sinks: &'a [bool],
+    /// The channels in the order in which they are stored, where that is not their own.
+    pub order: Option<&'a [usize]>,
 }
 
 /// Buffers of the encoder.
@@ -39,6 +41,10 @@ pub(super) struct Encoder {
     sorted: Vec<usize>,
     /// Row, lane and value of what is kept beside the codes.
     kept: Vec<(usize, usize, f32)>,
+    /// `[token][plane]`
+    planes: Vec<u8>,
+    /// Channels of a token on their way to another order.
+    row: Vec<f32>,
 }
 
 /// Slot of the token that a code belongs to.
@@ -46,9 +52,13 @@ fn slot(side: &PackedSide, row: usize, lane: usize) -> usize {
     if side.tokens_are_lanes { lane } else { row }
 }
 
-/// Channels that have codes.
+/// Channels that have codes, or a mean in their place.
 fn channels(side: &PackedSide) -> usize {
-    if side.tokens_are_lanes { side.rows } else { side.lanes }
+    match side.planes {
+        Some(planes) => planes.channels,
+        None if side.tokens_are_lanes => side.rows,
+        None => side.lanes,
+    }
 }
 
 /// Whether a group is a channel of several tokens. If not, it is several channels of a token.
@@ -83,8 +93,8 @@ impl Tokens<'_> {
 }
 
 impl Encoder {
-    /// Quantises tokens into a page. What the codes miss is appended to `error`, `[token][head_dim]`, where the side
-    /// keeps factors of it.
+    /// Quantises tokens into a page. What the codes miss is appended to `error`, `[token][head_dim]`, where that is wanted;
+    /// it is zero for sinks.
     ///
     /// Groups along tokens need whole pages, which the schemes' validation sees to.
     pub(super) fn encode(
@@ -93,8 +103,15 @@ impl Encoder {
         side: &PackedSide,
         mut tokens: Tokens,
         page: &mut [u8],
-        error: &mut Vec<f32>,
+        error: Option<&mut Vec<f32>>,
     ) -> Result<(), QuantError> {
+        if let Some(order) = tokens.order {
+            for token in tokens.values.chunks_exact_mut(tokens.head_dim) {
+                self.row.clear();
+                self.row.extend(order.iter().map(|channel| token[*channel]));
+                token.copy_from_slice(&self.row);
+            }
+        }
         if side.token_hadamard {
             let hadamard = Hadamard::new(PAGE_TOKENS).expect("a power of two");
             rotate::hadamard_columns(isa, &hadamard, tokens.values, tokens.head_dim);
@@ -103,12 +120,12 @@ impl Encoder {
         if let Some(outliers) = side.outliers {
             self.set_outliers_aside(side, outliers, &mut tokens);
         }
-        let first_error = error.len();
-        if side.factors.is_some() {
-            error.resize(first_error + tokens.values.len(), 0.0);
-        }
-        let error = &mut error[first_error..];
-        self.quantise(isa, side, &tokens, page, error)?;
+        let mut error = error.map(|error| {
+            let first = error.len();
+            error.resize(first + tokens.values.len(), 0.0);
+            &mut error[first..]
+        });
+        self.quantise(isa, side, &tokens, page, error.as_deref_mut())?;
         if side.tokens_are_lanes {
             self.pack_channels(isa, side, tokens.slots.clone(), page);
         } else {
@@ -118,7 +135,14 @@ impl Encoder {
             write_high(side, &tokens, page);
         }
         if let Some(outliers) = side.outliers {
-            self.write_outliers(side, outliers, &tokens, page, error);
+            self.write_outliers(side, outliers, &tokens, page, error.as_deref_mut());
+        }
+        if let (Some(order), Some(error)) = (tokens.order, error) {
+            for token in error.chunks_exact_mut(tokens.head_dim) {
+                self.row.clear();
+                self.row.extend_from_slice(token);
+                order.iter().zip(&self.row).for_each(|(channel, missed)| token[*channel] = *missed);
+            }
         }
         Ok(())
     }
@@ -155,10 +179,10 @@ impl Encoder {
         outliers: Outliers,
         tokens: &Tokens,
         page: &mut [u8],
-        error: &mut [f32],
+        mut error: Option<&mut [f32]>,
     ) {
         for (place, &(row, lane, value)) in self.kept.iter().enumerate() {
-            if side.factors.is_some() {
+            if let Some(error) = &mut error {
                 error[tokens.index(side, row, lane)] = 0.0;
             }
             // Rows are kept in their order, each with the same number of values.
@@ -180,7 +204,7 @@ impl Encoder {
         side: &PackedSide,
         tokens: &Tokens,
         page: &mut [u8],
-        error: &mut [f32],
+        mut error: Option<&mut [f32]>,
     ) -> Result<(), QuantError> {
         let channels = channels(side);
         self.codes.clear();
@@ -206,8 +230,8 @@ impl Encoder {
                 let index = slot - tokens.slots.start;
                 let numbers = tokens.numbers(side, slot);
                 let codes = &mut self.codes[index * channels..][..channels];
-                quantise::code(isa, numbers, &self.own, side.quantizer, side.bits, codes);
-                if side.factors.is_some() {
+                quantise::code(isa, numbers, &self.own, side.quantizer, codes);
+                if let Some(error) = &mut error {
                     let error = &mut error[index * tokens.head_dim..][..channels];
                     quantise::missed(isa, numbers, codes, &self.own, side.quantizer, error);
                 }
@@ -234,8 +258,13 @@ impl Encoder {
         }
         let is_empty = tokens.seen(group.clone()).next().is_none();
         for (channel, (min, max)) in self.min.iter().zip(&self.max).enumerate() {
-            let parameters = if is_empty { NONE } else { side.quantizer.fit_range(*min, *max, side.bits)? };
-            self.own.set(channel..channel + 1, parameters);
+            let bits = bits(side, channel);
+            let parameters = match bits {
+                _ if is_empty => NONE,
+                Some(bits) => side.quantizer.fit_range(*min, *max, bits)?,
+                None => mean(tokens, side, group.clone(), channel),
+            };
+            self.own.set(channel..channel + 1, parameters, bits.map_or(0, Bits::max_code));
             write_parameters(side, page, group.start, channel, parameters);
         }
         Ok(())
@@ -255,7 +284,7 @@ impl Encoder {
             let (min, max) = quantise::range(isa, own);
             let parameters = if tokens.is_sink(slot) { NONE } else { side.quantizer.fit_range(min, max, side.bits)? };
             let first = index * side.group;
-            self.own.set(first..first + own.len(), parameters);
+            self.own.set(first..first + own.len(), parameters, side.bits.max_code());
             write_parameters(side, page, slot, first, parameters);
         }
         Ok(())
@@ -274,7 +303,14 @@ impl Encoder {
 
     /// Packs rows that are channels: the bytes at one place of all rows at a time.
     fn pack_channels(&mut self, isa: Isa, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
-        let Self { codes, bytes, .. } = self;
+        let Self { codes, bytes, planes, .. } = self;
+        let codes = match side.planes {
+            Some(own) => {
+                split_planes(own, codes, planes);
+                planes
+            }
+            None => codes,
+        };
         let rows = &mut page[side.codes..][..side.rows * side.row_bytes];
         bytes.resize(side.rows, 0);
         for span in side.group_spans() {
@@ -305,6 +341,33 @@ impl Encoder {
     }
 }
 
+/// Bits of a channel in the order of storage; none where it has no plane.
+fn bits(side: &PackedSide, channel: usize) -> Option<Bits> {
+    let Some(planes) = side.planes else { return Some(side.bits) };
+    match planes.with.iter().filter(|with| channel < **with).count() {
+        0 => None,
+        1 => Some(Bits::Two),
+        _ => Some(Bits::Four),
+    }
+}
+
+/// The mean of a group, in place of codes.
+fn mean(tokens: &Tokens, side: &PackedSide, group: Range<usize>, channel: usize) -> Parameters {
+    let numbers = tokens.seen(group).map(|slot| f64::from(tokens.numbers(side, slot)[channel]));
+    let (count, sum) = numbers.fold((0, 0.0), |(count, sum), number| (count + 1, sum + number));
+    Parameters { scale: f16::ZERO, zero: f16::from_f64(sum / f64::from(count)) }
+}
+
+/// From the codes of channels, `[token][channel]`, to planes, `[token][plane]`.
+fn split_planes(own: Planes, codes: &[u8], planes: &mut Vec<u8>) {
+    planes.clear();
+    for token in codes.chunks_exact(own.channels) {
+        for (plane, with) in own.with.iter().enumerate() {
+            planes.extend(token[..*with].iter().map(|code| code >> (2 * plane) & 3));
+        }
+    }
+}
+
 /// Says which number of a token is not finite.
 fn not_finite(side: &PackedSide, tokens: &Tokens, slot: usize) -> QuantError {
     let numbers = tokens.numbers(side, slot);
@@ -320,7 +383,9 @@ fn not_finite(side: &PackedSide, tokens: &Tokens, slot: usize) -> QuantError {
 fn write_parameters(side: &PackedSide, page: &mut [u8], slot: usize, channel: usize, parameters: Parameters) {
     let (row, lane) = if side.tokens_are_lanes { (channel, slot) } else { (slot, channel) };
     let at = side.parameter(row, lane) * size_of::<f16>();
-    put_half(page, side.scales + at, parameters.scale);
+    if side.planes.is_none_or(|planes| row < planes.with[0]) {
+        put_half(page, side.scales + at, parameters.scale);
+    }
     put_half(page, side.zeros + at, parameters.zero);
 }
 

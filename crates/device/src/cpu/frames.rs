@@ -1,9 +1,10 @@
 //! The frames in which keys and values are stored: rotations of heads, and keys before their rotary embedding.
 
+use super::adapters::FeatureMaps;
 use super::elementwise;
 use super::rotate;
 use super::simd::Isa;
-use dibit_cache::{CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, PreRope, Tables, Transform};
+use dibit_cache::{CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, Planes, PreRope, SideLayout, Tables, Transform};
 use dibit_quant::{Hadamard, turn_back};
 use std::sync::Arc;
 
@@ -16,6 +17,10 @@ pub(super) struct Frames {
     pub values: Option<HeadRotation>,
     /// Keys stored before RoPE.
     pub pre_rope: Option<PreRopeKeys>,
+    /// For each KV head, its key channels in the order in which pages hold them, where that is not their own.
+    pub order: Option<Vec<Vec<usize>>>,
+    /// Adapters of the linear correction.
+    pub adapters: Option<FeatureMaps>,
 }
 
 /// An orthogonal matrix for each KV head.
@@ -43,7 +48,17 @@ impl Frames {
             Transform::PreRope(choice) => Some(PreRopeKeys::new(layout, layer, choice, tables?, index)?),
             _ => None,
         };
-        Some(Frames { keys, values, pre_rope })
+        let planes = layer.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.planes.is_some()));
+        let order = match planes {
+            true => {
+                let counts = calibration?.key_planes.as_ref()?;
+                Some(counts.chunks_exact(layout.shape.head_dim).map(Planes::order).collect())
+            }
+            false => None,
+        };
+        let adapters = layer.states.as_ref().and(calibration).and_then(|own| own.adapters.as_ref());
+        let adapters = adapters.map(|own| FeatureMaps::new(own, layout.shape));
+        Some(Frames { keys, values, pre_rope, order, adapters })
     }
 }
 

@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod adapters;
 mod append;
 mod attention;
 mod block;
@@ -14,6 +15,7 @@ mod exp;
 mod frames;
 mod ggml;
 mod linear;
+mod missed;
 mod mix;
 mod page;
 mod quantise;
@@ -301,5 +303,16 @@ impl Device for Cpu {
             cache.store.append(layer, span, span.rows.clone(), span.cached)?;
         }
         Ok(())
+    }
+
+    fn missed_keys(
+        &self,
+        layout: &CacheLayout,
+        layer: usize,
+        k: &Vec<f32>,
+        rows: usize,
+        out: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        missed::missed_keys(self.isa, layout, layer, &k[..rows * layout.shape.row()], out)
     }
 }

@@ -70,11 +70,12 @@ dispatch! {
     neon: widen_body(values, min, max);
 }
 
-/// Scale and zero of each number of a row.
+/// Scale, zero and largest code of each number of a row.
 #[derive(Default)]
 pub(super) struct RowParameters {
     scales: Vec<f32>,
     zeros: Vec<f32>,
+    max_codes: Vec<f32>,
 }
 
 impl RowParameters {
@@ -82,26 +83,27 @@ impl RowParameters {
     pub(super) fn resize(&mut self, len: usize) {
         self.scales.resize(len, 0.0);
         self.zeros.resize(len, 0.0);
+        self.max_codes.resize(len, 0.0);
     }
 
     /// Gives some numbers these parameters.
-    pub(super) fn set(&mut self, numbers: Range<usize>, parameters: Parameters) {
+    pub(super) fn set(&mut self, numbers: Range<usize>, parameters: Parameters, max_code: u8) {
         self.scales[numbers.clone()].fill(parameters.scale.widen());
-        self.zeros[numbers].fill(parameters.zero.widen());
+        self.zeros[numbers.clone()].fill(parameters.zero.widen());
+        self.max_codes[numbers].fill(f32::from(max_code));
     }
 }
 
 #[inline(always)]
-fn code_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, bits: Bits, codes: &mut [u8]) {
-    let max_code = f32::from(bits.max_code());
-    let parameters = own.scales.iter().zip(&own.zeros);
-    for ((code, value), (scale, zero)) in codes.iter_mut().zip(values).zip(parameters) {
+fn code_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, codes: &mut [u8]) {
+    let parameters = own.scales.iter().zip(&own.zeros).zip(&own.max_codes);
+    for ((code, value), ((scale, zero), max_code)) in codes.iter_mut().zip(values).zip(parameters) {
         let steps = match quantizer {
             Quantizer::FloatMin => (value - zero) / scale,
             // Beyond 2^22 this does not round, but no zero point is large enough to bring that back to a code.
             Quantizer::IntegerZero { .. } => ((value / scale + ROUND) - ROUND) + zero,
         };
-        let clamped = smaller(larger(steps, 0.0), max_code);
+        let clamped = smaller(larger(steps, 0.0), *max_code);
         let clamped = if *scale == 0.0 { 0.0 } else { clamped };
         *code = (clamped + ROUND).to_bits() as u8;
     }
@@ -109,11 +111,11 @@ fn code_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, bits: Bi
 
 dispatch! {
     /// The codes of a row.
-    fn code<>(values: &[f32], own: &RowParameters, quantizer: Quantizer, bits: Bits, codes: &mut [u8]);
-    baseline: code_body(values, own, quantizer, bits, codes);
-    avx2: code_body(values, own, quantizer, bits, codes);
-    avx512: code_body(values, own, quantizer, bits, codes);
-    neon: code_body(values, own, quantizer, bits, codes);
+    fn code<>(values: &[f32], own: &RowParameters, quantizer: Quantizer, codes: &mut [u8]);
+    baseline: code_body(values, own, quantizer, codes);
+    avx2: code_body(values, own, quantizer, codes);
+    avx512: code_body(values, own, quantizer, codes);
+    neon: code_body(values, own, quantizer, codes);
 }
 
 #[inline(always)]

@@ -41,7 +41,7 @@ impl Reference {
                 cached.map(|row| self.framed(side, is_keys, head, row).into_iter().map(half).collect()).collect()
             })
             .collect();
-        if let Side::Packed(form) = side {
+        if let (Side::Packed(form), 1..) = (side, packed) {
             self.quantise(form, is_keys, &mut stored, packed);
         }
         for (head, rows) in stored.iter_mut().enumerate() {
@@ -88,11 +88,11 @@ impl Reference {
             Transform::PreRope(choice) => self.before_rope(choice, heads, packed),
             _ => {}
         }
-        for rows in heads.iter_mut() {
+        for (head, rows) in heads.iter_mut().enumerate() {
             let original = rows.clone();
             let aside = self.set_outliers_aside(form, is_keys, rows, packed);
             let replaced = rows.clone();
-            self.groups(form, rows, packed);
+            self.groups(form, head, rows, packed);
             for &(t, c) in &aside {
                 rows[t][c] = original[t][c];
             }
@@ -169,25 +169,59 @@ impl Reference {
         aside
     }
 
+    /// Bits of a channel; none where it has no plane.
+    fn bits(&self, form: Packed, head: usize, channel: usize) -> Option<Bits> {
+        let counts = self.calibration.key_planes.as_ref().filter(|_| form.planes.is_some());
+        match counts.map(|counts| counts[head * self.head_dim + channel]) {
+            None => Some(form.bits),
+            Some(0) => None,
+            Some(1) => Some(Bits::Two),
+            Some(_) => Some(Bits::Four),
+        }
+    }
+
+    /// What rounding adds to the logit of a packed token on average, by the ranges of its channels' groups.
+    pub(super) fn bias(&self, form: Packed, keys: &Heads, head: usize, query: &[f32], token: usize) -> f64 {
+        let keys: Vec<Vec<f32>> = keys[head].iter().map(|row| self.framed(Side::Packed(form), true, head, row)).collect();
+        let query = self.framed(Side::Packed(form), true, head, query);
+        let first = token / form.group * form.group;
+        let group = (first..first + form.group).filter(|t| !self.sinks.contains(t));
+        let of_channel = |c: usize| {
+            let Some(bits) = self.bits(form, head, c) else { return 0.0 };
+            let values = group.clone().map(|t| half(keys[t][c]));
+            let (min, max) = values.fold((f32::MAX, f32::MIN), |(min, max), x| (min.min(x), max.max(x)));
+            let step = half((max - min) / f32::from(bits.max_code()));
+            let a = f64::from(query[c]) * f64::from(step) / 2.0 / (self.head_dim as f64).sqrt();
+            if a.abs() < 1e-3 { a * a / 6.0 } else { (a.sinh() / a).ln() }
+        };
+        (0..self.head_dim).map(of_channel).sum()
+    }
+
     /// Quantises every group.
-    fn groups(&self, form: Packed, rows: &mut [Vec<f32>], packed: usize) {
+    fn groups(&self, form: Packed, head: usize, rows: &mut [Vec<f32>], packed: usize) {
         let low = self.low_channels(form);
         let group = form.group;
-        let mut quantise = |cells: Vec<(usize, usize)>| {
+        let mut quantise = |cells: Vec<(usize, usize)>, bits: Option<Bits>| {
             let cells: Vec<_> = cells.into_iter().filter(|(t, _)| !self.sinks.contains(t)).collect();
             let values: Vec<f32> = cells.iter().map(|&(t, c)| rows[t][c]).collect();
-            for ((t, c), value) in cells.into_iter().zip(fake_quantise(form.quantizer, form.bits, &values)) {
+            let mean = values.iter().sum::<f32>() / values.len() as f32;
+            let means = || vec![half(mean); values.len()];
+            let replaced = bits.map_or_else(means, |bits| fake_quantise(form.quantizer, bits, &values));
+            for ((t, c), value) in cells.into_iter().zip(replaced) {
                 rows[t][c] = value;
             }
         };
         if form.axis == Axis::Channel {
             for start in (0..packed).step_by(group) {
-                (0..low).for_each(|c| quantise((start..packed.min(start + group)).map(|t| (t, c)).collect()));
+                for c in 0..low {
+                    let bits = self.bits(form, head, c);
+                    quantise((start..packed.min(start + group)).map(|t| (t, c)).collect(), bits);
+                }
             }
         } else {
             for t in 0..packed {
                 for start in (0..low).step_by(group.min(low)) {
-                    quantise((start..low.min(start + group)).map(|c| (t, c)).collect());
+                    quantise((start..low.min(start + group)).map(|c| (t, c)).collect(), Some(form.bits));
                 }
             }
         }
@@ -250,6 +284,21 @@ impl Reference {
             rows[t] = row.to_vec();
         }
     }
+}
+
+/// `phi(x) = [softmax(x W1), softmax(x W2)]` by the maps of one head.
+pub(super) fn features(maps: &[Vec<f32>; 2], head: usize, features: usize, x: &[f32]) -> Vec<f64> {
+    let (d, half) = (x.len(), features / 2);
+    let of_map = |map: &Vec<f32>| {
+        let map = &map[head * d * half..(head + 1) * d * half];
+        let logit = |j: usize| -> f64 { (0..d).map(|c| f64::from(x[c]) * f64::from(map[c * half + j])).sum() };
+        let logits: Vec<f64> = (0..half).map(logit).collect();
+        let largest = logits.iter().copied().fold(f64::MIN, f64::max);
+        let weights: Vec<f64> = logits.iter().map(|l| (l - largest).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        weights.into_iter().map(move |w| w / total).collect::<Vec<f64>>()
+    };
+    maps.iter().flat_map(of_map).collect()
 }
 
 /// `H X` along the tokens of each page; its own inverse.

@@ -1,12 +1,13 @@
 //! The bytes of a cache on the CPU.
 
+use super::adapters::{State, StateMut};
 use super::append::{Frame, FrameRows, Scratch, blocks, leaving};
 use super::frames::{Frames, HeadRotation};
 use super::quantise::largest_magnitude;
 use super::simd::Isa;
 use super::sinks::Protected;
 use crate::{Batch, DeviceError, Span};
-use dibit_cache::{CacheLayout, CacheShape, Extras, PAGE_TOKENS};
+use dibit_cache::{CacheLayout, CacheShape, Extras, PAGE_TOKENS, StateType};
 use half::f16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -24,6 +25,8 @@ pub struct CpuStore {
     pages: MmapMut,
     keys: Rows,
     values: Rows,
+    /// States of the linear correction, those of one sequence after the other; untouched memory is not resident.
+    states: MmapMut,
     sequences: Vec<SequenceState>,
     /// Buffers of each frame of a layer.
     scratch: Vec<Scratch>,
@@ -99,6 +102,7 @@ impl CpuStore {
             pages,
             keys: rows(Which::Keys, layout.window.key_slots())?,
             values: rows(Which::Values, layout.window.value_slots())?,
+            states: map("correction states", num_sequences * layout.state_bytes())?,
             sequences: (0..num_sequences).map(|_| state()).collect(),
             scratch: Vec::new(),
             layout: layout.clone(),
@@ -116,7 +120,7 @@ impl CpuStore {
     /// Bytes of the page of `block` that holds tokens of `class`.
     pub(super) fn page(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> &[u8] {
         let offset = self.layout.page_offset(class, block, layer, kv_head);
-        &self.pages[offset..offset + self.layout.layer(class, layer).page.stride]
+        &self.pages[offset..offset + self.layout.layer(class, layer).stride()]
     }
 
     /// The first block of the chunk that block number `index` of a sequence belongs to.
@@ -132,6 +136,18 @@ impl CpuStore {
     /// Key and value of a protected token, by its slot.
     pub(super) fn sink(&self, span: &Span, layer: usize, kv_head: usize, slot: usize) -> [&[f16]; 2] {
         [&self.keys, &self.values].map(|rows| rows.sinks.row(&self.layout, span.slot, layer, kv_head, slot))
+    }
+
+    /// The state of the linear correction of a KV head.
+    pub(super) fn state(&self, span: &Span, layer: usize, kv_head: usize) -> Option<State<'_>> {
+        let own = self.layout.layers[layer].states.as_ref()?;
+        let place = own.places[kv_head]?;
+        let start = span.slot as usize * self.layout.state_bytes() + own.offset + place * own.head_bytes();
+        let bytes = &self.states[start..start + own.numbers * own.states.bytes()];
+        Some(match own.states {
+            StateType::Fp32 => State::Fp32(bytemuck::cast_slice(bytes)),
+            StateType::Fp16 => State::Fp16(bytemuck::cast_slice(bytes)),
+        })
     }
 
     /// What a sequence of `len` tokens holds beside pages and window.
@@ -238,13 +254,14 @@ impl CpuStore {
 
     /// The frames of a layer, with their pages in these blocks.
     fn split<'a>(&'a mut self, layer: usize, span: &'a Span, blocks: Vec<(u32, usize)>) -> Vec<Frame<'a>> {
-        let Self { isa, layout, frames, pages, keys, values, sequences, scratch } = self;
+        let Self { isa, layout, frames, pages, keys, values, states, sequences, scratch } = self;
         let heads = layout.layers[layer].frame;
         let count = layout.shape.num_key_value_heads / heads;
         scratch.resize_with(count.max(scratch.len()), Default::default);
         let mut pages = split_pages(layout, pages, layer, blocks, count).into_iter();
         let mut keys = keys.split(layout, span.slot, layer, count);
         let mut values = values.split(layout, span.slot, layer, count);
+        let mut states = split_states(layout, states, layer, span.slot).into_iter();
         let frame = |(index, scratch)| Frame {
             isa: *isa,
             layout,
@@ -256,6 +273,7 @@ impl CpuStore {
             keys: keys.next().expect("keys of every frame"),
             values: values.next().expect("values of every frame"),
             pages: pages.next().expect("pages of every frame"),
+            state: states.next().flatten(),
             scratch,
         };
         scratch.iter_mut().take(count).enumerate().map(frame).collect()
@@ -284,12 +302,28 @@ fn split_pages<'a>(
     let mut start = 0;
     for (block, class) in blocks {
         let offset = layout.page_offset(class, block, layer, 0);
-        let bytes = layout.shape.num_key_value_heads * layout.layer(class, layer).page.stride;
+        let bytes = layout.shape.num_key_value_heads * layout.layer(class, layer).stride();
         let (own, behind) = rest[offset - start..].split_at_mut(bytes);
         (rest, start) = (behind, offset + bytes);
         frames.iter_mut().zip(parts(own, count)).for_each(|(frame, pages)| frame.push((block, pages)));
     }
     frames
+}
+
+/// The states of the KV heads of a layer of a sequence; empty where the layer has none.
+fn split_states<'a>(layout: &CacheLayout, all: &'a mut [u8], layer: usize, slot: u32) -> Vec<Option<StateMut<'a>>> {
+    let Some(own) = &layout.layers[layer].states else { return Vec::new() };
+    let start = slot as usize * layout.state_bytes() + own.offset;
+    let mut heads = all[start..start + own.bytes()].chunks_exact_mut(own.head_bytes());
+    let head = |place: &Option<usize>| {
+        let bytes = place.and_then(|_| heads.next())?;
+        let bytes = &mut bytes[..own.numbers * own.states.bytes()];
+        Some(match own.states {
+            StateType::Fp32 => StateMut::Fp32(bytemuck::cast_slice_mut(bytes)),
+            StateType::Fp16 => StateMut::Fp16(bytemuck::cast_slice_mut(bytes)),
+        })
+    };
+    own.places.iter().map(head).collect()
 }
 
 /// Rows of consecutive tokens in the ring of a head, token `t` in slot `t % slots`, as up to two runs.

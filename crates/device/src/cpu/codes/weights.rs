@@ -44,7 +44,8 @@ impl IntegerWeights {
     }
 
     /// Rounds rows as [`IntegerWeights::load`] does, with the scales of their groups folded in; `offsets` gets the product
-    /// of each row with the offsets. A row has as many weights as there are scales.
+    /// of each row with the offsets. Weights without a scale have nothing but an offset. The first `second` weights come
+    /// again behind those with a scale, four times as large: those of second planes.
     pub(crate) fn load_folded(
         &mut self,
         isa: Isa,
@@ -52,17 +53,19 @@ impl IntegerWeights {
         count: usize,
         stride: usize,
         own: Scales,
+        second: usize,
         offsets: &mut Vec<f32>,
     ) {
-        let len = own.scales.len();
-        self.folded.resize(len, 0.0);
+        let len = own.scales.len() + second;
+        self.folded.resize(len.max(own.zeros.len()), 0.0);
         offsets.resize(count, 0.0);
         self.resize(count, len);
         let rows = self.numbers.chunks_exact_mut(2 * self.quads).zip(&mut self.steps).zip(offsets);
         for (((numbers, step), offset), values) in rows.zip(values.chunks(stride)) {
             let (high, low) = numbers.split_at_mut(self.quads);
             let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
-            *offset = fold_and_round(isa, &values[..len], own, &mut self.folded, high, low, step);
+            let values = &values[..own.zeros.len()];
+            *offset = fold_and_round(isa, values, own, second, &mut self.folded, high, low, step);
         }
     }
 
@@ -115,28 +118,39 @@ dispatch! {
     fn fold_and_round<>(
         values: &[f32],
         own: Scales,
+        second: usize,
         folded: &mut [f32],
         high: &mut [i8],
         low: &mut [i8],
         step: &mut f32,
     ) -> f32;
-    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, folded, high, low, step);
-    avx2: folding_body::<Avx2, true>(values, own, folded, high, low, step);
-    avx512: folding_body::<Avx512, true>(values, own, folded, high, low, step);
-    neon: folding_body::<Neon, true>(values, own, folded, high, low, step);
+    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, second, folded, high, low, step);
+    avx2: folding_body::<Avx2, true>(values, own, second, folded, high, low, step);
+    avx512: folding_body::<Avx512, true>(values, own, second, folded, high, low, step);
+    neon: folding_body::<Neon, true>(values, own, second, folded, high, low, step);
 }
 
 #[inline(always)]
 fn folding_body<L: Lanes, const FMA: bool>(
     values: &[f32],
     own: Scales,
+    second: usize,
     folded: &mut [f32],
     high: &mut [i8],
     low: &mut [i8],
     step: &mut f32,
 ) -> f32 {
-    let offset = fold::<L, FMA>(values, own, folded);
-    body(folded, high, low, step);
+    let scaled = own.scales.len();
+    let (with, without) = values.split_at(scaled);
+    let zeros = &own.zeros[scaled..];
+    let mut offset = fold::<L, FMA>(with, Scales { zeros: &own.zeros[..scaled], ..own }, folded);
+    if !without.is_empty() {
+        // Their zeros stand in for scales, which do not matter.
+        offset += fold::<L, FMA>(without, Scales { scales: zeros, zeros, ..own }, &mut folded[scaled..]);
+    }
+    let (first, rest) = folded.split_at_mut(scaled);
+    first.iter().zip(&mut rest[..second]).for_each(|(first, second)| *second = 4.0 * first);
+    body(&folded[..scaled + second], high, low, step);
     offset
 }
 

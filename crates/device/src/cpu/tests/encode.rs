@@ -17,7 +17,7 @@ fn side(keys: bool, channel: bool, bits: usize, group: usize, quantizer: usize, 
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"";
     let scheme = Scheme::parse(&format!("name = \"own\"\n[keys]\n{own}\n[values]\n{own}\n{window}"), "own").unwrap();
     let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim };
-    let page = CacheLayout::new(&scheme, shape).unwrap().layers[0].page;
+    let page = CacheLayout::new(&scheme, shape).unwrap().layers[0].pages[0];
     match if keys { page.keys } else { page.values } {
         SideLayout::Packed(side) => {
             PackedSide { codes: 0, scales: side.scales - side.codes, zeros: side.zeros - side.codes, ..side }
@@ -68,12 +68,12 @@ proptest! {
             slots.clone().flat_map(|slot| (0..head_dim).map(move |c| number(kind, seed, slot, c))).collect();
         let is_sink: Vec<bool> = slots.clone().map(|slot| sinks.contains(&slot)).collect();
         let value = |slot: usize, channel: usize| values[(slot - slots.start) * head_dim + channel];
-        let before: Vec<u8> = (0..side.zeros + 2 * side.num_parameters()).map(|i| (i * 89 % 251) as u8).collect();
+        let before: Vec<u8> = (0..side.zeros + 2 * side.num_scales()).map(|i| (i * 89 % 251) as u8).collect();
         for isa in Isa::available() {
             let mut page = before.clone();
             let mut encoder = Encoder::default();
-            let tokens = Tokens { values: &mut values.clone(), head_dim, slots: slots.clone(), sinks: &is_sink };
-            encoder.encode(isa, &side, tokens, &mut page, &mut Vec::new()).unwrap();
+            let tokens = Tokens { values: &mut values.clone(), head_dim, slots: slots.clone(), sinks: &is_sink, order: None };
+            encoder.encode(isa, &side, tokens, &mut page, None).unwrap();
             for row in 0..side.rows {
                 let (got, old) = (codes(&side, &page, row), codes(&side, &before, row));
                 for lane in 0..side.lanes {
@@ -117,10 +117,10 @@ fn numbers_that_are_not_finite_are_named() {
         values[(32 + 10) * 64 + 37] = f32::NAN;
         let mut sinks = [false; 128];
         sinks[33] = true;
-        let mut page = vec![0; side.zeros + 2 * side.num_parameters()];
+        let mut page = vec![0; side.zeros + 2 * side.num_scales()];
         for isa in Isa::available() {
-            let tokens = Tokens { values: &mut values.clone(), head_dim: 64, slots: 0..128, sinks: &sinks };
-            let error = Encoder::default().encode(isa, &side, tokens, &mut page, &mut Vec::new()).unwrap_err();
+            let tokens = Tokens { values: &mut values.clone(), head_dim: 64, slots: 0..128, sinks: &sinks, order: None };
+            let error = Encoder::default().encode(isa, &side, tokens, &mut page, None).unwrap_err();
             assert!(matches!(error, QuantError::NonFinite { index: found, .. } if found == index), "{error}");
         }
     }

@@ -8,7 +8,8 @@ mod random;
 use super::*;
 use classes::with_classes;
 use dibit_cache::{
-    CacheManager, CacheShape, Calibration, LayerCalibration, Pivots, Scheme, Sees, Sequence, Sinks, Window,
+    Adapters, CacheManager, CacheShape, Calibration, LayerCalibration, Linear, Pivots, Scheme, Sees, Sequence, Side,
+    Sinks, Window,
 };
 use half::f16;
 use proptest::prelude::*;
@@ -47,9 +48,9 @@ impl Case {
 
     fn new(mut scheme: Scheme, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
         let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim };
-        if scheme.is_calibrated() {
+        if scheme.takes_calibration() {
             let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * head_dim;
-            scheme.calibration = Some(Arc::new(Calibration { layers: vec![calibration(shape, frame); 2] }));
+            scheme.calibration = Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
         }
         Case { scheme, heads, kv_heads, head_dim, sinks: Vec::new(), classes: Vec::new() }.protecting(&[0, 5, 133, 260])
     }
@@ -122,6 +123,13 @@ impl Case {
             (0..self.kv_heads).map(head).collect::<reference::Heads>()
         };
         let (keys, values) = (seen(true, k), seen(false, v));
+        let correction = self.scheme.correction(LAYER);
+        let side = self.scheme.sides(0, LAYER);
+        // The same in 16 bit, and which tokens are packed.
+        let [stored_keys, stored_values] = [(side.0, true, k), (side.1, false, v)].map(|(side, is_keys, data)| {
+            reference.seen(side, is_keys, &self.by_head(data, self.kv_heads, position + 1), cached, 0)
+        });
+        let packed: Vec<usize> = (0..window.packed_keys(cached)).filter(|t| !reference.sinks.contains(t)).collect();
         let queries = self.by_head(q, self.heads, position + 1);
         let mut out = Vec::new();
         for (head, queries) in queries.iter().enumerate() {
@@ -130,22 +138,49 @@ impl Case {
             let product = |key: &Vec<f32>| -> f64 {
                 key.iter().zip(&queries[position]).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum()
             };
-            let logits: Vec<f64> = keys[kv_head].iter().map(|key| product(key) / scale).collect();
+            let mut logits: Vec<f64> = keys[kv_head].iter().map(|key| product(key) / scale).collect();
+            if let (true, Side::Packed(form)) = (correction.bias, side.0) {
+                let bias = |t: usize| reference.bias(form, &stored_keys, kv_head, &queries[position], t);
+                packed.iter().for_each(|t| logits[*t] -= bias(*t));
+            }
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = logits.iter().map(|l| (l - largest).exp()).collect();
-            let total: f64 = weights.iter().sum();
-            for channel in 0..self.head_dim {
-                let terms = weights.iter().zip(&values[kv_head]).map(|(w, value)| w * f64::from(value[channel]));
-                out.push(terms.sum::<f64>() / total);
+            let mut total: f64 = weights.iter().sum();
+            let mut sums = vec![0.0; self.head_dim];
+            let mut add = |weight: f64, value: &[f32]| {
+                sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += weight * f64::from(*x));
+            };
+            weights.iter().zip(&values[kv_head]).for_each(|(weight, value)| add(*weight, value));
+            let adapters = reference.calibration.adapters.as_ref().filter(|_| correction.linear.is_some());
+            if let Some(Adapters { features, query, key, gates }) = adapters {
+                let phi_q = reference::features(query, head, *features, &queries[position]);
+                for &token in &packed {
+                    let pair = stored_keys[kv_head][token].iter().zip(&keys[kv_head][token]);
+                    let missed: Vec<f32> = pair.map(|(key, seen)| key - seen).collect();
+                    let phi_k = reference::features(key, kv_head, *features, &missed);
+                    let product: f64 = phi_q.iter().zip(&phi_k).map(|(a, b)| a * b).sum();
+                    let weight = f64::from(gates[head]) * product;
+                    add(weight, &stored_values[kv_head][token]);
+                    total += weight;
+                }
             }
+            out.extend(sums.into_iter().map(|sum| sum / total));
         }
         out
     }
 }
 
 /// A made-up calibration: channels of each frame in another order, and reflections as bases.
-fn calibration(shape: CacheShape, frame: usize) -> LayerCalibration {
+fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize, frame: usize) -> LayerCalibration {
     let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
+    let adapters = scheme.linear().map(|Linear { features, .. }| {
+        let maps = |seed: usize, heads: usize| {
+            [0, 1].map(|part| noise(seed + part, heads * d * features / 2, 17).iter().map(|x| 0.1 * x).collect())
+        };
+        // Of the heads one is switched off, and of two KV heads none.
+        let gates = (0..query_heads).map(|head| [1.0, 0.25, 0.0][head % 3]).collect();
+        Adapters { features, query: maps(80, query_heads), key: maps(90, heads), gates }
+    });
     let order = |place: usize| place / frame * frame + (place % frame * 7 + 3) % frame;
     let basis = |seed: usize| -> Vec<f32> {
         let reflection = |head: usize| {
@@ -162,6 +197,8 @@ fn calibration(shape: CacheShape, frame: usize) -> LayerCalibration {
         permutation: Some((0..heads * d).map(|place| order(place) as u32).collect()),
         key_basis: Some(basis(50)),
         value_basis: Some(basis(70)),
+        key_planes: Some((0..heads * d).map(|channel| (channel * channel % 5 % 3) as u8).collect()),
+        adapters,
     }
 }
 
@@ -279,6 +316,13 @@ fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> Scheme 
     Scheme::parse(&text, "custom").unwrap()
 }
 
+/// A scheme with the usual window and one sink.
+fn own(correction: &str, keys: &str, values: &str) -> Scheme {
+    let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 1";
+    let text = format!("name = \"own\"\n{correction}\n[keys]\n{keys}\n[values]\n{values}\n{window}");
+    Scheme::parse(&text, &format!("own: {correction} {keys}")).unwrap()
+}
+
 fn data(case: &Case, tokens: usize) -> [Vec<f32>; 3] {
     let make = |seed, heads| noise(seed, tokens * heads * case.head_dim, case.head_dim);
     [make(1, case.heads), make(2, case.kv_heads), make(3, case.kv_heads)]
@@ -294,6 +338,11 @@ fn every_scheme_and_head_size_equals_the_reference() {
         custom(2, 16, 64, "tokens = 0\nschedule = \"guaranteed\""),
         custom(3, 3, 32, "tokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4"),
         custom(16, 4, 32, ""),
+        own("correction = \"linear\"", "bits = 2\ntransform = \"hadamard\"", "bits = 4\ntransform = \"basis\""),
+        own("correction = { kind = \"linear+bias\", features = 64, states = \"fp16\" }", "bits = \"planes\"", "bits = 2"),
+        own("correction = \"linear\"", "bits = 2\naxis = \"token\"", "bits = 16"),
+        own("correction = \"bias\"", "bits = 3\ngroup = 32", "bits = 2"),
+        own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
     ]);
     for head_dim in [64, 80, 96, 128, 256] {
         for scheme in schemes.clone() {
