@@ -101,10 +101,10 @@ pub struct PageLayout {
 }
 
 impl PageLayout {
-    fn new(keys: Side, values: Side, head_dim: usize, planes: Option<&[u8]>) -> Result<Self, (String, String)> {
-        let mut keys = SideLayout::new(keys, true, head_dim, 0, planes)?;
+    fn new(keys: Side, values: Side, head_dim: usize, planes: [Option<&[u8]>; 2]) -> Result<Self, (String, String)> {
+        let mut keys = SideLayout::new(keys, true, head_dim, 0, planes[0])?;
         let key_bytes = keys.bytes(head_dim);
-        let mut values = SideLayout::new(values, false, head_dim, key_bytes, None)?;
+        let mut values = SideLayout::new(values, false, head_dim, key_bytes, planes[1])?;
         let value_bytes = values.bytes(head_dim);
         let mut chunk_bytes = keys.place_chunk(head_dim, key_bytes + value_bytes);
         chunk_bytes += values.place_chunk(head_dim, key_bytes + value_bytes + chunk_bytes);
@@ -194,10 +194,11 @@ impl LayerLayout {
             order("values.transform = \"hadamard\"", shape.head_dim)?;
         }
         // What is no calibration of this model is refused with the tables.
-        let planes = calibration.and_then(|own| own.key_planes.as_ref());
-        let planes = planes.filter(|own| own.len() == heads * shape.head_dim);
+        let planes = calibration.map(|own| [&own.key_planes, &own.value_planes]).unwrap_or([&None, &None]);
+        let planes = planes.map(|own| own.as_ref().filter(|own| own.len() == heads * shape.head_dim));
         let page = |head: usize| {
-            let planes = planes.map(|own| &own[head * shape.head_dim..(head + 1) * shape.head_dim]);
+            let own = head * shape.head_dim..(head + 1) * shape.head_dim;
+            let planes = planes.map(|planes| planes.map(|planes| &planes[own.clone()]));
             PageLayout::new(keys, values, shape.head_dim, planes)
         };
         let mut pages: Vec<PageLayout> = (0..heads).map(page).collect::<Result<_, _>>()?;

@@ -59,20 +59,20 @@ pub struct PackedSide {
 
 /// Channels by the two-bit planes that each has: of a channel of `p` planes the code is `sum_i 4^i plane_i`.
 ///
-/// Channels are ordered by falling planes. The rows of a page are the lowest plane of the channels that have one, then
-/// the second plane of those that have two. There are scales for channels with a plane, and zeros for all: the minimum
-/// of the group, or its mean where there is no plane.
+/// Channels are ordered by falling planes. The rows of keys, or lanes of values, are the lowest plane of the channels that
+/// have one, then the second plane of those that have two, and so on. There are scales for channels with a plane, and
+/// zeros for all: the minimum of the group, or its mean where there is no plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Planes {
     /// All channels.
     pub channels: usize,
-    /// Channels with one plane at least, and with two.
+    /// Channels with one plane at least, with two, and so on.
     pub with: [usize; Planes::MOST],
 }
 
 impl Planes {
     /// Planes of a channel at most.
-    pub const MOST: usize = 2;
+    pub const MOST: usize = 4;
 
     /// From the planes of each channel.
     pub fn new(counts: &[u8]) -> Self {
@@ -82,19 +82,13 @@ impl Planes {
 
     /// Where an average of bits is all that is known: as many channels as can be have one plane.
     fn planned(average: f32, channels: usize) -> Self {
-        let rows = Self::rows_of(average, channels);
-        let first = rows.min(channels);
-        Planes { channels, with: [first, rows - first] }
-    }
-
-    /// Planes of a head whose channels have so many bits on average.
-    pub fn rows_of(average: f32, channels: usize) -> usize {
-        let rows = (f64::from(average) * channels as f64 / 2.0).round() as usize;
-        rows.clamp(1, Self::MOST * channels)
+        let planes = (f64::from(average) * channels as f64 / 2.0).round() as usize;
+        let with = |index: usize| planes.saturating_sub(index * channels).min(channels);
+        Planes { channels, with: std::array::from_fn(with) }
     }
 
     /// Planes of all channels.
-    pub fn rows(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.with.iter().sum()
     }
 
@@ -176,7 +170,7 @@ impl PackedSide {
             Some(counts) => Planes::new(counts),
             None => Planes::planned(average, head_dim),
         });
-        let low = planes.map_or(head_dim - high, |planes| planes.rows());
+        let low = planes.map_or(head_dim - high, |planes| planes.count());
         let (rows, lanes) = if tokens_are_lanes { (low, PAGE_TOKENS) } else { (PAGE_TOKENS, low) };
         let along = if (packed.axis == Axis::Channel) == tokens_are_lanes { Along::Lanes } else { Along::Rows };
         let mut side = PackedSide {
@@ -335,13 +329,17 @@ mod tests {
             PackedSide::new(packed, true, 8, 0, planes).unwrap()
         };
         let own = side(Some(&[0, 2, 1, 2, 0, 1, 1, 1]));
-        assert_eq!(own.planes, Some(Planes { channels: 8, with: [6, 2] }));
+        assert_eq!(own.planes, Some(Planes { channels: 8, with: [6, 2, 0, 0] }));
         assert_eq!((own.rows, own.num_scales(), own.num_zeros()), (8, 6, 8));
         assert_eq!(own.bytes(), 8 * 32 + 6 * 2 + 8 * 2);
         assert_eq!(Planes::order(&[0, 2, 1, 2, 0, 1, 1, 1]), [1, 3, 2, 5, 6, 7, 0, 4]);
         // What is planned for without a calibration is what two bits take everywhere.
         assert_eq!(side(None).bytes(), 8 * (32 + 4));
-        assert_eq!(Planes::planned(3.0, 8).with, [8, 4]);
-        assert_eq!(Planes::planned(1.0, 8).with, [4, 0]);
+        assert_eq!(Planes::planned(3.0, 8).with, [8, 4, 0, 0]);
+        assert_eq!(Planes::planned(1.0, 8).with, [4, 0, 0, 0]);
+        let values = Packed { planes: Some(2.0), ..packed(Axis::Channel, 128) };
+        let values = PackedSide::new(values, false, 8, 0, Some(&[3, 2, 1, 1, 0, 0, 0, 0])).unwrap();
+        assert_eq!((values.rows, values.lanes, values.row_bytes), (128, 7, 2));
+        assert_eq!((values.num_scales(), values.num_zeros()), (4, 8));
     }
 }

@@ -1,6 +1,6 @@
 //! Numbers that the transforms of a scheme need: the model's rotary frequencies and what was calibrated.
 
-use crate::{CacheLayout, LayerLayout, Planes, SchemeError, SideLayout, Transform};
+use crate::{CacheLayout, LayerLayout, PageLayout, Planes, SchemeError, SideLayout, Transform};
 use crate::{Permutation, PreRope};
 use std::sync::Arc;
 
@@ -17,8 +17,10 @@ pub struct LayerCalibration {
     pub key_basis: Option<Vec<f32>>,
     /// The same for values.
     pub value_basis: Option<Vec<f32>>,
-    /// Two-bit planes of each key channel, `[kv head][head_dim]`, 0 to 2.
+    /// Two-bit planes of each key channel, `[kv head][head_dim]`, 0 to 4.
     pub key_planes: Option<Vec<u8>>,
+    /// The same of values.
+    pub value_planes: Option<Vec<u8>>,
     /// Adapters of the linear correction.
     pub adapters: Option<Adapters>,
 }
@@ -71,7 +73,9 @@ impl Tables {
                 layout.shape.head_dim
             )));
         }
-        let needed = |layer: &LayerLayout| layer.needs_permutation() || layer.needs_basis() || layer.needs_planes();
+        let needed = |layer: &LayerLayout| {
+            layer.needs_permutation() || layer.needs_basis() || layer.needs_planes().contains(&true)
+        };
         let needed = layout.layers.iter().any(needed);
         let Some(calibration) = &self.calibration else {
             return if needed { Err(SchemeError::Uncalibrated(layout.origin.clone())) } else { Ok(()) };
@@ -100,8 +104,11 @@ impl LayerLayout {
         matches!(self.keys, Transform::PreRope(PreRope { permutation: Permutation::Local | Permutation::Global, .. }))
     }
 
-    fn needs_planes(&self) -> bool {
-        self.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.planes.is_some()))
+    /// Whether keys, and values, have planes.
+    fn needs_planes(&self) -> [bool; 2] {
+        let has_planes = |side: SideLayout| matches!(side, SideLayout::Packed(side) if side.planes.is_some());
+        let any = |of: fn(&PageLayout) -> SideLayout| self.pages.iter().map(of).any(has_planes);
+        [any(|page| page.keys), any(|page| page.values)]
     }
 
     fn needs_basis(&self) -> bool {
@@ -111,16 +118,20 @@ impl LayerLayout {
 
 fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> Result<(), String> {
     let (heads, d) = (layout.shape.num_key_value_heads, layout.shape.head_dim);
-    if layer.needs_planes() {
-        let counts = own.key_planes.as_ref().ok_or("the planes of the key channels are missing")?;
+    let planes = [("key", &own.key_planes), ("value", &own.value_planes)].into_iter().zip(layer.needs_planes());
+    for ((side, counts), _) in planes.filter(|(_, needed)| *needed) {
+        let counts = counts.as_ref().ok_or_else(|| format!("the planes of the {side} channels are missing"))?;
         if counts.len() != heads * d {
-            return Err(format!("planes of {} channels, and the model has {}", counts.len(), heads * d));
+            return Err(format!("planes of {} {side} channels, and the model has {}", counts.len(), heads * d));
         }
         if let Some(count) = counts.iter().find(|count| usize::from(**count) > Planes::MOST) {
-            return Err(format!("a channel of {count} planes, and there are {} at most", Planes::MOST));
+            return Err(format!("a {side} channel of {count} planes, and there are {} at most", Planes::MOST));
+        }
+        if side == "value" && counts.chunks_exact(d).any(|own| own.windows(2).any(|pair| pair[0] < pair[1])) {
+            return Err("planes of value channels that rise: their basis orders them by falling planes".into());
         }
         if let Some(head) = counts.chunks_exact(d).position(|own| own.iter().all(|count| *count == 0)) {
-            return Err(format!("KV head {head} has no planes"));
+            return Err(format!("the {side} channels of KV head {head} have no planes"));
         }
     }
     if let (Some(linear), Some(adapters)) = (layer.linear, &own.adapters) {

@@ -24,8 +24,8 @@ pub struct Artefact {
 impl Artefact {
     /// Writes the file: it is complete, or not there.
     ///
-    /// Tensors are `layers.{i}.permutation` and `layers.{i}.key_planes` (u32), `layers.{i}.key_basis`,
-    /// `layers.{i}.value_basis` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
+    /// Tensors are `layers.{i}.permutation`, `layers.{i}.key_planes` and `layers.{i}.value_planes` (u32),
+    /// `layers.{i}.key_basis`, `layers.{i}.value_basis` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
     /// `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the numbers of [`LayerCalibration`] in
     /// their order. The fingerprint is JSON in the metadata.
     ///
@@ -38,8 +38,11 @@ impl Artefact {
         contents.metadata.insert(SOURCE.to_owned(), self.source.clone());
         contents.metadata.insert("dibit.layers".to_owned(), self.calibration.layers.len().to_string());
         for (index, layer) in self.calibration.layers.iter().enumerate() {
-            let planes = layer.key_planes.as_ref().map(|own| own.iter().map(|planes| u32::from(*planes)).collect());
-            for (name, values) in [("permutation", layer.permutation.clone()), ("key_planes", planes)] {
+            let wide = |own: &Option<Vec<u8>>| Some(own.as_ref()?.iter().map(|planes| u32::from(*planes)).collect());
+            let (keys, values) = (wide(&layer.key_planes), wide(&layer.value_planes));
+            for (name, values) in
+                [("permutation", layer.permutation.clone()), ("key_planes", keys), ("value_planes", values)]
+            {
                 if let Some(values) = values {
                     let array = Array { shape: vec![values.len()], values };
                     contents.integers.push((format!("layers.{index}.{name}"), array));
@@ -97,10 +100,11 @@ impl Artefact {
                 Some((index, part)) if part == "permutation" => {
                     calibration.layers[index].permutation = Some(array.values);
                 }
-                Some((index, part)) if part == "key_planes" => {
+                Some((index, part)) if part == "key_planes" || part == "value_planes" => {
                     let counts = array.values.iter().map(|count| u8::try_from(*count));
                     let counts = counts.collect::<Result<_, _>>().map_err(|_| malformed("it has thousands of planes"))?;
-                    calibration.layers[index].key_planes = Some(counts);
+                    let layer = &mut calibration.layers[index];
+                    *if part == "key_planes" { &mut layer.key_planes } else { &mut layer.value_planes } = Some(counts);
                 }
                 _ => return Err(malformed(&format!("it has a tensor {name}"))),
             }

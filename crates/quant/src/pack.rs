@@ -3,7 +3,8 @@
 //! A row of `n` lanes takes `stride = ceil(n / per_byte)` bytes. Lane `i` lies in byte `i % stride`,
 //! in the bit field number `i / stride` counted from the low end. Unpacking one bit field of
 //! consecutive bytes therefore yields consecutive lanes, with one shift and one mask. Codes of three bits
-//! are a packed row of their two low bits, followed by a packed row of their high bit.
+//! are a packed row of their two low bits, followed by a packed row of their high bit; of six bits, of their four low bits
+//! and of their two high ones.
 //!
 //! Packing and unpacking are inlined, so that a caller that is compiled for more instructions uses them.
 
@@ -18,6 +19,8 @@ pub enum Bits {
     Three,
     /// 4 bits, codes 0 to 15.
     Four,
+    /// 6 bits, codes 0 to 63.
+    Six,
     /// 8 bits, codes 0 to 255.
     Eight,
 }
@@ -45,7 +48,7 @@ impl Plane {
 
 impl Bits {
     /// Every width.
-    pub const ALL: [Bits; 4] = [Bits::Two, Bits::Three, Bits::Four, Bits::Eight];
+    pub const ALL: [Bits; 5] = [Bits::Two, Bits::Three, Bits::Four, Bits::Six, Bits::Eight];
 
     /// Number of bits of one code.
     pub const fn count(self) -> usize {
@@ -53,6 +56,7 @@ impl Bits {
             Bits::Two => 2,
             Bits::Three => 3,
             Bits::Four => 4,
+            Bits::Six => 6,
             Bits::Eight => 8,
         }
     }
@@ -68,6 +72,7 @@ impl Bits {
             Bits::Two => &[Plane { width: 2, shift: 0 }],
             Bits::Three => &[Plane { width: 2, shift: 0 }, Plane { width: 1, shift: 2 }],
             Bits::Four => &[Plane { width: 4, shift: 0 }],
+            Bits::Six => &[Plane { width: 4, shift: 0 }, Plane { width: 2, shift: 4 }],
             Bits::Eight => &[Plane { width: 8, shift: 0 }],
         }
     }

@@ -139,11 +139,12 @@ pub(super) fn check_planes(packed: &Packed, which: Which) -> Result<(), Problem>
     let beside_codes = packed.high_precision > 0.0 || packed.low_rank > 0 || packed.outliers > 0.0;
     let turned = matches!(packed.transform, Transform::PreRope(_) | Transform::TokenHadamard);
     let whole = packed.axis == Axis::Channel && packed.group == PAGE_TOKENS;
-    if which == Which::Values || !whole || packed.quantizer != Quantizer::FloatMin || beside_codes || turned {
+    let basis = which == Which::Keys || packed.transform == Transform::Basis;
+    if !whole || !basis || packed.quantizer != Quantizer::FloatMin || beside_codes || turned {
         return unsupported(
             format!("{}.bits = \"planes\" with these choices", which.name()),
-            "planes of keys after RoPE, per channel, in groups of 128, with the float-min quantizer, and without \
-             high_precision, low_rank or outliers",
+            "planes per channel in groups of 128, with the float-min quantizer, of keys after RoPE and of values in \
+             a basis, without high_precision, low_rank or outliers",
         );
     }
     Ok(())

@@ -71,7 +71,7 @@ pub enum Transform {
 pub struct Packed {
     /// Bits of a code; of a plane, where there are planes.
     pub bits: Bits,
-    /// Average bits of a channel, where each channel has 0, 1 or 2 planes of two bits by its calibrated importance.
+    /// Average bits of a channel, where each channel has 0 to 4 planes of two bits by its calibrated importance.
     pub planes: Option<f32>,
     /// What shares a scale and a zero.
     pub axis: Axis,
@@ -291,7 +291,7 @@ impl fmt::Display for Side {
         let Packed { bits, planes, axis, group, quantizer, transform, high_precision, low_rank, outliers } = packed;
         match planes {
             None => write!(f, "{} bit per {axis}", bits.count())?,
-            Some(average) => write!(f, "0 to 2 planes of {} bit per {axis}, {average} bit on average", bits.count())?,
+            Some(average) => write!(f, "0 to 4 planes of {} bit per {axis}, {average} bit on average", bits.count())?,
         }
         write!(f, ", groups of {group}, ")?;
         match quantizer {

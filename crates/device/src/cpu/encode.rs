@@ -3,7 +3,7 @@
 use super::quantise::{self, RowParameters};
 use super::rotate;
 use super::simd::Isa;
-use dibit_cache::{Along, Factors, GroupSpan, Outliers, PAGE_TOKENS, PackedSide, Planes};
+use dibit_cache::{Along, Factors, GroupSpan, Outliers, PAGE_TOKENS, PackedSide};
 use dibit_quant::{Bits, Hadamard, LowRank, Parameters, QuantError, put};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -291,9 +291,10 @@ impl Encoder {
     }
 
     /// Packs rows that are tokens.
-    fn pack_tokens(&self, isa: Isa, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
+    fn pack_tokens(&mut self, isa: Isa, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
         let spans: Vec<GroupSpan> = side.group_spans().collect();
-        for (slot, codes) in slots.zip(self.codes.chunks_exact(channels(side))) {
+        let codes = stored_codes(side, &self.codes, &mut self.planes);
+        for (slot, codes) in slots.zip(codes.chunks_exact(side.lanes)) {
             let row = &mut page[side.codes + slot * side.row_bytes..][..side.row_bytes];
             for span in &spans {
                 quantise::pack(isa, side.bits, &codes[span.lanes.clone()], &mut row[span.bytes.clone()]);
@@ -304,13 +305,7 @@ impl Encoder {
     /// Packs rows that are channels: the bytes at one place of all rows at a time.
     fn pack_channels(&mut self, isa: Isa, side: &PackedSide, slots: Range<usize>, page: &mut [u8]) {
         let Self { codes, bytes, planes, .. } = self;
-        let codes = match side.planes {
-            Some(own) => {
-                split_planes(own, codes, planes);
-                planes
-            }
-            None => codes,
-        };
+        let codes = stored_codes(side, codes, planes);
         let rows = &mut page[side.codes..][..side.rows * side.row_bytes];
         bytes.resize(side.rows, 0);
         for span in side.group_spans() {
@@ -347,7 +342,9 @@ fn bits(side: &PackedSide, channel: usize) -> Option<Bits> {
     match planes.with.iter().filter(|with| channel < **with).count() {
         0 => None,
         1 => Some(Bits::Two),
-        _ => Some(Bits::Four),
+        2 => Some(Bits::Four),
+        3 => Some(Bits::Six),
+        _ => Some(Bits::Eight),
     }
 }
 
@@ -358,14 +355,16 @@ fn mean(tokens: &Tokens, side: &PackedSide, group: Range<usize>, channel: usize)
     Parameters { scale: f16::ZERO, zero: f16::from_f64(sum / f64::from(count)) }
 }
 
-/// From the codes of channels, `[token][channel]`, to planes, `[token][plane]`.
-fn split_planes(own: Planes, codes: &[u8], planes: &mut Vec<u8>) {
+/// The codes of a token as they are stored: where there are planes, from `[token][channel]` to `[token][plane]`.
+fn stored_codes<'a>(side: &PackedSide, codes: &'a [u8], planes: &'a mut Vec<u8>) -> &'a [u8] {
+    let Some(own) = side.planes else { return codes };
     planes.clear();
     for token in codes.chunks_exact(own.channels) {
         for (plane, with) in own.with.iter().enumerate() {
             planes.extend(token[..*with].iter().map(|code| code >> (2 * plane) & 3));
         }
     }
+    planes
 }
 
 /// Says which number of a token is not finite.
@@ -382,8 +381,10 @@ fn not_finite(side: &PackedSide, tokens: &Tokens, slot: usize) -> QuantError {
 
 fn write_parameters(side: &PackedSide, page: &mut [u8], slot: usize, channel: usize, parameters: Parameters) {
     let (row, lane) = if side.tokens_are_lanes { (channel, slot) } else { (slot, channel) };
-    let at = side.parameter(row, lane) * size_of::<f16>();
-    if side.planes.is_none_or(|planes| row < planes.with[0]) {
+    // Groups of planes are whole pages.
+    let number = if side.planes.is_some() { channel } else { side.parameter(row, lane) };
+    let at = number * size_of::<f16>();
+    if side.planes.is_none_or(|planes| channel < planes.with[0]) {
         put_half(page, side.scales + at, parameters.scale);
     }
     put_half(page, side.zeros + at, parameters.zero);

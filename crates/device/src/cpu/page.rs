@@ -82,9 +82,10 @@ impl Page<'_> {
         sums: &mut Sums,
         folding: &mut Folding,
     ) {
+        // Rows of keys are planes, whatever the channels are.
         let packed = match self.side.planes {
-            Some(_) => 0..self.side.rows,
-            None => rows.start..rows.end.min(self.side.rows),
+            Some(_) if self.side.tokens_are_lanes => 0..self.side.rows,
+            _ => rows.start..rows.end.min(self.side.rows),
         };
         match self.side.along {
             Along::Lanes => self.groups_of_lanes(isa, packed, weights, sums, folding),
@@ -109,11 +110,11 @@ impl Page<'_> {
         }
         let Folding { offsets, weights: integers, lines, .. } = folding;
         for span in self.side.group_spans() {
-            let (own, second) = match self.side.planes {
-                Some(planes) => (self.plane_scales(planes), planes.with[1]),
-                None => (self.scales(span.index * self.side.rows + rows.start, rows.len()), 0),
+            let (own, further) = match &self.side.planes {
+                Some(planes) => (self.plane_scales(planes), &planes.with[1..]),
+                None => (self.scales(span.index * self.side.rows + rows.start, rows.len()), &[][..]),
             };
-            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, second, offsets);
+            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, further, offsets);
             let y = &mut sums.values[span.lanes.start..];
             mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride, &mut ahead, offsets);
         }
@@ -137,9 +138,20 @@ impl Page<'_> {
                 let y = &mut mixed[span.lanes.start..];
                 mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes, &mut ahead, &[]);
             }
-            let scales = self.scales(group * lanes, lanes);
-            for ((weights, mixed), sums) in weights.rows().zip(mixed.chunks_exact(lanes)).zip(sums.rows()) {
-                unfold(isa, total(isa, &weights[..own.len()]), mixed, scales, &mut sums[..lanes]);
+            let scales = match &self.side.planes {
+                Some(planes) => self.plane_scales(planes),
+                None => self.scales(group * lanes, lanes),
+            };
+            for ((weights, mixed), sums) in weights.rows().zip(mixed.chunks_exact_mut(lanes)).zip(sums.rows()) {
+                let total = total(isa, &weights[..own.len()]);
+                if let Some(planes) = &self.side.planes {
+                    join_planes(planes, mixed);
+                }
+                let scaled = scales.scales.len();
+                let (zeros, means) = scales.zeros.split_at(scaled);
+                unfold(isa, total, &mixed[..scaled], Scales { zeros, ..scales }, &mut sums[..scaled]);
+                let rest = sums[scaled..].iter_mut().zip(means);
+                rest.for_each(|(sum, mean)| *sum += total * mean.widen());
             }
         }
     }
@@ -163,7 +175,7 @@ impl Page<'_> {
     /// along lanes; channels without a plane have no step.
     pub(super) fn take_bias(self, queries: Weights, sums: &mut Sums) {
         for span in self.side.group_spans() {
-            let scales = match self.side.planes {
+            let scales = match &self.side.planes {
                 Some(planes) => self.plane_scales(planes).scales,
                 None => self.scales(span.index * self.side.rows, self.side.rows).scales,
             };
@@ -176,7 +188,7 @@ impl Page<'_> {
     }
 
     /// Scales of channels with a plane and zeros of all, in the order of storage.
-    fn plane_scales(&self, planes: Planes) -> Scales<'_> {
+    fn plane_scales(&self, planes: &Planes) -> Scales<'_> {
         let PackedSide { scales, zeros, quantizer, .. } = *self.side;
         Scales {
             scales: &self.halves(scales)[..planes.with[0]],
@@ -285,6 +297,18 @@ impl Page<'_> {
     fn halves(&self, offset: usize) -> &[f16] {
         let bytes = &self.bytes[offset..];
         bytemuck::cast_slice(&bytes[..bytes.len() & !1])
+    }
+}
+
+/// Adds the sums of each further plane to those of the first, each plane four times as large as the one before.
+fn join_planes(planes: &Planes, sums: &mut [f32]) {
+    let (first, mut rest) = sums.split_at_mut(planes.with[0]);
+    let mut value = 1.0;
+    for count in &planes.with[1..] {
+        value *= 4.0;
+        let (own, behind) = rest.split_at_mut(*count);
+        first.iter_mut().zip(own).for_each(|(sum, plane)| *sum += value * *plane);
+        rest = behind;
     }
 }
 

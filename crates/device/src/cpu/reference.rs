@@ -92,7 +92,7 @@ impl Reference {
             let original = rows.clone();
             let aside = self.set_outliers_aside(form, is_keys, rows, packed);
             let replaced = rows.clone();
-            self.groups(form, head, rows, packed);
+            self.groups(form, is_keys, head, rows, packed);
             for &(t, c) in &aside {
                 rows[t][c] = original[t][c];
             }
@@ -170,13 +170,13 @@ impl Reference {
     }
 
     /// Bits of a channel; none where it has no plane.
-    fn bits(&self, form: Packed, head: usize, channel: usize) -> Option<Bits> {
-        let counts = self.calibration.key_planes.as_ref().filter(|_| form.planes.is_some());
+    fn bits(&self, form: Packed, is_keys: bool, head: usize, channel: usize) -> Option<Bits> {
+        let counts = if is_keys { &self.calibration.key_planes } else { &self.calibration.value_planes };
+        let counts = counts.as_ref().filter(|_| form.planes.is_some());
         match counts.map(|counts| counts[head * self.head_dim + channel]) {
             None => Some(form.bits),
             Some(0) => None,
-            Some(1) => Some(Bits::Two),
-            Some(_) => Some(Bits::Four),
+            Some(planes) => Some(Bits::try_from(2 * u32::from(planes)).unwrap()),
         }
     }
 
@@ -187,7 +187,7 @@ impl Reference {
         let first = token / form.group * form.group;
         let group = (first..first + form.group).filter(|t| !self.sinks.contains(t));
         let of_channel = |c: usize| {
-            let Some(bits) = self.bits(form, head, c) else { return 0.0 };
+            let Some(bits) = self.bits(form, true, head, c) else { return 0.0 };
             let values = group.clone().map(|t| half(keys[t][c]));
             let (min, max) = values.fold((f32::MAX, f32::MIN), |(min, max), x| (min.min(x), max.max(x)));
             let step = half((max - min) / f32::from(bits.max_code()));
@@ -198,7 +198,7 @@ impl Reference {
     }
 
     /// Quantises every group.
-    fn groups(&self, form: Packed, head: usize, rows: &mut [Vec<f32>], packed: usize) {
+    fn groups(&self, form: Packed, is_keys: bool, head: usize, rows: &mut [Vec<f32>], packed: usize) {
         let low = self.low_channels(form);
         let group = form.group;
         let mut quantise = |cells: Vec<(usize, usize)>, bits: Option<Bits>| {
@@ -214,7 +214,7 @@ impl Reference {
         if form.axis == Axis::Channel {
             for start in (0..packed).step_by(group) {
                 for c in 0..low {
-                    let bits = self.bits(form, head, c);
+                    let bits = self.bits(form, is_keys, head, c);
                     quantise((start..packed.min(start + group)).map(|t| (t, c)).collect(), bits);
                 }
             }

@@ -44,8 +44,8 @@ impl IntegerWeights {
     }
 
     /// Rounds rows as [`IntegerWeights::load`] does, with the scales of their groups folded in; `offsets` gets the product
-    /// of each row with the offsets. Weights without a scale have nothing but an offset. The first `second` weights come
-    /// again behind those with a scale, four times as large: those of second planes.
+    /// of each row with the offsets. Weights without a scale have nothing but an offset. Behind those with a scale the
+    /// first of them come again for each further plane, as many as `planes` says, four times as large each time.
     pub(crate) fn load_folded(
         &mut self,
         isa: Isa,
@@ -53,10 +53,10 @@ impl IntegerWeights {
         count: usize,
         stride: usize,
         own: Scales,
-        second: usize,
+        planes: &[usize],
         offsets: &mut Vec<f32>,
     ) {
-        let len = own.scales.len() + second;
+        let len = own.scales.len() + planes.iter().sum::<usize>();
         self.folded.resize(len.max(own.zeros.len()), 0.0);
         offsets.resize(count, 0.0);
         self.resize(count, len);
@@ -65,7 +65,7 @@ impl IntegerWeights {
             let (high, low) = numbers.split_at_mut(self.quads);
             let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
             let values = &values[..own.zeros.len()];
-            *offset = fold_and_round(isa, values, own, second, &mut self.folded, high, low, step);
+            *offset = fold_and_round(isa, values, own, planes, &mut self.folded, high, low, step);
         }
     }
 
@@ -118,23 +118,23 @@ dispatch! {
     fn fold_and_round<>(
         values: &[f32],
         own: Scales,
-        second: usize,
+        planes: &[usize],
         folded: &mut [f32],
         high: &mut [i8],
         low: &mut [i8],
         step: &mut f32,
     ) -> f32;
-    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, second, folded, high, low, step);
-    avx2: folding_body::<Avx2, true>(values, own, second, folded, high, low, step);
-    avx512: folding_body::<Avx512, true>(values, own, second, folded, high, low, step);
-    neon: folding_body::<Neon, true>(values, own, second, folded, high, low, step);
+    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, planes, folded, high, low, step);
+    avx2: folding_body::<Avx2, true>(values, own, planes, folded, high, low, step);
+    avx512: folding_body::<Avx512, true>(values, own, planes, folded, high, low, step);
+    neon: folding_body::<Neon, true>(values, own, planes, folded, high, low, step);
 }
 
 #[inline(always)]
 fn folding_body<L: Lanes, const FMA: bool>(
     values: &[f32],
     own: Scales,
-    second: usize,
+    planes: &[usize],
     folded: &mut [f32],
     high: &mut [i8],
     low: &mut [i8],
@@ -148,9 +148,15 @@ fn folding_body<L: Lanes, const FMA: bool>(
         // Their zeros stand in for scales, which do not matter.
         offset += fold::<L, FMA>(without, Scales { scales: zeros, zeros, ..own }, &mut folded[scaled..]);
     }
-    let (first, rest) = folded.split_at_mut(scaled);
-    first.iter().zip(&mut rest[..second]).for_each(|(first, second)| *second = 4.0 * first);
-    body(&folded[..scaled + second], high, low, step);
+    let (first, mut rest) = folded.split_at_mut(scaled);
+    let (mut value, mut len) = (1.0, scaled);
+    for count in planes {
+        value *= 4.0;
+        let (own, behind) = rest.split_at_mut(*count);
+        first.iter().zip(own).for_each(|(first, weight)| *weight = value * first);
+        (rest, len) = (behind, len + count);
+    }
+    body(&folded[..len], high, low, step);
     offset
 }
 

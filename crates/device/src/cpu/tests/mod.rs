@@ -197,7 +197,8 @@ fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize, frame: us
         permutation: Some((0..heads * d).map(|place| order(place) as u32).collect()),
         key_basis: Some(basis(50)),
         value_basis: Some(basis(70)),
-        key_planes: Some((0..heads * d).map(|channel| (channel * channel % 5 % 3) as u8).collect()),
+        key_planes: Some((0..heads * d).map(|channel| (channel * channel % 7 % 5) as u8).collect()),
+        value_planes: Some((0..heads * d).map(|channel| (4 * (heads * d - channel) / (heads * d)) as u8).collect()),
         adapters,
     }
 }
@@ -343,6 +344,7 @@ fn every_scheme_and_head_size_equals_the_reference() {
         own("correction = \"linear\"", "bits = 2\naxis = \"token\"", "bits = 16"),
         own("correction = \"bias\"", "bits = 3\ngroup = 32", "bits = 2"),
         own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
+        own("", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
     ]);
     for head_dim in [64, 80, 96, 128, 256] {
         for scheme in schemes.clone() {

@@ -19,7 +19,7 @@ proptest! {
         let beside = |on: bool| if on { "low_rank = 2\noutliers = 0.02\nhigh_precision = 0.07\n" } else { "" };
         let side = |bits: usize, channel: bool, which: usize, form: usize, more: &str| format!(
             "bits = {}\naxis = \"{}\"\ngroup = {}\nquantizer = \"{}\n{}\n{more}",
-            [2, 3, 4, 8][bits], if channel { "channel" } else { "token" }, [32, 64, 128][group], quantizer(which), transform(form)
+            [2, 3, 4, 6, 8][bits], if channel { "channel" } else { "token" }, [32, 64, 128][group], quantizer(which), transform(form)
         );
         let keys = side(key_bits, axes & 1 == 0, key_quantizer, key_transform, beside(key_transform < 3 && axes & 2 == 0));
         let values = side(value_bits, axes & 2 != 0, value_quantizer, value_transform, beside(value_transform < 3 && axes & 1 == 0));
