@@ -18,8 +18,8 @@ pub use error::{CacheError, SchemeError};
 pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout, StateLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
 pub use scheme::{
-    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PreRope, Scheme, Sees, Side, Sinks,
-    StateType, Statistic, Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Scheme,
+    Sees, Side, Sinks, StateType, Statistic, Transform,
 };
 pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
 pub use tables::{Adapters, Calibration, LayerCalibration, Tables};

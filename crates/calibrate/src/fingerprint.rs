@@ -34,6 +34,9 @@ pub struct Fingerprint {
     /// The linear correction of the scheme, and whether it comes on top of another one; empty without.
     #[serde(default)]
     pub correction: String,
+    /// How planes are given to channels; empty without.
+    #[serde(default)]
+    pub planes: String,
 }
 
 impl Fingerprint {
@@ -68,11 +71,15 @@ impl Fingerprint {
             correction: scheme.linear().map_or(String::new(), |linear| {
                 format!("{} features{}", linear.features, if scheme.correction.bias { ", bias" } else { "" })
             }),
+            planes: match scheme.has_planes() {
+                true => format!("{:?} pool, {} at most", scheme.planes.pool, scheme.planes.most),
+                false => String::new(),
+            },
         }
     }
 
     /// Names and values of all parts.
-    pub(crate) fn parts(&self) -> [(&'static str, &str); 9] {
+    pub(crate) fn parts(&self) -> [(&'static str, &str); 10] {
         [
             ("version", &self.version),
             ("model", &self.model),
@@ -83,6 +90,7 @@ impl Fingerprint {
             ("choice of single layers", &self.layers),
             ("choice of classes", &self.classes),
             ("linear correction", &self.correction),
+            ("budget of planes", &self.planes),
         ]
     }
 

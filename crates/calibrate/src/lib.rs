@@ -11,6 +11,7 @@ mod error;
 mod file;
 mod fingerprint;
 mod permutation;
+mod planes;
 mod progress;
 mod run;
 

@@ -2,8 +2,11 @@
 
 use crate::basis::Moments;
 use crate::permutation::ChannelSums;
+use crate::planes::{self, KeyChannels, ValueSpread};
 use crate::{Artefact, CalibrationError, Fingerprint, Source, progress};
-use dibit_cache::{CacheLayout, Calibration, LayerCalibration, LayerLayout, Scheme, SideLayout, Transform};
+use dibit_cache::{
+    CacheLayout, CacheShape, Calibration, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform,
+};
 use dibit_device::Device;
 use dibit_model::{ExactPass, Observation, Pretrained, windows};
 use std::ops::ControlFlow;
@@ -41,6 +44,8 @@ struct Layer {
     channels: Option<ChannelSums>,
     keys: Option<Moments>,
     values: Option<Moments>,
+    key_channels: Option<KeyChannels>,
+    value_spread: Option<ValueSpread>,
 }
 
 /// What is gathered of all layers.
@@ -59,14 +64,18 @@ fn high_channels(side: &SideLayout) -> usize {
 }
 
 impl Layer {
-    fn new(layout: &LayerLayout, heads: usize, head_dim: usize) -> Self {
+    fn new(layout: &LayerLayout, (keys, values): (Side, Side), shape: CacheShape) -> Self {
+        let (heads, head_dim) = (shape.num_key_value_heads, shape.head_dim);
+        let has_planes = |side: Side| planes::average_bits(side).is_some();
         Layer {
             channels: match layout.keys {
                 Transform::PreRope(choice) => Some(ChannelSums::new(layout, choice, heads, head_dim)),
                 _ => None,
             },
             keys: (layout.keys == Transform::Basis).then(|| Moments::new(heads, head_dim)),
-            values: (layout.values == Transform::Basis).then(|| Moments::new(heads, head_dim)),
+            values: (layout.values == Transform::Basis && !has_planes(values)).then(|| Moments::new(heads, head_dim)),
+            key_channels: has_planes(keys).then(|| KeyChannels::new(shape)),
+            value_spread: has_planes(values).then(|| ValueSpread::new(shape)),
         }
     }
 
@@ -85,14 +94,20 @@ impl Layer {
 }
 
 impl Gathered {
-    fn new(layout: &CacheLayout) -> Self {
-        let shape = layout.shape;
-        let layer = |layer| Layer::new(layer, shape.num_key_value_heads, shape.head_dim);
-        Gathered { layers: layout.layers.iter().map(layer).collect() }
+    fn new(layout: &CacheLayout, scheme: &Scheme) -> Self {
+        let layer = |(index, layer)| Layer::new(layer, scheme.sides(0, index), layout.shape);
+        Gathered { layers: layout.layers.iter().enumerate().map(layer).collect() }
     }
 
-    fn add(&mut self, seen: Observation, width: usize, inv_freq: &[f32]) {
+    fn add(&mut self, seen: Observation, layout: &CacheLayout, inv_freq: &[f32]) {
         let layer = &mut self.layers[seen.layer];
+        let (width, skipped) = (layout.shape.row(), planes::skipped(layout.sinks));
+        if let Some(channels) = &mut layer.key_channels {
+            channels.add(layout.shape, seen.first_row, seen.q, seen.k, skipped);
+        }
+        if let Some(spread) = &mut layer.value_spread {
+            spread.add(layout.shape, seen.first_row, seen.v, skipped);
+        }
         for (row, (key, value)) in seen.k.chunks_exact(width).zip(seen.v.chunks_exact(width)).enumerate() {
             if let Some(channels) = &mut layer.channels {
                 // A sequence begins at position 0 and takes a pass of its own.
@@ -114,6 +129,9 @@ impl Gathered {
             all.extend(layer.channels.as_ref().map(|own| (format!("layers.{index}.channels"), &own.sums[..])));
             all.extend(layer.keys.as_ref().map(|own| (format!("layers.{index}.keys"), &own.sums[..])));
             all.extend(layer.values.as_ref().map(|own| (format!("layers.{index}.values"), &own.sums[..])));
+            let (keys, values) = (&layer.key_channels, &layer.value_spread);
+            all.extend(keys.as_ref().map(|own| (format!("layers.{index}.key_channels"), &own.sums[..])));
+            all.extend(values.as_ref().map(|own| (format!("layers.{index}.value_spread"), &own.sums[..])));
         }
         all
     }
@@ -125,6 +143,9 @@ impl Gathered {
             all.extend(layer.channels.as_mut().map(|own| (format!("layers.{index}.channels"), &mut own.sums[..])));
             all.extend(layer.keys.as_mut().map(|own| (format!("layers.{index}.keys"), &mut own.sums[..])));
             all.extend(layer.values.as_mut().map(|own| (format!("layers.{index}.values"), &mut own.sums[..])));
+            let Layer { key_channels: keys, value_spread: values, .. } = layer;
+            all.extend(keys.as_mut().map(|own| (format!("layers.{index}.key_channels"), &mut own.sums[..])));
+            all.extend(values.as_mut().map(|own| (format!("layers.{index}.value_spread"), &mut own.sums[..])));
         }
         all
     }
@@ -136,6 +157,8 @@ impl Gathered {
                 layer.channels.as_ref().map(|own| &own.sums),
                 layer.keys.as_ref().map(|own| &own.sums),
                 layer.values.as_ref().map(|own| &own.sums),
+                layer.key_channels.as_ref().map(|own| &own.sums),
+                layer.value_spread.as_ref().map(|own| &own.sums),
             ];
             sums.into_iter().flatten().flatten().any(|sum| !sum.is_finite())
         };
@@ -177,14 +200,13 @@ pub fn calibrate<D: Device>(
     }
     let fingerprint = Fingerprint::new(pretrained, scheme);
     let source = Source::new(&windows, context, options.seed);
-    let mut gathered = Gathered::new(&layout);
+    let mut gathered = Gathered::new(&layout, scheme);
     let state = options.state.as_deref();
     let done = match state {
         Some(path) => progress::resume(path, &fingerprint, &source, &mut gathered)?,
         None => 0,
     };
     let mut pass = ExactPass::new(device, config, &pretrained.weights, context)?;
-    let width = config.num_key_value_heads * config.head_dim;
     let inv_freq = config.rope.inv_freq(config.head_dim);
     let save =
         |path: &Path, done: usize, gathered: &Gathered| progress::save(path, &fingerprint, &source, done, gathered);
@@ -200,13 +222,25 @@ pub fn calibrate<D: Device>(
             save(path, index, &gathered)?;
             saved = Instant::now();
         }
-        pass.run(device, window, &mut |seen: Observation| gathered.add(seen, width, &inv_freq))?;
+        pass.run(device, window, &mut |seen: Observation| gathered.add(seen, &layout, &inv_freq))?;
         if let Some(layer) = gathered.broken_layer() {
             return Err(CalibrationError::NotFinite { layer });
         }
     }
     let layers = gathered.layers.iter().zip(&layout.layers).enumerate();
-    let layers = layers.map(|(index, (own, layout))| own.finish(layout, options.seed, index)).collect();
+    let mut layers: Vec<LayerCalibration> =
+        layers.map(|(index, (own, layout))| own.finish(layout, options.seed, index)).collect();
+    if scheme.has_planes() {
+        let keys: Vec<_> = gathered.layers.iter().map(|layer| layer.key_channels.as_ref()).collect();
+        let values: Vec<_> = gathered.layers.iter().map(|layer| layer.value_spread.as_ref()).collect();
+        let runs = |done, sequences| progress(Progress { done, sequences });
+        if !planes::fit(device, pretrained, scheme, &windows, &keys, &values, &mut layers, runs)? {
+            if let Some(path) = state {
+                save(path, windows.len(), &gathered)?;
+            }
+            return Ok(None);
+        }
+    }
     let tokens = windows.len() * context;
     Ok(Some(Artefact {
         fingerprint,

@@ -3,7 +3,6 @@
 
 pub mod bench;
 mod comparison;
-mod distribution;
 mod models;
 mod perplexity;
 mod random_cache;

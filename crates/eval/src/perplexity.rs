@@ -5,11 +5,10 @@
 //! reference `fp16` has nothing packed; it is evaluated as one exact prefill.
 
 use crate::EvalError;
-use crate::distribution::Distribution;
 use crate::models::Models;
 use dibit_cache::{CacheManager, Scheme};
 use dibit_device::{Batch, Device, Mode};
-use dibit_model::{Model, Pretrained, Workspace, windows};
+use dibit_model::{Distribution, Model, Pretrained, Workspace, windows};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::ops::ControlFlow;

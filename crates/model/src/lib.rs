@@ -5,6 +5,7 @@
 mod chat;
 mod checkpoint;
 mod config;
+mod distribution;
 mod error;
 mod exact;
 mod files;
@@ -25,6 +26,7 @@ mod workspace;
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
 pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
+pub use distribution::Distribution;
 pub use error::ModelError;
 pub use exact::ExactPass;
 pub use files::{ModelFiles, WeightFile};

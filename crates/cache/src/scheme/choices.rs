@@ -171,6 +171,28 @@ pub enum Sees {
     Stored,
 }
 
+/// How planes are given to channels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlaneBudget {
+    /// What shares a number of planes.
+    pub pool: Pool,
+    /// Planes of a channel at most.
+    pub most: usize,
+}
+
+/// What shares a number of planes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pool {
+    /// Keys and values of all layers.
+    #[default]
+    Model,
+    /// Keys of all layers, and values of all layers.
+    Side,
+    /// Keys, or values, of one KV head.
+    Head,
+}
+
 /// What gives accuracy back after quantisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Correction {

@@ -5,10 +5,10 @@ use super::check::{
     Problem, Which, check_classes, check_correction, check_features, check_pages, check_planes, needs_chunks, unsupported,
 };
 use super::choices::{
-    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, StateType,
-    Statistic, Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Sees, Side,
+    Sinks, StateType, Statistic, Transform,
 };
-use crate::{PAGE_TOKENS, Schedule, SchemeError, Window};
+use crate::{PAGE_TOKENS, Planes, Schedule, SchemeError, Window};
 use dibit_quant::{Bits, Quantizer};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -21,6 +21,9 @@ const MAX_FOUND: usize = 64;
 const MAX_RANK: usize = 16;
 const MAX_CLASSES: usize = 8;
 
+/// Planes of a channel, where a scheme does not say.
+const MOST_PLANES: usize = 3;
+
 /// Features of a linear correction (KVLinC, section 4.1).
 const FEATURES: usize = 256;
 
@@ -31,6 +34,7 @@ struct SchemeFile {
     #[serde(default)]
     summary: String,
     correction: Option<CorrectionFile>,
+    planes: Option<PlanesFile>,
     #[serde(default)]
     attention: Sees,
     keys: toml::Table,
@@ -90,6 +94,14 @@ enum CorrectionKind {
     Bias,
     #[serde(rename = "linear+bias")]
     Both,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlanesFile {
+    #[serde(default)]
+    pool: Pool,
+    most: Option<usize>,
 }
 
 /// Bits of a code, or planes.
@@ -213,6 +225,7 @@ impl SchemeFile {
             sinks,
             sees: self.attention,
             correction: Correction::NONE,
+            planes: PlaneBudget { pool: Pool::Model, most: MOST_PLANES },
             layers: Vec::new(),
             classes: Vec::new(),
             calibration: None,
@@ -235,6 +248,12 @@ impl SchemeFile {
             check_classes(&scheme)?;
         }
         check_features(&scheme)?;
+        if let Some(file) = self.planes {
+            scheme.planes = file.validate()?;
+            if !scheme.has_planes() {
+                return unsupported("[planes] without keys or values in planes", "bits = \"planes\"");
+            }
+        }
         if scheme.sees == Sees::Stored && scheme.all_sides().any(needs_chunks) {
             return unsupported("attention = \"stored\" with low_rank", "attention = \"exact\"");
         }
@@ -304,6 +323,16 @@ fn range(text: &str) -> Result<Range<usize>, Problem> {
     match range {
         Some(range) if !range.is_empty() => Ok(range),
         _ => unsupported(format!("layers.\"{text}\""), "a layer, or a range as in layers.\"0..4\" (4 excluded)"),
+    }
+}
+
+impl PlanesFile {
+    fn validate(self) -> Result<PlaneBudget, Problem> {
+        let most = self.most.unwrap_or(MOST_PLANES);
+        if !(1..=Planes::MOST).contains(&most) {
+            return unsupported(format!("planes.most = {most}"), format!("1 to {}", Planes::MOST));
+        }
+        Ok(PlaneBudget { pool: self.pool, most })
     }
 }
 

@@ -10,8 +10,8 @@ mod file;
 mod tests;
 
 pub use choices::{
-    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PreRope, Sees, Side, Sinks, StateType,
-    Statistic, Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Sees, Side,
+    Sinks, StateType, Statistic, Transform,
 };
 
 use crate::{Calibration, SchemeError, Window};
@@ -64,6 +64,8 @@ pub struct Scheme {
     pub sees: Sees,
     /// The correction that the method asks for.
     pub correction: Correction,
+    /// How planes are given to channels, where there are any.
+    pub planes: PlaneBudget,
     /// Layers with choices of their own; ranges do not overlap.
     pub layers: Vec<LayerOverride>,
     /// Kinds of tokens with choices of their own: class 1 and on; class 0 is every other token.
@@ -148,6 +150,11 @@ impl Scheme {
     /// Whether the scheme needs what `dibit calibrate` makes.
     pub fn is_calibrated(&self) -> bool {
         self.all_sides().any(Side::is_calibrated)
+    }
+
+    /// Whether keys or values have planes.
+    pub fn has_planes(&self) -> bool {
+        self.all_sides().any(|side| matches!(side, Side::Packed(Packed { planes: Some(_), .. })))
     }
 
     /// The size of the linear correction, where a layer has one: all that have one share it.

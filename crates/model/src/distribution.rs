@@ -1,9 +1,9 @@
 //! Next-token distributions, from logits.
 
-use dibit_model::argmax;
+use crate::argmax;
 
 /// A distribution over the vocabulary.
-pub(crate) struct Distribution<'a> {
+pub struct Distribution<'a> {
     logits: &'a [f32],
     /// Logarithm of the sum of the exponentials of the logits.
     log_total: f64,
@@ -12,7 +12,11 @@ pub(crate) struct Distribution<'a> {
 }
 
 impl<'a> Distribution<'a> {
-    pub(crate) fn new(logits: &'a [f32]) -> Self {
+    /// The distribution of the logits of a whole vocabulary.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn new(logits: &'a [f32]) -> Self {
         let top = argmax(logits);
         let largest = logits[top];
         let total: f64 = logits.iter().map(|logit| f64::from((logit - largest).exp())).sum();
@@ -20,12 +24,12 @@ impl<'a> Distribution<'a> {
     }
 
     /// Negative log-likelihood of a token, in nats.
-    pub(crate) fn nll(&self, id: u32) -> f64 {
+    pub fn nll(&self, id: u32) -> f64 {
         self.log_total - f64::from(self.logits[id as usize])
     }
 
     /// KL divergence of `other` from this distribution, `sum p log(p / q)`, in nats.
-    pub(crate) fn kl(&self, other: &Distribution) -> f64 {
+    pub fn kl(&self, other: &Distribution) -> f64 {
         let offset = other.log_total - self.log_total;
         let terms = self.logits.iter().zip(other.logits).map(|(p, q)| {
             let weight = f64::from(((f64::from(*p) - self.log_total) as f32).exp());

@@ -1,0 +1,133 @@
+//! Giving planes to channels: reverse water-filling.
+
+use dibit_cache::Planes;
+
+/// Mean squared error of a code of so many planes, of a range of 1, times 12: a channel without a plane keeps the mean of
+/// its group, with `p` planes its range is cut into `4^p - 1` steps.
+pub(crate) fn error(planes: usize) -> f64 {
+    match planes {
+        0 => 1.0,
+        _ => 1.0 / (4f64.powi(planes as i32) - 1.0).powi(2),
+    }
+}
+
+/// The heads of one side of a layer, which get the same number of planes.
+pub(crate) struct Group {
+    /// Weight of each channel, head after head.
+    pub weights: Vec<f64>,
+    /// Channels of a head.
+    pub head_dim: usize,
+}
+
+impl Group {
+    /// What the planes of a head save, the largest first: the channel, and the saving.
+    fn savings(&self, head: usize, most: usize) -> Vec<(usize, f64)> {
+        let own = &self.weights[head * self.head_dim..(head + 1) * self.head_dim];
+        let of_channel = |(channel, weight): (usize, &f64)| {
+            let weight = *weight;
+            (0..most).map(move |planes| (channel, weight * (error(planes) - error(planes + 1))))
+        };
+        let mut all: Vec<(usize, f64)> = own.iter().enumerate().flat_map(of_channel).collect();
+        // Savings of a channel fall with each plane, so they are taken in their order.
+        all.sort_by(|a, b| b.1.total_cmp(&a.1));
+        all
+    }
+
+    fn heads(&self) -> usize {
+        self.weights.len() / self.head_dim
+    }
+
+    /// The planes of each channel where every head has `count`.
+    fn spend(&self, count: usize, most: usize) -> Vec<u8> {
+        let mut planes = vec![0; self.weights.len()];
+        for head in 0..self.heads() {
+            for (channel, _) in self.savings(head, most).into_iter().take(count) {
+                planes[head * self.head_dim + channel] += 1;
+            }
+        }
+        planes
+    }
+}
+
+/// Spends `total` planes of one head on groups, in steps of a sixteenth of a head's channels, always where they save most.
+/// Every group gets an eighth of a head's channels at least. Returns the planes of each channel of each group.
+pub(crate) fn pooled(groups: &[Group], total: usize, most: usize) -> Vec<Vec<u8>> {
+    let step = |group: &Group| (group.head_dim / 16).max(1);
+    let sums: Vec<Vec<f64>> = groups
+        .iter()
+        .map(|group| {
+            let heads: Vec<_> = (0..group.heads()).map(|head| group.savings(head, most)).collect();
+            (0..group.head_dim * most).map(|place| heads.iter().map(|own| own[place].1).sum()).collect()
+        })
+        .collect();
+    let mut counts: Vec<usize> = groups.iter().map(|group| 2 * step(group)).collect();
+    let mut spent: usize = counts.iter().sum();
+    loop {
+        let saving = |index: usize| {
+            let (step, count) = (step(&groups[index]), counts[index]);
+            let next = sums[index].get(count..count + step)?;
+            (spent + step <= total).then(|| (next.iter().sum::<f64>() / step as f64, index))
+        };
+        let best = (0..groups.len()).filter_map(saving).max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        let Some((_, index)) = best else { break };
+        counts[index] += step(&groups[index]);
+        spent += step(&groups[index]);
+    }
+    groups.iter().zip(counts).map(|(group, count)| group.spend(count, most)).collect()
+}
+
+/// Gives every head of every group the same number of planes.
+pub(crate) fn by_head(groups: &[Group], planes: usize, most: usize) -> Vec<Vec<u8>> {
+    groups.iter().map(|group| group.spend(planes, most)).collect()
+}
+
+/// Planes of a head whose channels have so many bits on average.
+pub(crate) fn planes_of(average_bits: f32, head_dim: usize) -> usize {
+    ((f64::from(average_bits) * head_dim as f64 / 2.0).round() as usize).clamp(1, Planes::MOST * head_dim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn group(weights: Vec<f64>, head_dim: usize) -> Group {
+        Group { weights, head_dim }
+    }
+
+    #[test]
+    fn planes_go_where_they_save_most() {
+        let own = group(vec![100.0, 1.0, 0.001, 1.0], 4);
+        assert_eq!(own.spend(4, 3), [2, 1, 0, 1]);
+        assert_eq!(own.spend(2, 3), [2, 0, 0, 0]);
+        assert_eq!(own.spend(2, 1), [1, 1, 0, 0]);
+        assert_eq!(by_head(&[own], 12, 3), [[3, 3, 3, 3]]);
+    }
+
+    #[test]
+    fn a_pool_is_spent_on_the_groups_that_need_it() {
+        let groups = [group(vec![1.0; 32], 32), group(vec![1e-3; 32], 32), group(vec![1e3; 64], 32)];
+        let spent: Vec<usize> = pooled(&groups, 96, 3)
+            .iter()
+            .zip(&groups)
+            .map(|(planes, group)| planes.iter().map(|p| usize::from(*p)).sum::<usize>() / group.heads())
+            .collect();
+        assert_eq!(spent.iter().sum::<usize>(), 96);
+        assert!(spent[1] == 4 && spent[2] > spent[0] && spent[0] > 4, "{spent:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_swap_of_planes_saves_more(weights in prop::collection::vec(1e-6f64..1e6, 8), count in 1usize..24) {
+            let own = group(weights.clone(), 8);
+            let planes = own.spend(count, 3);
+            prop_assert_eq!(planes.iter().map(|p| usize::from(*p)).sum::<usize>(), count);
+            let gain = |c: usize, p: u8| weights[c] * (error(usize::from(p)) - error(usize::from(p) + 1));
+            for from in (0..8).filter(|c| planes[*c] > 0) {
+                for to in (0..8).filter(|c| planes[*c] < 3) {
+                    prop_assert!(gain(from, planes[from] - 1) >= gain(to, planes[to]));
+                }
+            }
+        }
+    }
+}
