@@ -12,6 +12,9 @@ use std::sync::Arc;
 
 pub(crate) const HALF_BYTES: usize = 2;
 
+/// Bytes to a multiple of which pages, and the values in them, begin.
+const ALIGNMENT: usize = 64;
+
 /// Shape of the model's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheShape {
@@ -95,8 +98,8 @@ pub struct PageLayout {
     pub value_bytes: usize,
     /// Bytes of what a chunk of pages shares; it lies in the chunk's first page.
     pub chunk_bytes: usize,
-    /// Bytes from one page to the next: all of the above, rounded up to a multiple of 64; the same for all KV heads of a
-    /// layer.
+    /// Bytes from one page to the next: all of the above, keys and the rest each rounded up to a multiple of 64; the same
+    /// for all KV heads of a layer.
     pub stride: usize,
 }
 
@@ -104,11 +107,13 @@ impl PageLayout {
     fn new(keys: Side, values: Side, head_dim: usize, planes: [Option<&[u8]>; 2]) -> Result<Self, (String, String)> {
         let mut keys = SideLayout::new(keys, true, head_dim, 0, planes[0])?;
         let key_bytes = keys.bytes(head_dim);
-        let mut values = SideLayout::new(values, false, head_dim, key_bytes, planes[1])?;
+        let start = key_bytes.next_multiple_of(ALIGNMENT);
+        let mut values = SideLayout::new(values, false, head_dim, start, planes[1])?;
         let value_bytes = values.bytes(head_dim);
-        let mut chunk_bytes = keys.place_chunk(head_dim, key_bytes + value_bytes);
-        chunk_bytes += values.place_chunk(head_dim, key_bytes + value_bytes + chunk_bytes);
-        let stride = (key_bytes + value_bytes + chunk_bytes).next_multiple_of(64);
+        let end = start + value_bytes;
+        let mut chunk_bytes = keys.place_chunk(head_dim, end);
+        chunk_bytes += values.place_chunk(head_dim, end + chunk_bytes);
+        let stride = (end + chunk_bytes).next_multiple_of(ALIGNMENT);
         Ok(PageLayout { keys, values, key_bytes, value_bytes, chunk_bytes, stride })
     }
 }

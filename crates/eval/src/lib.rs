@@ -3,6 +3,7 @@
 
 pub mod bench;
 mod comparison;
+mod made_up;
 mod models;
 mod perplexity;
 mod random_cache;

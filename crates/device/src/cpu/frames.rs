@@ -1,6 +1,7 @@
 //! The frames in which keys and values are stored: rotations of heads, and keys before their rotary embedding.
 
 use super::adapters::FeatureMaps;
+use super::dot::{self, dot_rows};
 use super::elementwise;
 use super::rotate;
 use super::simd::Isa;
@@ -80,12 +81,10 @@ impl HeadRotation {
         match self {
             HeadRotation::Hadamard(hadamard) => rotate::hadamard_inverse(isa, hadamard, row),
             HeadRotation::Basis(basis) => {
-                buffer.clear();
-                buffer.extend(
-                    matrix(basis, kv_head, row.len())
-                        .chunks_exact(row.len())
-                        .map(|matrix_row| row.iter().zip(matrix_row).map(|(x, u)| x * u).sum::<f32>()),
-                );
+                let d = row.len();
+                buffer.resize(d, 0.0);
+                let shape = dot::Shape { m: 1, n: d, k: d };
+                dot_rows(isa, row, matrix(basis, kv_head, d), shape, &mut |_, channel, sum| buffer[channel] = sum);
                 row.copy_from_slice(buffer);
             }
         }

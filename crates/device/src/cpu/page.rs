@@ -8,7 +8,7 @@ use super::codes::{Codes, IntegerWeights, Line, mix_codes};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::quantise::unpack;
-use super::scales::{Scales, apply, total, unfold};
+use super::scales::{Scales, apply, total, unfold, unfold_planes};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide, Planes};
 use half::f16;
@@ -110,11 +110,12 @@ impl Page<'_> {
         }
         let Folding { offsets, weights: integers, lines, .. } = folding;
         for span in self.side.group_spans() {
-            let (own, further) = match &self.side.planes {
-                Some(planes) => (self.plane_scales(planes), &planes.with[1..]),
-                None => (self.scales(span.index * self.side.rows + rows.start, rows.len()), &[][..]),
+            let planes = self.side.planes.as_ref();
+            let own = match planes {
+                Some(planes) => self.plane_scales(planes),
+                None => self.scales(span.index * self.side.rows + rows.start, rows.len()),
             };
-            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, further, offsets);
+            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, planes, offsets);
             let y = &mut sums.values[span.lanes.start..];
             mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride, &mut ahead, offsets);
         }
@@ -130,28 +131,22 @@ impl Page<'_> {
             if own.is_empty() {
                 continue;
             }
+            let stride = self.side.planes.map_or(lanes, |planes| planes.channels.max(lanes));
             mixed.clear();
-            mixed.resize(weights.count * lanes, 0.0);
+            mixed.resize(weights.count * stride, 0.0);
             let weights = weights.from(own.start - rows.start);
             integers.load(isa, weights.values, weights.count, weights.stride, own.len());
             for span in self.side.group_spans() {
                 let y = &mut mixed[span.lanes.start..];
-                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, lanes, &mut ahead, &[]);
+                mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, stride, &mut ahead, &[]);
             }
-            let scales = match &self.side.planes {
-                Some(planes) => self.plane_scales(planes),
-                None => self.scales(group * lanes, lanes),
-            };
-            for ((weights, mixed), sums) in weights.rows().zip(mixed.chunks_exact_mut(lanes)).zip(sums.rows()) {
+            let rows = weights.rows().zip(mixed.chunks_exact_mut(stride)).zip(sums.rows());
+            for ((weights, mixed), sums) in rows {
                 let total = total(isa, &weights[..own.len()]);
-                if let Some(planes) = &self.side.planes {
-                    join_planes(planes, mixed);
+                match &self.side.planes {
+                    Some(planes) => unfold_planes(isa, total, mixed, planes, self.plane_scales(planes), sums),
+                    None => unfold(isa, total, mixed, self.scales(group * lanes, lanes), &mut sums[..lanes]),
                 }
-                let scaled = scales.scales.len();
-                let (zeros, means) = scales.zeros.split_at(scaled);
-                unfold(isa, total, &mixed[..scaled], Scales { zeros, ..scales }, &mut sums[..scaled]);
-                let rest = sums[scaled..].iter_mut().zip(means);
-                rest.for_each(|(sum, mean)| *sum += total * mean.widen());
             }
         }
     }
@@ -176,7 +171,7 @@ impl Page<'_> {
     pub(super) fn take_bias(self, queries: Weights, sums: &mut Sums) {
         for span in self.side.group_spans() {
             let scales = match &self.side.planes {
-                Some(planes) => self.plane_scales(planes).scales,
+                Some(planes) => &self.plane_scales(planes).scales[..planes.with[0]],
                 None => self.scales(span.index * self.side.rows, self.side.rows).scales,
             };
             for (query, sums) in queries.rows().zip(sums.rows()) {
@@ -187,11 +182,12 @@ impl Page<'_> {
         }
     }
 
-    /// Scales of channels with a plane and zeros of all, in the order of storage.
+    /// Scales and zeros of all channels in the order of storage. Scales of channels without a plane are what lies behind the
+    /// others: zeros, which stand for nothing there.
     fn plane_scales(&self, planes: &Planes) -> Scales<'_> {
         let PackedSide { scales, zeros, quantizer, .. } = *self.side;
         Scales {
-            scales: &self.halves(scales)[..planes.with[0]],
+            scales: &self.halves(scales)[..planes.channels],
             zeros: &self.halves(zeros)[..planes.channels],
             quantizer,
         }
@@ -297,18 +293,6 @@ impl Page<'_> {
     fn halves(&self, offset: usize) -> &[f16] {
         let bytes = &self.bytes[offset..];
         bytemuck::cast_slice(&bytes[..bytes.len() & !1])
-    }
-}
-
-/// Adds the sums of each further plane to those of the first, each plane four times as large as the one before.
-fn join_planes(planes: &Planes, sums: &mut [f32]) {
-    let (first, mut rest) = sums.split_at_mut(planes.with[0]);
-    let mut value = 1.0;
-    for count in &planes.with[1..] {
-        value *= 4.0;
-        let (own, behind) = rest.split_at_mut(*count);
-        first.iter_mut().zip(own).for_each(|(sum, plane)| *sum += value * *plane);
-        rest = behind;
     }
 }
 

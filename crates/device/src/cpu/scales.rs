@@ -8,6 +8,7 @@ use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Lanes, Portable, WIDTH, dispatch, join, mul_add};
+use dibit_cache::Planes;
 use dibit_quant::Quantizer;
 use half::f16;
 
@@ -84,6 +85,30 @@ dispatch! {
     avx2: unfold_body(total, mixed, own, sums);
     avx512: unfold_body(total, mixed, own, sums);
     neon: unfold_body(total, mixed, own, sums);
+}
+
+#[inline(always)]
+fn unfold_planes_body(total: f32, mixed: &mut [f32], planes: &Planes, own: Scales, sums: &mut [f32]) {
+    let (first, mut rest) = mixed.split_at_mut(planes.with[0]);
+    let mut value = 1.0;
+    for count in &planes.with[1..] {
+        value *= 4.0;
+        let (own, behind) = rest.split_at_mut(*count);
+        first.iter_mut().zip(own).for_each(|(sum, plane)| *sum += value * *plane);
+        rest = behind;
+    }
+    mixed[planes.with[0]..planes.channels].fill(0.0);
+    unfold_body(total, &mixed[..planes.channels], own, &mut sums[..planes.channels]);
+}
+
+dispatch! {
+    /// [`unfold`] of sums over planes, the first plane of all channels first: they are joined in `mixed`, which has room
+    /// for the channels.
+    fn unfold_planes<>(total: f32, mixed: &mut [f32], planes: &Planes, own: Scales, sums: &mut [f32]);
+    baseline: unfold_planes_body(total, mixed, planes, own, sums);
+    avx2: unfold_planes_body(total, mixed, planes, own, sums);
+    avx512: unfold_planes_body(total, mixed, planes, own, sums);
+    neon: unfold_planes_body(total, mixed, planes, own, sums);
 }
 
 #[inline(always)]

@@ -1,6 +1,7 @@
 //! Attention of a decoding step: one layer, one sequence, one new token.
 
 use super::sweep;
+use crate::made_up::calibrated;
 use crate::EvalError;
 use crate::random_cache::{RandomCache, random};
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
@@ -131,10 +132,10 @@ pub struct AttentionFigures {
 }
 
 /// Times schemes against each other; `fp16` is added where it is not among them. Keys, values and queries are random
-/// numbers, and `begin` hears what is done next.
+/// numbers, calibrations are made up, and `begin` hears what is done next.
 ///
 /// # Errors
-/// [`EvalError`]: a scheme that does not suit the heads or needs a calibration, or a lack of memory.
+/// [`EvalError`]: a scheme that does not suit the heads, or a lack of memory.
 pub fn attention(
     devices: &[Cpu],
     schemes: &[Scheme],
@@ -147,7 +148,10 @@ pub fn attention(
         let (num_key_value_heads, head_dim) = (heads.key_value, options.head_dim);
         let shape = CacheShape { num_layers: 1, num_key_value_heads, head_dim };
         let inv_freq = Rope { theta: 10_000.0, scaling: RopeScaling::Default }.inv_freq(head_dim);
-        let layout = |scheme| Ok(CacheLayout::new(scheme, shape)?.with_tables(inv_freq.clone())?);
+        let layout = |scheme| {
+            let scheme = calibrated(scheme, shape, heads.query);
+            Ok(CacheLayout::new(&scheme, shape)?.with_tables(inv_freq.clone())?)
+        };
         schemes.iter().map(layout).collect()
     };
     // What does not suit a scheme is said before the work begins.

@@ -8,6 +8,7 @@ use crate::cpu::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx2, Avx512};
 use crate::cpu::simd::{BASELINE_FMA, Isa, Lanes, Portable, dispatch};
+use dibit_cache::Planes;
 
 /// The largest number whose high byte, rounded, is at most 127.
 const LARGEST: f32 = 127.0 * 256.0 + 127.0;
@@ -44,8 +45,8 @@ impl IntegerWeights {
     }
 
     /// Rounds rows as [`IntegerWeights::load`] does, with the scales of their groups folded in; `offsets` gets the product
-    /// of each row with the offsets. Weights without a scale have nothing but an offset. Behind those with a scale the
-    /// first of them come again for each further plane, as many as `planes` says, four times as large each time.
+    /// of each row with the offsets. Where there are planes, `planes` says how many weights each has: the first ones,
+    /// four times as large from plane to plane. The others have nothing but an offset.
     pub(crate) fn load_folded(
         &mut self,
         isa: Isa,
@@ -53,18 +54,18 @@ impl IntegerWeights {
         count: usize,
         stride: usize,
         own: Scales,
-        planes: &[usize],
+        planes: Option<&Planes>,
         offsets: &mut Vec<f32>,
     ) {
-        let len = own.scales.len() + planes.iter().sum::<usize>();
-        self.folded.resize(len.max(own.zeros.len()), 0.0);
+        let len = planes.map_or(own.scales.len(), Planes::count);
+        self.folded.resize(len.max(own.scales.len()), 0.0);
         offsets.resize(count, 0.0);
         self.resize(count, len);
         let rows = self.numbers.chunks_exact_mut(2 * self.quads).zip(&mut self.steps).zip(offsets);
         for (((numbers, step), offset), values) in rows.zip(values.chunks(stride)) {
             let (high, low) = numbers.split_at_mut(self.quads);
             let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
-            let values = &values[..own.zeros.len()];
+            let values = &values[..own.scales.len()];
             *offset = fold_and_round(isa, values, own, planes, &mut self.folded, high, low, step);
         }
     }
@@ -118,7 +119,7 @@ dispatch! {
     fn fold_and_round<>(
         values: &[f32],
         own: Scales,
-        planes: &[usize],
+        planes: Option<&Planes>,
         folded: &mut [f32],
         high: &mut [i8],
         low: &mut [i8],
@@ -134,27 +135,24 @@ dispatch! {
 fn folding_body<L: Lanes, const FMA: bool>(
     values: &[f32],
     own: Scales,
-    planes: &[usize],
+    planes: Option<&Planes>,
     folded: &mut [f32],
     high: &mut [i8],
     low: &mut [i8],
     step: &mut f32,
 ) -> f32 {
-    let scaled = own.scales.len();
-    let (with, without) = values.split_at(scaled);
-    let zeros = &own.zeros[scaled..];
-    let mut offset = fold::<L, FMA>(with, Scales { zeros: &own.zeros[..scaled], ..own }, folded);
-    if !without.is_empty() {
-        // Their zeros stand in for scales, which do not matter.
-        offset += fold::<L, FMA>(without, Scales { scales: zeros, zeros, ..own }, &mut folded[scaled..]);
-    }
-    let (first, mut rest) = folded.split_at_mut(scaled);
-    let (mut value, mut len) = (1.0, scaled);
-    for count in planes {
-        value *= 4.0;
-        let (own, behind) = rest.split_at_mut(*count);
-        first.iter().zip(own).for_each(|(first, weight)| *weight = value * first);
-        (rest, len) = (behind, len + count);
+    let offset = fold::<L, FMA>(values, own, folded);
+    let mut len = values.len();
+    if let Some(planes) = planes {
+        let (first, mut rest) = folded.split_at_mut(planes.with[0]);
+        let mut value = 1.0;
+        for count in &planes.with[1..] {
+            value *= 4.0;
+            let (own, behind) = rest.split_at_mut(*count);
+            first.iter().zip(own).for_each(|(first, weight)| *weight = value * first);
+            rest = behind;
+        }
+        len = planes.count();
     }
     body(&folded[..len], high, low, step);
     offset

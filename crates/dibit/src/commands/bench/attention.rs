@@ -2,15 +2,12 @@ use crate::Outcome;
 use crate::args::AttentionBenchArgs;
 use crate::commands::{cpu, schemes};
 use crate::output::{bar, bytes, table};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
 use dibit_eval::bench::{AttentionBench, AttentionFigures, AttentionOptions, AttentionPoint, attention};
 
 pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
-    if let Some(scheme) = schemes.iter().find(|scheme| scheme.is_calibrated()) {
-        bail!("scheme {} needs numbers of a model, and here is none; `dibit bench decode` takes them", scheme.name);
-    }
     args.measure.check(cache_bytes(args, &schemes)?)?;
     let mut threads: Vec<Option<u16>> = args.threads.iter().copied().map(Some).collect();
     if threads.is_empty() {

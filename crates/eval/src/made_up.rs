@@ -1,0 +1,65 @@
+//! Made-up calibrations, to measure the speed of schemes without a model.
+
+use crate::random_cache::random;
+use dibit_cache::{
+    Adapters, CacheShape, Calibration, LayerCalibration, Linear, Packed, PlaneBudget, Scheme, Side,
+};
+use std::sync::Arc;
+
+/// The scheme with a calibration of the right shape where it can use one: channels in their own order, bases that turn
+/// nothing, planes around the average and random adapters.
+pub(crate) fn calibrated(scheme: &Scheme, shape: CacheShape, num_heads: usize) -> Scheme {
+    if !scheme.takes_calibration() {
+        return scheme.clone();
+    }
+    let layers = (0..shape.num_layers).map(|layer| of_layer(scheme, layer, shape, num_heads)).collect();
+    Scheme { calibration: Some(Arc::new(Calibration { layers })), ..scheme.clone() }
+}
+
+fn of_layer(scheme: &Scheme, layer: usize, shape: CacheShape, num_heads: usize) -> LayerCalibration {
+    let (kv_heads, d) = (shape.num_key_value_heads, shape.head_dim);
+    let basis: Vec<f32> = (0..kv_heads * d * d).map(|at| if at / d % d == at % d { 1.0 } else { 0.0 }).collect();
+    let (keys, values) = scheme.sides(0, layer);
+    let planes = |side: Side| Some(planes(side, scheme.planes, d)?.repeat(kv_heads));
+    let adapters = scheme.correction(layer).linear.map(|Linear { features, .. }| {
+        let maps = |seed: u64, heads: usize| [seed, seed + 1].map(|seed| random(seed, heads * d * features / 2));
+        Adapters { features, query: maps(11, num_heads), key: maps(13, kv_heads), gates: vec![1.0; num_heads] }
+    });
+    LayerCalibration {
+        permutation: Some((0..shape.row() as u32).collect()),
+        key_basis: Some(basis.clone()),
+        value_basis: Some(basis),
+        key_planes: planes(keys),
+        value_planes: planes(values),
+        adapters,
+    }
+}
+
+/// Planes of the channels of a head, falling from one more than the average to one less.
+fn planes(side: Side, budget: PlaneBudget, d: usize) -> Option<Vec<u8>> {
+    let Side::Packed(Packed { planes: Some(average), .. }) = side else { return None };
+    let of = |channel: usize| {
+        let place = 1.0 - 2.0 * (channel as f32 + 0.5) / d as f32;
+        (average / 2.0 + 1.5 * place).round().clamp(0.0, budget.most as f32) as u8
+    };
+    Some((0..d).map(of).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_built_in_scheme_gets_what_it_needs() {
+        let shape = CacheShape { num_layers: 2, num_key_value_heads: 2, head_dim: 64 };
+        for name in Scheme::built_in() {
+            let scheme = calibrated(&Scheme::load(name).unwrap(), shape, 4);
+            let layout = dibit_cache::CacheLayout::new(&scheme, shape).unwrap();
+            assert_eq!(layout.with_tables(vec![1.0; 32]).map(drop).map_err(|error| error.to_string()), Ok(()), "{name}");
+        }
+        let dibit = Scheme::load("dibit").unwrap();
+        let planes = planes(dibit.keys, dibit.planes, 64).unwrap();
+        assert_eq!(planes.iter().map(|planes| usize::from(*planes)).sum::<usize>(), 64);
+        assert_eq!((planes[0], planes[32], planes[63]), (2, 1, 0));
+    }
+}
