@@ -9,6 +9,7 @@ mod cpu;
 mod device;
 mod error;
 mod tensor;
+mod train;
 
 pub use batch::{Batch, Mode, Phase, Span};
 pub use blocks::BlockType;
@@ -16,3 +17,4 @@ pub use cpu::{Cpu, Isa};
 pub use device::{Device, Output};
 pub use error::DeviceError;
 pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError};
+pub use train::{AdamStep, Place, ROW_STATISTICS, RowStatistic, Rows, Train};

@@ -15,7 +15,12 @@ fn bits(scheme: &str, passes: usize) -> f64 {
         let identity = |at: usize| f32::from(u8::from(at / HEAD_DIM == at % HEAD_DIM));
         let basis: Vec<f32> = (0..HEAD_DIM * HEAD_DIM).map(identity).collect();
         let permutation = Some((0..HEAD_DIM as u32).collect());
-        let layer = LayerCalibration { permutation, key_basis: Some(basis.clone()), value_basis: Some(basis), ..Default::default() };
+        let layer = LayerCalibration {
+            permutation,
+            key_basis: Some(basis.clone()),
+            value_basis: Some(basis),
+            ..Default::default()
+        };
         scheme.calibration = Some(Arc::new(Calibration { layers: vec![layer] }));
     }
     let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim: HEAD_DIM };

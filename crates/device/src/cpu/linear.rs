@@ -29,6 +29,12 @@ impl<'a> Shared<'a> {
         Shared { start: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
     }
 
+    /// Where number `first` lies.
+    pub(super) fn at(&self, first: usize) -> *mut f32 {
+        assert!(first < self.len);
+        self.start.wrapping_add(first)
+    }
+
     /// Numbers from `first` on.
     ///
     /// # Safety

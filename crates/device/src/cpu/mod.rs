@@ -15,6 +15,7 @@ mod exp;
 mod frames;
 mod ggml;
 mod linear;
+mod ln;
 mod missed;
 mod mix;
 mod page;
@@ -29,6 +30,7 @@ mod softmax;
 mod store;
 #[cfg(test)]
 mod tests;
+mod train;
 
 use crate::blocks::with_blocks;
 use crate::tensor::Values;
