@@ -1,7 +1,7 @@
 //! The file of a calibration.
 
 use crate::file::{Array, Contents};
-use crate::{CalibrationError, Fingerprint};
+use crate::{CalibrationError, Fingerprint, Measurement, Training};
 use dibit_cache::{Adapters, Calibration, LayerCalibration, Scheme, SchemeError};
 use dibit_model::Pretrained;
 use std::path::Path;
@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 const FINGERPRINT: &str = "dibit.fingerprint";
 const SOURCE: &str = "dibit.source";
+const RECIPE: &str = "dibit.recipe";
+const COURSE: &str = "course";
 
 /// A calibration with what it was made for.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +21,8 @@ pub struct Artefact {
     pub source: String,
     /// The numbers.
     pub calibration: Calibration,
+    /// What training of adapters found, where there was one.
+    pub training: Option<Training>,
 }
 
 impl Artefact {
@@ -27,7 +31,8 @@ impl Artefact {
     /// Tensors are `layers.{i}.permutation`, `layers.{i}.key_planes` and `layers.{i}.value_planes` (u32),
     /// `layers.{i}.key_basis`, `layers.{i}.value_basis` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
     /// `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the numbers of [`LayerCalibration`] in
-    /// their order. The fingerprint is JSON in the metadata.
+    /// their order. Of a training there are `layers.{i}.divergence_before`, `layers.{i}.divergence_after` and `course` (f32),
+    /// the numbers of [`Training`]. The fingerprint is JSON in the metadata.
     ///
     /// # Errors
     /// [`CalibrationError::Write`].
@@ -64,6 +69,17 @@ impl Artefact {
                 contents.floats.push((format!("layers.{index}.{name}"), Array { shape, values: values.clone() }));
             }
         }
+        if let Some(Training { recipe, before, after, course }) = &self.training {
+            contents.metadata.insert(RECIPE.to_owned(), recipe.clone());
+            let mut add = |name: String, values: Vec<f32>| {
+                contents.floats.push((name, Array { shape: vec![values.len()], values }));
+            };
+            for (index, (before, after)) in before.iter().zip(after).enumerate().filter(|(_, own)| !own.0.is_empty()) {
+                add(format!("layers.{index}.divergence_before"), before.clone());
+                add(format!("layers.{index}.divergence_after"), after.clone());
+            }
+            add(COURSE.to_owned(), course.iter().flat_map(Measurement::numbers).collect());
+        }
         contents.write(path)
     }
 
@@ -79,6 +95,10 @@ impl Artefact {
         let layers = contents.metadata.get("dibit.layers").and_then(|count| count.parse().ok());
         let layers: usize = layers.filter(|count| *count <= 4096).ok_or_else(|| malformed("it has no layers"))?;
         let source = contents.metadata.remove(SOURCE).unwrap_or_default();
+        let mut training = contents.metadata.remove(RECIPE).map(|recipe| {
+            let none = vec![Vec::new(); layers];
+            Training { recipe, before: none.clone(), after: none, course: Vec::new() }
+        });
         let mut calibration = Calibration { layers: vec![LayerCalibration::default(); layers] };
         let place = |name: &str| -> Option<(usize, String)> {
             let (index, part) = name.strip_prefix("layers.")?.split_once('.')?;
@@ -110,7 +130,18 @@ impl Artefact {
             }
         }
         for (name, array) in contents.floats {
+            let unknown = || malformed(&format!("it has a tensor {name}"));
             match place(&name) {
+                None if name == COURSE => {
+                    let course = Measurement::from_numbers(&array.values);
+                    training.as_mut().ok_or_else(unknown)?.course = course.ok_or_else(|| malformed("its course is cut"))?;
+                }
+                Some((index, part)) if part == "divergence_before" => {
+                    training.as_mut().ok_or_else(unknown)?.before[index] = array.values;
+                }
+                Some((index, part)) if part == "divergence_after" => {
+                    training.as_mut().ok_or_else(unknown)?.after[index] = array.values;
+                }
                 Some((index, part)) if part == "key_basis" => calibration.layers[index].key_basis = Some(array.values),
                 Some((index, part)) if part == "value_basis" => {
                     calibration.layers[index].value_basis = Some(array.values);
@@ -129,7 +160,12 @@ impl Artefact {
                 _ => return Err(malformed(&format!("it has a tensor {name}"))),
             }
         }
-        Ok(Artefact { fingerprint, source, calibration })
+        if let Some(Training { before, after, .. }) = &training
+            && before.iter().zip(after).any(|(before, after)| before.len() != after.len())
+        {
+            return Err(malformed("it has divergences of other heads before training than after it"));
+        }
+        Ok(Artefact { fingerprint, source, calibration, training })
     }
 
     /// Gives a scheme the calibration in a file, where that was made for it and for this model.

@@ -27,6 +27,22 @@ pub enum CalibrationError {
         /// The model's `max_position_embeddings`.
         limit: usize,
     },
+    /// Sequences are so short that nothing is ever packed.
+    #[error(
+        "sequences of {context} tokens leave no packed keys to correct; --context must be at least {needed} for this scheme"
+    )]
+    NothingPacked {
+        /// Tokens asked for.
+        context: usize,
+        /// The fewest that are of use.
+        needed: usize,
+    },
+    /// Training left the numbers.
+    #[error("the loss of step {step} is not finite; choose a smaller --learning-rate")]
+    Diverged {
+        /// Steps done before.
+        step: usize,
+    },
     /// The model computed something that is no number.
     #[error("layer {layer} computes numbers that are not finite; the weights are damaged, or need --dtype f32")]
     NotFinite {

@@ -1,187 +1,158 @@
 //! Running a model on a text to calibrate a scheme.
 
-use crate::basis::Moments;
-use crate::permutation::ChannelSums;
-use crate::planes::{self, KeyChannels, ValueSpread};
-use crate::{Artefact, CalibrationError, Fingerprint, Source, progress};
-use dibit_cache::{
-    CacheLayout, CacheShape, Calibration, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform,
-};
-use dibit_device::Device;
-use dibit_model::{ExactPass, Observation, Pretrained, windows};
+use crate::gathered::Gathered;
+use crate::linear::{Material, Outcome, Progressed, Recipe, Trainer, Watch, load, pack, save, train};
+use crate::progress::Kept;
+use crate::{Artefact, CalibrationError, Fingerprint, Source, planes};
+use dibit_cache::{CacheLayout, Calibration, Linear, Scheme};
+use dibit_device::Train;
+use dibit_model::{ExactPass, Observation, Pretrained};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between two writes of the state.
 const SAVE_EVERY: Duration = Duration::from_secs(30);
 
+/// Most sequences that are held out of a text.
+const MOST_HELD_OUT: usize = 16;
+
 /// How a calibration is made.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     /// Tokens of a sequence.
     pub context: usize,
-    /// Tokens in all, rounded up to whole sequences; `None` for as many as the text fills.
+    /// Tokens that statistics are gathered from, rounded up to whole sequences; `None` for as many as the text fills.
     pub tokens: Option<usize>,
-    /// Seed of random rotations.
+    /// Seed of random rotations, starts and orders.
     pub seed: u64,
     /// Where the state is kept while it runs, so that it can go on after it was stopped.
     pub state: Option<PathBuf>,
+    /// How adapters are trained, where the scheme has some.
+    pub recipe: Recipe,
+    /// Share of the sequences, the last ones, that training is measured on and does not see; where the text holds none
+    /// out by itself.
+    pub held_out: f32,
+}
+
+/// A tokenised text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Text {
+    /// Its documents.
+    pub documents: Vec<Vec<u32>>,
+    /// Documents that training is measured on and does not see; empty where some of the others are to be held out.
+    pub held_out: Vec<Vec<u32>>,
+}
+
+/// What a calibration is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Gathering statistics.
+    Gathering,
+    /// Training adapters.
+    Training,
 }
 
 /// How far a calibration is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Progress {
-    /// Sequences done.
+    /// What it is doing.
+    pub phase: Phase,
+    /// Sequences done in this phase.
     pub done: usize,
     /// Sequences in all.
     pub sequences: usize,
+    /// Steps of training that are done.
+    pub steps: usize,
+    /// Mean loss of the last steps of training.
+    pub loss: Option<f64>,
+    /// Mean held-out divergence of attention rows without a correction, and with it when it was last measured.
+    pub divergence: Option<[f32; 2]>,
 }
 
-/// What is gathered of one layer.
-#[derive(Default)]
-struct Layer {
-    channels: Option<ChannelSums>,
-    keys: Option<Moments>,
-    values: Option<Moments>,
-    key_channels: Option<KeyChannels>,
-    value_spread: Option<ValueSpread>,
-}
-
-/// What is gathered of all layers.
-pub(crate) struct Gathered {
-    layers: Vec<Layer>,
-}
-
-/// Channels of a head in 16 bit.
-fn high_channels(side: &SideLayout) -> usize {
-    match side {
-        SideLayout::Packed(side) => {
-            side.high.map_or(0, |high| if side.tokens_are_lanes { high.rows } else { high.lanes })
-        }
-        SideLayout::Half { .. } => 0,
+impl Progress {
+    fn gathering(done: usize, sequences: usize) -> Self {
+        Progress { phase: Phase::Gathering, done, sequences, steps: 0, loss: None, divergence: None }
     }
 }
 
-impl Layer {
-    fn new(layout: &LayerLayout, (keys, values): (Side, Side), shape: CacheShape) -> Self {
-        let (heads, head_dim) = (shape.num_key_value_heads, shape.head_dim);
-        let has_planes = |side: Side| planes::average_bits(side).is_some();
-        Layer {
-            channels: match layout.keys {
-                Transform::PreRope(choice) => Some(ChannelSums::new(layout, choice, heads, head_dim)),
-                _ => None,
-            },
-            keys: (layout.keys == Transform::Basis).then(|| Moments::new(heads, head_dim)),
-            values: (layout.values == Transform::Basis && !has_planes(values)).then(|| Moments::new(heads, head_dim)),
-            key_channels: has_planes(keys).then(|| KeyChannels::new(shape)),
-            value_spread: has_planes(values).then(|| ValueSpread::new(shape)),
-        }
-    }
-
-    fn finish(&self, layout: &LayerLayout, seed: u64, layer: usize) -> LayerCalibration {
-        // Every basis has a stream of random numbers of its own.
-        let stream = (layer as u64) << 32;
-        let page = &layout.pages[0];
-        let (keys, values) = (high_channels(&page.keys), high_channels(&page.values));
-        LayerCalibration {
-            permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
-            key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
-            value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
-            ..LayerCalibration::default()
-        }
-    }
+/// The sequences of a text, and the first of those that are held out.
+struct Sequences {
+    all: Vec<Vec<u32>>,
+    held_out: usize,
 }
 
-impl Gathered {
-    fn new(layout: &CacheLayout, scheme: &Scheme) -> Self {
-        let layer = |(index, layer)| Layer::new(layer, scheme.sides(0, index), layout.shape);
-        Gathered { layers: layout.layers.iter().enumerate().map(layer).collect() }
-    }
-
-    fn add(&mut self, seen: Observation, layout: &CacheLayout, inv_freq: &[f32]) {
-        let layer = &mut self.layers[seen.layer];
-        let (width, skipped) = (layout.shape.row(), planes::skipped(layout.sinks));
-        if let Some(channels) = &mut layer.key_channels {
-            channels.add(layout.shape, seen.first_row, seen.q, seen.k, skipped);
-        }
-        if let Some(spread) = &mut layer.value_spread {
-            spread.add(layout.shape, seen.first_row, seen.v, skipped);
-        }
-        for (row, (key, value)) in seen.k.chunks_exact(width).zip(seen.v.chunks_exact(width)).enumerate() {
-            if let Some(channels) = &mut layer.channels {
-                // A sequence begins at position 0 and takes a pass of its own.
-                channels.add(key, seen.first_row + row, inv_freq);
-            }
-            if let Some(keys) = &mut layer.keys {
-                keys.add(key);
-            }
-            if let Some(values) = &mut layer.values {
-                values.add(value);
-            }
-        }
-    }
-
-    /// All sums by their names.
-    pub(crate) fn sums(&self) -> Vec<(String, &[f64])> {
-        let mut all = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            all.extend(layer.channels.as_ref().map(|own| (format!("layers.{index}.channels"), &own.sums[..])));
-            all.extend(layer.keys.as_ref().map(|own| (format!("layers.{index}.keys"), &own.sums[..])));
-            all.extend(layer.values.as_ref().map(|own| (format!("layers.{index}.values"), &own.sums[..])));
-            let (keys, values) = (&layer.key_channels, &layer.value_spread);
-            all.extend(keys.as_ref().map(|own| (format!("layers.{index}.key_channels"), &own.sums[..])));
-            all.extend(values.as_ref().map(|own| (format!("layers.{index}.value_spread"), &own.sums[..])));
-        }
-        all
-    }
-
-    /// [`Gathered::sums`], to be written.
-    pub(crate) fn sums_mut(&mut self) -> Vec<(String, &mut [f64])> {
-        let mut all = Vec::new();
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            all.extend(layer.channels.as_mut().map(|own| (format!("layers.{index}.channels"), &mut own.sums[..])));
-            all.extend(layer.keys.as_mut().map(|own| (format!("layers.{index}.keys"), &mut own.sums[..])));
-            all.extend(layer.values.as_mut().map(|own| (format!("layers.{index}.values"), &mut own.sums[..])));
-            let Layer { key_channels: keys, value_spread: values, .. } = layer;
-            all.extend(keys.as_mut().map(|own| (format!("layers.{index}.key_channels"), &mut own.sums[..])));
-            all.extend(values.as_mut().map(|own| (format!("layers.{index}.value_spread"), &mut own.sums[..])));
-        }
-        all
-    }
-
-    /// A layer whose sums are not finite.
-    fn broken_layer(&self) -> Option<usize> {
-        let broken = |layer: &Layer| {
-            let sums = [
-                layer.channels.as_ref().map(|own| &own.sums),
-                layer.keys.as_ref().map(|own| &own.sums),
-                layer.values.as_ref().map(|own| &own.sums),
-                layer.key_channels.as_ref().map(|own| &own.sums),
-                layer.value_spread.as_ref().map(|own| &own.sums),
-            ];
-            sums.into_iter().flatten().flatten().any(|sum| !sum.is_finite())
+impl Sequences {
+    fn new(text: &Text, bos: Option<u32>, options: &Options, trained: bool) -> Result<Self, CalibrationError> {
+        let context = options.context;
+        let mut all = pack(&text.documents, bos, context);
+        let count = options.tokens.map(|tokens| tokens.div_ceil(context));
+        let needed = if trained && text.held_out.is_empty() { 2 } else { 1 };
+        let needed = if trained { needed } else { count.unwrap_or(needed) };
+        let too_short = |documents: &[Vec<u32>], sequences: usize| CalibrationError::TextTooShort {
+            tokens: documents.iter().map(Vec::len).sum(),
+            needed: (context - bos.iter().len()).saturating_mul(sequences),
         };
-        self.layers.iter().position(broken)
+        if all.len() < needed {
+            return Err(too_short(&text.documents, needed));
+        }
+        if !trained {
+            all.truncate(needed.max(count.unwrap_or(all.len())));
+            let held_out = all.len();
+            return Ok(Sequences { all, held_out });
+        }
+        if text.held_out.is_empty() {
+            let share = (all.len() as f64 * f64::from(options.held_out)).round() as usize;
+            let held_out = all.len() - share.clamp(1, MOST_HELD_OUT.min(all.len() - 1));
+            return Ok(Sequences { all, held_out });
+        }
+        let mut own = pack(&text.held_out, bos, context);
+        if own.is_empty() {
+            return Err(too_short(&text.held_out, 1));
+        }
+        own.truncate(MOST_HELD_OUT);
+        let held_out = all.len();
+        all.extend(own);
+        Ok(Sequences { all, held_out })
+    }
+
+    fn material(&self) -> Material<'_> {
+        let (sequences, held_out) = self.all.split_at(self.held_out);
+        Material { sequences, held_out }
     }
 }
 
-/// Runs a model over a tokenised text, as exact prefills of `context` tokens, and makes what the scheme needs. `None`
-/// where `progress` broke it off; the state is then in its file, and the same call goes on from there.
+/// Where the state is kept, and when it was.
+struct Keeper<'a> {
+    kept: &'a Kept,
+    saved: Instant,
+}
+
+impl Keeper<'_> {
+    /// Whether the state is to be written now.
+    fn is_due(&self) -> bool {
+        self.saved.elapsed() > SAVE_EVERY
+    }
+}
+
+/// Runs a model over a tokenised text, as exact prefills of `context` tokens, and makes what the scheme needs: statistics
+/// first, then adapters. `None` where `progress` broke it off; the state is then in its file, and the same call goes on
+/// from there.
 ///
-/// The result depends on nothing but the model, the scheme, the tokens and the options.
+/// The result depends on nothing but the model, the scheme, the text and the options.
 ///
 /// # Errors
 /// [`CalibrationError`].
-pub fn calibrate<D: Device>(
+pub fn calibrate<D: Train>(
     device: &D,
     pretrained: &Pretrained,
     scheme: &Scheme,
-    ids: &[u32],
+    text: &Text,
     options: &Options,
     mut progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Artefact>, CalibrationError> {
-    if !scheme.is_calibrated() {
+    if !scheme.takes_calibration() {
         return Err(CalibrationError::NotNeeded(scheme.origin.clone()));
     }
     let config = &pretrained.config;
@@ -190,61 +161,153 @@ pub fn calibrate<D: Device>(
         return Err(CalibrationError::Context { context, limit });
     }
     let layout = CacheLayout::new(scheme, config.cache_shape())?;
-    let count = options.tokens.map(|tokens| tokens.div_ceil(context));
-    let windows = windows(ids, config.bos_token_id, context, count);
-    let needed = context - config.bos_token_id.iter().len();
-    let short = count.is_some_and(|count| windows.len() < count);
-    if windows.is_empty() || short {
-        let needed = needed.saturating_mul(count.unwrap_or(1));
-        return Err(CalibrationError::TextTooShort { tokens: ids.len(), needed });
-    }
-    let fingerprint = Fingerprint::new(pretrained, scheme);
-    let source = Source::new(&windows, context, options.seed);
-    let mut gathered = Gathered::new(&layout, scheme);
-    let state = options.state.as_deref();
-    let done = match state {
-        Some(path) => progress::resume(path, &fingerprint, &source, &mut gathered)?,
-        None => 0,
+    let linear = scheme.linear();
+    let sequences = Sequences::new(text, config.bos_token_id, options, linear.is_some())?;
+    let recipe = linear.map(|_| &options.recipe);
+    let kept = Kept {
+        path: options.state.clone(),
+        fingerprint: Fingerprint::new(pretrained, scheme),
+        source: Source::new(&sequences.all, sequences.held_out, options, recipe),
     };
-    let mut pass = ExactPass::new(device, config, &pretrained.weights, context)?;
-    let inv_freq = config.rope.inv_freq(config.head_dim);
-    let save =
-        |path: &Path, done: usize, gathered: &Gathered| progress::save(path, &fingerprint, &source, done, gathered);
-    let mut saved = Instant::now();
-    for (index, window) in windows.iter().enumerate().skip(done) {
-        if progress(Progress { done: index, sequences: windows.len() }).is_break() {
-            if let Some(path) = state {
-                save(path, index, &gathered)?;
+    let mut gathered = Gathered::new(&layout, scheme);
+    let (done, saved) = kept.load(&mut gathered)?;
+    let mut keeper = Keeper { kept: &kept, saved: Instant::now() };
+    if !gather(device, pretrained, &sequences, options, scheme, done, &mut gathered, &mut keeper, &mut progress)? {
+        return Ok(None);
+    }
+    let mut layers = gathered.finish(&layout, options.seed);
+    let count = gather_count(scheme, &sequences, options);
+    if scheme.has_planes() {
+        let (keys, values) = (gathered.key_channels(), gathered.value_spreads());
+        let runs = |done, sequences| progress(Progress::gathering(done, sequences));
+        let windows = &sequences.all[..count];
+        if !planes::fit(device, pretrained, scheme, windows, &keys, &values, &mut layers, runs)? {
+            // What a training that was stopped had done stays as it is.
+            if saved.is_none() {
+                kept.save(count, &gathered, |_| ())?;
             }
             return Ok(None);
         }
-        if let Some(path) = state.filter(|_| saved.elapsed() > SAVE_EVERY) {
-            save(path, index, &gathered)?;
-            saved = Instant::now();
+    }
+    let mut training = None;
+    if let Some(Linear { features, .. }) = linear {
+        let calibration = scheme.is_calibrated().then(|| Arc::new(Calibration { layers: layers.clone() }));
+        let layout = config.cache_layout(&Scheme { calibration, ..scheme.clone() })?;
+        let (recipe, seed) = (&options.recipe, options.seed);
+        let mut trainer = Trainer::new(device, pretrained, layout, features, recipe, seed, context)?;
+        let resumed = saved.map(|contents| load(&contents, device, &mut trainer)).transpose();
+        let resumed = resumed.map_err(|problem| kept.unusable(problem))?.flatten();
+        if resumed.is_none() {
+            trainer.start(&sequences.all[0])?;
         }
-        pass.run(device, window, &mut |seen: Observation| gathered.add(seen, &layout, &inv_freq))?;
+        let mut progressed = resumed.unwrap_or_default();
+        if progressed.steps > recipe.steps {
+            return Err(kept.unusable("it has more steps than the recipe".into()));
+        }
+        let material = sequences.material();
+        let mut watcher = Watcher {
+            device,
+            keeper,
+            gathered: (count, &gathered),
+            batch: recipe.sequences(context),
+            steps: recipe.steps,
+            progress: &mut progress,
+        };
+        let times = (seed, context);
+        let outcome = train(device, &mut trainer, &material, recipe, times, &mut progressed, &mut watcher)?;
+        let Some(outcome) = outcome else {
+            watcher.save(&trainer, &progressed)?;
+            return Ok(None);
+        };
+        let (adapters, found): Outcome = outcome;
+        for (layer, adapters) in layers.iter_mut().zip(adapters) {
+            layer.adapters = adapters;
+        }
+        training = Some(found);
+    }
+    let source = kept.source.words();
+    Ok(Some(Artefact { fingerprint: kept.fingerprint, source, calibration: Calibration { layers }, training }))
+}
+
+/// Sequences that statistics are gathered from.
+fn gather_count(scheme: &Scheme, sequences: &Sequences, options: &Options) -> usize {
+    let most = options.tokens.map_or(usize::MAX, |tokens| tokens.div_ceil(options.context));
+    if scheme.is_calibrated() { sequences.held_out.min(most) } else { 0 }
+}
+
+/// Gathers statistics from the sequences behind the first `done`; says whether it came to the end.
+#[allow(clippy::too_many_arguments)]
+fn gather<D: Train>(
+    device: &D,
+    pretrained: &Pretrained,
+    sequences: &Sequences,
+    options: &Options,
+    scheme: &Scheme,
+    done: usize,
+    gathered: &mut Gathered,
+    keeper: &mut Keeper,
+    progress: &mut impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<bool, CalibrationError> {
+    let config = &pretrained.config;
+    let count = gather_count(scheme, sequences, options);
+    if done >= count {
+        return Ok(true);
+    }
+    let mut pass = ExactPass::new(device, config, &pretrained.weights, options.context)?;
+    let layout = CacheLayout::new(scheme, config.cache_shape())?;
+    let inv_freq = config.rope.inv_freq(config.head_dim);
+    for (index, ids) in sequences.all[..count].iter().enumerate().skip(done) {
+        let stop = progress(Progress::gathering(index, count)).is_break();
+        if stop || keeper.is_due() {
+            keeper.kept.save(index, gathered, |_| ())?;
+            keeper.saved = Instant::now();
+        }
+        if stop {
+            return Ok(false);
+        }
+        pass.run(device, ids, &mut |seen: Observation| gathered.add(seen, &layout, &inv_freq))?;
         if let Some(layer) = gathered.broken_layer() {
             return Err(CalibrationError::NotFinite { layer });
         }
     }
-    let layers = gathered.layers.iter().zip(&layout.layers).enumerate();
-    let mut layers: Vec<LayerCalibration> =
-        layers.map(|(index, (own, layout))| own.finish(layout, options.seed, index)).collect();
-    if scheme.has_planes() {
-        let keys: Vec<_> = gathered.layers.iter().map(|layer| layer.key_channels.as_ref()).collect();
-        let values: Vec<_> = gathered.layers.iter().map(|layer| layer.value_spread.as_ref()).collect();
-        let runs = |done, sequences| progress(Progress { done, sequences });
-        if !planes::fit(device, pretrained, scheme, &windows, &keys, &values, &mut layers, runs)? {
-            if let Some(path) = state {
-                save(path, windows.len(), &gathered)?;
-            }
-            return Ok(None);
-        }
+    Ok(true)
+}
+
+/// Tells how far a training is, and keeps its state.
+struct Watcher<'a, D, F> {
+    device: &'a D,
+    keeper: Keeper<'a>,
+    /// Sequences that statistics were gathered from, and these.
+    gathered: (usize, &'a Gathered),
+    batch: usize,
+    steps: usize,
+    progress: &'a mut F,
+}
+
+impl<D: Train, F> Watcher<'_, D, F> {
+    fn save(&mut self, trainer: &Trainer<D>, progressed: &Progressed) -> Result<(), CalibrationError> {
+        let (done, gathered) = self.gathered;
+        self.keeper.kept.save(done, gathered, |contents| save(contents, self.device, trainer, progressed))?;
+        self.keeper.saved = Instant::now();
+        Ok(())
     }
-    let tokens = windows.len() * context;
-    Ok(Some(Artefact {
-        fingerprint,
-        source: format!("{tokens} tokens in sequences of {context}, text {}, seed {}", source.text, options.seed),
-        calibration: Calibration { layers },
-    }))
+}
+
+impl<D: Train, F: FnMut(Progress) -> ControlFlow<()>> Watch<D> for Watcher<'_, D, F> {
+    fn watch(&mut self, progressed: &Progressed, sequences: usize) -> ControlFlow<()> {
+        let [loss, count] = progressed.losses;
+        let before = progressed.course.last();
+        (self.progress)(Progress {
+            phase: Phase::Training,
+            done: progressed.steps * self.batch + sequences,
+            sequences: self.steps * self.batch,
+            steps: progressed.steps,
+            loss: if count > 0.0 { Some(loss / count) } else { before.map(|own| f64::from(own.loss)) },
+            divergence: before.map(|own| [own.uncorrected, own.divergence]),
+        })
+    }
+
+    fn after_step(&mut self, trainer: &Trainer<D>, progressed: &Progressed) -> Result<(), CalibrationError> {
+        if self.keeper.is_due() { self.save(trainer, progressed) } else { Ok(()) }
+    }
 }

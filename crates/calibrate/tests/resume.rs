@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Folder, Parts, both, bytes, dummy, make, message, options, parse, resq, rotatekv, says, text, try_make};
+use common::{Folder, Parts, both, bytes, dummy, make, message, one, options, parse, resq, rotatekv, says, text, try_make};
 use dibit_cache::Scheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
 use dibit_device::Cpu;
@@ -18,7 +18,7 @@ const CONTEXT: usize = 20;
 fn stop(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32], options: &Options, at: usize) -> usize {
     let mut first = None;
     let cpu = Cpu::new(Some(1)).unwrap();
-    let made = calibrate(&cpu, pretrained, scheme, ids, options, |progress| {
+    let made = calibrate(&cpu, pretrained, scheme, &one(ids), options, |progress| {
         first.get_or_insert(progress.done);
         if progress.done == at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });

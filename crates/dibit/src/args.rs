@@ -1,8 +1,10 @@
 //! The command line.
 
 mod bench;
+mod calibrate;
 
 pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureArgs};
+pub use calibrate::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
@@ -41,7 +43,7 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Compare schemes: bits, perplexity, KL, retrieval, memory, time; with a report in pictures
     Compare(CompareArgs),
-    /// Make what a scheme needs to know of a model: permutations, bases
+    /// Make what a scheme needs to know of a model: permutations, bases, adapters of the linear correction
     Calibrate(CalibrateArgs),
     /// Measure what a model finds again in a long context: the retrieval benchmark RULER
     Ruler(RulerArgs),
@@ -162,11 +164,6 @@ pub struct HaystackArgs {
         help = "Essays to hide needles in: text, or JSON with a field \"text\" [default: RULER's noise sentences]"
     )]
     pub haystack: Option<PathBuf>,
-}
-
-fn calibrated_help() -> String {
-    let calibrated = Scheme::built_in().filter(|name| Scheme::load(name).is_ok_and(|scheme| scheme.is_calibrated()));
-    format!("The scheme: {}, or a file ending in .toml", calibrated.collect::<Vec<_>>().join(", "))
 }
 
 fn scheme_help() -> String {
@@ -322,36 +319,6 @@ pub struct CompareArgs {
     /// Write a page with pictures into this directory
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
-}
-
-#[derive(Args)]
-#[command(after_help = "\
-Ctrl-C keeps what was gathered in FILE.partial; the same command goes on from there.
-The same model, text, options and seed make the same file.
-
-Examples:
-  dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
-  dibit perplexity --text wiki.txt --kv kivi,rotatekv --calibration rotatekv.safetensors")]
-pub struct CalibrateArgs {
-    #[command(flatten)]
-    pub run: RunArgs,
-    #[arg(long, value_name = "SCHEME", help = calibrated_help())]
-    pub kv: String,
-    /// Text to run the model on, UTF-8; of a .jsonl file, the "text" of every line. Not the text to measure with
-    #[arg(long, value_name = "FILE")]
-    pub text: PathBuf,
-    /// Tokens of it
-    #[arg(long, default_value = "131072", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
-    pub tokens: usize,
-    /// Tokens of a sequence [default: 2048, or what the model supports]
-    #[arg(short, long)]
-    pub context: Option<usize>,
-    /// Seed of random rotations
-    #[arg(long, default_value = "0")]
-    pub seed: u64,
-    /// File to write, safetensors
-    #[arg(short, long, value_name = "FILE")]
-    pub out: PathBuf,
 }
 
 #[derive(Args)]

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use dibit_cache::Scheme;
-use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
+use dibit_calibrate::{Artefact, CalibrationError, Options, Recipe, Text, calibrate};
 use dibit_device::{Cpu, DType};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -87,7 +87,12 @@ pub fn both() -> String {
 }
 
 pub fn options(context: usize) -> Options {
-    Options { context, tokens: None, seed: 0, state: None }
+    Options { context, tokens: None, seed: 0, state: None, recipe: Recipe::default(), held_out: 0.05 }
+}
+
+/// A text of one document.
+pub fn one(ids: &[u32]) -> Text {
+    Text { documents: vec![ids.to_vec()], held_out: Vec::new() }
 }
 
 /// Runs to the end.
@@ -98,7 +103,7 @@ pub fn try_make(
     options: &Options,
 ) -> Result<Artefact, CalibrationError> {
     let cpu = Cpu::new(Some(2)).unwrap();
-    let made = calibrate(&cpu, pretrained, scheme, ids, options, |_| ControlFlow::Continue(()))?;
+    let made = calibrate(&cpu, pretrained, scheme, &one(ids), options, |_| ControlFlow::Continue(()))?;
     Ok(made.expect("nobody stopped it"))
 }
 

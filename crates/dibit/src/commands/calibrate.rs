@@ -1,45 +1,58 @@
 use super::{cpu, go_on, interrupt_flag, schemes};
-use crate::args::CalibrateArgs;
-use crate::output::{STDOUT, bar, check_writable, note};
-use crate::{Outcome, source, text};
+use crate::args::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
+use crate::output::{STDOUT, bar, check_writable, note, table};
+use crate::text::{self, Document};
+use crate::{Outcome, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_calibrate::{Artefact, CalibrationError, Options, Progress, calibrate};
+use dibit_calibrate::{
+    Artefact, CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate,
+};
 use dibit_model::Pretrained;
-use std::io::Write;
+use indicatif::ProgressBar;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 /// Tokens of a sequence, where the user does not say and the model is made for so many.
 const CONTEXT: usize = 2048;
 
+/// Tokens that statistics are gathered from, where the user does not say.
+const TOKENS: usize = 131_072;
+
+/// Share of a text that training is measured on, where the user does not say.
+const HELD_OUT: f32 = 0.05;
+
 pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     let scheme = Scheme::load(&args.kv)?;
-    if !scheme.is_calibrated() {
+    if !scheme.takes_calibration() {
         return Err(CalibrationError::NotNeeded(args.kv.clone()).into());
     }
-    let text = text::read_documents(&args.text)?;
+    let trains = scheme.linear().is_some();
+    if let Some(option) = args.training.given().filter(|_| !trains) {
+        bail!("{option} is for training a linear correction, and scheme {} has none; leave it out", args.kv);
+    }
+    let documents = |paths: &[PathBuf]| -> Result<Vec<Document>> {
+        let all = paths.iter().map(|path| text::read_documents(path)).collect::<Result<Vec<_>>>()?;
+        Ok(all.into_iter().flatten().collect())
+    };
+    let texts = documents(&args.text)?;
+    let held_out = match &args.training.heldout {
+        Some(HeldOut::File(path)) => documents(std::slice::from_ref(path))?,
+        _ => Vec::new(),
+    };
     check_place(args)?;
     let pretrained = source::load(&args.run.model)?;
     CacheLayout::new(&scheme, pretrained.config.cache_shape())?;
-    let ids = pretrained.tokenizer.encode(&text, false)?;
+    let text =
+        Text { documents: encode(&pretrained, &texts, !trains)?, held_out: encode(&pretrained, &held_out, !trains)? };
     let cpu = cpu(args.run.threads, &args.run.isa)?;
     let state = state_path(&args.out);
-    let options = Options {
-        context: args.context.unwrap_or(CONTEXT.min(pretrained.config.max_position_embeddings)),
-        tokens: Some(args.tokens),
-        seed: args.seed,
-        state: Some(state.clone()),
-    };
+    let options = options(args, &pretrained, state.clone());
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
-    let mut begun = false;
-    let artefact = calibrate(&cpu, &pretrained, &scheme, &ids, &options, |progress| {
-        if !std::mem::replace(&mut begun, true) {
-            announce(progress, options.context, &state);
-        }
-        bar.set_length(progress.sequences as u64);
-        bar.set_position(progress.done as u64);
-        bar.set_message(format!("sequences of {} tokens", options.context));
+    let mut told = Told::default();
+    let artefact = calibrate(&cpu, &pretrained, &scheme, &text, &options, |progress| {
+        told.tell(progress, &options, &state, &bar);
         go_on(&interrupted)
     })?;
     bar.finish_and_clear();
@@ -51,9 +64,10 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     if state.exists() {
         std::fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;
     }
+    let found = artefact.training.as_ref().map(render).unwrap_or_default();
     writeln!(
         std::io::stdout(),
-        "{}: {} for {} from {}",
+        "{}: {} for {} from {}{found}",
         args.out.display(),
         scheme.name,
         pretrained.name,
@@ -61,6 +75,96 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     )
     .context(STDOUT)?;
     Ok(Outcome::Done)
+}
+
+/// Token ids of documents; all `joined` to one where documents play no part.
+fn encode(pretrained: &Pretrained, documents: &[Document], joined: bool) -> Result<Vec<Vec<u32>>> {
+    let template = pretrained.chat_template()?;
+    let texts = documents.iter().map(|document| document.render(template.as_ref())).collect::<Result<Vec<_>>>()?;
+    let texts = if joined { vec![texts.join("\n\n")] } else { texts };
+    texts.iter().map(|text| Ok(pretrained.tokenizer.encode(text, false)?)).collect()
+}
+
+fn options(args: &CalibrateArgs, pretrained: &Pretrained, state: PathBuf) -> Options {
+    let paper = args.training.recipe == Some(RecipeName::Paper);
+    let usual = if paper { Recipe::PAPER_CONTEXT } else { CONTEXT };
+    let context = args.context.unwrap_or(usual.min(pretrained.config.max_position_embeddings));
+    Options {
+        context,
+        tokens: Some(args.tokens.unwrap_or(TOKENS)),
+        seed: args.seed,
+        state: Some(state),
+        recipe: recipe(&args.training, args.tokens, context),
+        held_out: if let Some(HeldOut::Share(share)) = args.training.heldout { share } else { HELD_OUT },
+    }
+}
+
+/// The recipe that the options name, with what they change; so many steps as `tokens` take.
+fn recipe(args: &TrainingArgs, tokens: Option<usize>, context: usize) -> Recipe {
+    let mut recipe = if args.recipe == Some(RecipeName::Paper) { Recipe::paper() } else { Recipe::default() };
+    let set = |place: &mut f32, value: Option<f32>| *place = value.unwrap_or(*place);
+    recipe.batch_tokens = args.batch_tokens.unwrap_or(recipe.batch_tokens);
+    set(&mut recipe.rate, args.learning_rate);
+    set(&mut recipe.clip, args.clip);
+    set(&mut recipe.output_weight, args.mse);
+    set(&mut recipe.rows, args.queries);
+    recipe.schedule = args.schedule.map_or(recipe.schedule, Into::into);
+    recipe.start = args.init.map_or(recipe.start, Into::into);
+    recipe.gate = (recipe.gate || args.gate) && !args.no_gate;
+    let of_tokens = tokens.map(|tokens| tokens.div_ceil(recipe.sequences(context) * context));
+    recipe.steps = args.steps.or(of_tokens).unwrap_or(recipe.steps);
+    recipe
+}
+
+/// What training found, as a table.
+fn render(training: &Training) -> String {
+    let percent = |before: f32, after: f32| format!("{:+.1} %", 100.0 * (after / before - 1.0));
+    let mut rows = Vec::new();
+    let mut sums = [0.0; 2];
+    for layer in 0..training.before.len() {
+        let Some((before, after)) = training.layer(layer) else { continue };
+        let heads = training.before[layer].len();
+        let off = (0..heads).filter(|head| !training.improves(layer, *head)).count();
+        let off = if off == 0 { "-".to_owned() } else { format!("{off} of {heads}") };
+        let figures = [format!("{before:.5}"), format!("{after:.5}"), percent(before, after), off];
+        rows.push([&[layer.to_string()], &figures[..]].concat());
+        sums = [sums[0] + before, sums[1] + after];
+    }
+    let [before, after] = sums.map(|sum| sum / rows.len() as f32);
+    rows.push(["all".into(), format!("{before:.5}"), format!("{after:.5}"), percent(before, after), String::new()].into());
+    let header = ["layer", "held-out KL before", "after", "change", "heads switched off"];
+    format!("\n\n{}KL of attention rows in nats", table(&header, &rows))
+}
+
+/// What was told of a calibration so far.
+#[derive(Default)]
+struct Told {
+    phase: Option<Phase>,
+    measured: Option<[f32; 2]>,
+}
+
+impl Told {
+    fn tell(&mut self, progress: Progress, options: &Options, state: &Path, bar: &ProgressBar) {
+        if self.phase.replace(progress.phase) != Some(progress.phase) {
+            announce(progress, options, state);
+            bar.reset_eta();
+        }
+        bar.set_length(progress.sequences as u64);
+        bar.set_position(progress.done as u64);
+        if progress.phase == Phase::Gathering {
+            return bar.set_message(format!("sequences of {} tokens", options.context));
+        }
+        let steps = format!("step {} of {}", progress.steps, options.recipe.steps);
+        let loss = progress.loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
+        let held_out = progress.divergence.map(|[without, with]| format!(", held-out KL {with:.5} ({without:.5} without)"));
+        let line = format!("{steps}{loss}{}", held_out.unwrap_or_default());
+        // Without a terminal there is no bar; then every measurement takes a line.
+        if progress.divergence != self.measured && !std::io::stderr().is_terminal() {
+            note(&line);
+        }
+        self.measured = progress.divergence;
+        bar.set_message(line);
+    }
 }
 
 /// Checks that the file can be written, and that nothing is lost by it.
@@ -71,18 +175,31 @@ fn check_place(args: &CalibrateArgs) -> Result<()> {
         bail!("cannot write {}: it is not a file, and a calibration must be one", out.display());
     }
     let same = |a: &Path, b: &Path| Some(a.canonicalize().ok()? == b.canonicalize().ok()?);
-    if same(out, &args.text) == Some(true) {
+    let held_out = if let Some(HeldOut::File(path)) = &args.training.heldout { Some(path) } else { None };
+    if args.text.iter().chain(held_out).any(|text| same(out, text) == Some(true)) {
         bail!("cannot write {}: it is the text; choose another place for the calibration", out.display());
     }
     Ok(())
 }
 
 /// Says what is about to run.
-fn announce(progress: Progress, context: usize, state: &Path) {
-    let Progress { done, sequences } = progress;
+fn announce(progress: Progress, options: &Options, state: &Path) {
+    let Progress { phase, done, sequences, steps, .. } = progress;
+    let context = options.context;
+    let (what, so_far) = match phase {
+        Phase::Gathering => {
+            (format!("running {sequences} sequences of {context} tokens"), format!("{done} of {sequences} sequences"))
+        }
+        Phase::Training => {
+            let each = sequences / options.recipe.steps;
+            let each = if each == 1 { "one sequence".into() } else { format!("{each} sequences") };
+            let all = options.recipe.steps;
+            (format!("training {all} steps of {each} of {context} tokens"), format!("{steps} of {all} steps"))
+        }
+    };
     match done {
-        0 => note(&format!("running {sequences} sequences of {context} tokens")),
-        _ => note(&format!("going on from {}: {done} of {sequences} sequences are done", state.display())),
+        0 => note(&what),
+        _ => note(&format!("going on from {}: {so_far} are done", state.display())),
     }
 }
 
@@ -93,32 +210,47 @@ fn state_path(out: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Loads schemes and gives each that needs one its calibration from `files`.
+/// Loads schemes and gives each its calibration among `files`, where it takes one.
 pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
     let mut schemes = schemes(names)?;
-    if !files.is_empty() && !schemes.iter().any(Scheme::is_calibrated) {
+    if !files.is_empty() && !schemes.iter().any(Scheme::takes_calibration) {
         bail!("none of the schemes {} needs a calibration; leave --calibration out", names.join(", "));
     }
-    for scheme in schemes.iter_mut().filter(|scheme| scheme.is_calibrated()) {
-        attach(scheme, files, pretrained)?;
+    let mut used = vec![false; files.len()];
+    let mut without = Vec::new();
+    for scheme in schemes.iter_mut().filter(|scheme| scheme.takes_calibration()) {
+        match attach_one(scheme, files, pretrained) {
+            Ok(file) => used.iter_mut().enumerate().for_each(|(index, used)| *used |= file == Some(index)),
+            Err(error) if scheme.is_calibrated() => return Err(error),
+            Err(error) => without.push(error),
+        }
     }
-    Ok(schemes)
+    // A scheme that can do without a calibration does so where every file is another scheme's.
+    match without.into_iter().next() {
+        Some(error) if used.contains(&false) => Err(error),
+        _ => Ok(schemes),
+    }
 }
 
 /// Gives a scheme the calibration among `files` that was made for it; none where there are no files.
 pub fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
-    if !scheme.is_calibrated() && !files.is_empty() {
+    if !scheme.takes_calibration() && !files.is_empty() {
         return Err(CalibrationError::NotNeeded(scheme.origin.clone()).into());
     }
+    attach_one(scheme, files, pretrained).map(drop)
+}
+
+/// [`attach`]; returns which of the files it was.
+fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
     let mut reasons = Vec::new();
-    for file in files {
+    for (index, file) in files.iter().enumerate() {
         match Artefact::attach(file, pretrained, scheme) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(Some(index)),
             Err(error) => reasons.push(anyhow::Error::from(error)),
         }
     }
     match reasons.len() {
-        0 => Ok(()),
+        0 => Ok(None),
         1 => Err(reasons.remove(0)),
         _ => {
             let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason:#}")).collect();

@@ -1,0 +1,151 @@
+//! What is gathered of a model while it runs: sums over tokens.
+
+use crate::basis::Moments;
+use crate::permutation::ChannelSums;
+use crate::planes::{self, KeyChannels, ValueSpread};
+use dibit_cache::{CacheLayout, CacheShape, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform};
+use dibit_model::Observation;
+
+/// What is gathered of one layer.
+#[derive(Default)]
+struct Layer {
+    channels: Option<ChannelSums>,
+    keys: Option<Moments>,
+    values: Option<Moments>,
+    key_channels: Option<KeyChannels>,
+    value_spread: Option<ValueSpread>,
+}
+
+/// What is gathered of all layers.
+pub(crate) struct Gathered {
+    layers: Vec<Layer>,
+}
+
+/// Channels of a head in 16 bit.
+fn high_channels(side: &SideLayout) -> usize {
+    match side {
+        SideLayout::Packed(side) => {
+            side.high.map_or(0, |high| if side.tokens_are_lanes { high.rows } else { high.lanes })
+        }
+        SideLayout::Half { .. } => 0,
+    }
+}
+
+impl Layer {
+    fn new(layout: &LayerLayout, (keys, values): (Side, Side), shape: CacheShape) -> Self {
+        let (heads, head_dim) = (shape.num_key_value_heads, shape.head_dim);
+        let has_planes = |side: Side| planes::average_bits(side).is_some();
+        Layer {
+            channels: match layout.keys {
+                Transform::PreRope(choice) => Some(ChannelSums::new(layout, choice, heads, head_dim)),
+                _ => None,
+            },
+            keys: (layout.keys == Transform::Basis).then(|| Moments::new(heads, head_dim)),
+            values: (layout.values == Transform::Basis && !has_planes(values)).then(|| Moments::new(heads, head_dim)),
+            key_channels: has_planes(keys).then(|| KeyChannels::new(shape)),
+            value_spread: has_planes(values).then(|| ValueSpread::new(shape)),
+        }
+    }
+
+    fn finish(&self, layout: &LayerLayout, seed: u64, layer: usize) -> LayerCalibration {
+        // Every basis has a stream of random numbers of its own.
+        let stream = (layer as u64) << 32;
+        let page = &layout.pages[0];
+        let (keys, values) = (high_channels(&page.keys), high_channels(&page.values));
+        LayerCalibration {
+            permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
+            key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
+            value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
+            ..LayerCalibration::default()
+        }
+    }
+}
+
+impl Gathered {
+    pub(crate) fn new(layout: &CacheLayout, scheme: &Scheme) -> Self {
+        let layer = |(index, layer)| Layer::new(layer, scheme.sides(0, index), layout.shape);
+        Gathered { layers: layout.layers.iter().enumerate().map(layer).collect() }
+    }
+
+    pub(crate) fn add(&mut self, seen: Observation, layout: &CacheLayout, inv_freq: &[f32]) {
+        let layer = &mut self.layers[seen.layer];
+        let (width, skipped) = (layout.shape.row(), planes::skipped(layout.sinks));
+        if let Some(channels) = &mut layer.key_channels {
+            channels.add(layout.shape, seen.first_row, seen.q, seen.k, skipped);
+        }
+        if let Some(spread) = &mut layer.value_spread {
+            spread.add(layout.shape, seen.first_row, seen.v, skipped);
+        }
+        for (row, (key, value)) in seen.k.chunks_exact(width).zip(seen.v.chunks_exact(width)).enumerate() {
+            if let Some(channels) = &mut layer.channels {
+                // A sequence begins at position 0 and takes a pass of its own.
+                channels.add(key, seen.first_row + row, inv_freq);
+            }
+            if let Some(keys) = &mut layer.keys {
+                keys.add(key);
+            }
+            if let Some(values) = &mut layer.values {
+                values.add(value);
+            }
+        }
+    }
+
+    /// All sums by their names.
+    pub(crate) fn sums(&self) -> Vec<(String, &[f64])> {
+        let mut all = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            all.extend(layer.channels.as_ref().map(|own| (format!("layers.{index}.channels"), &own.sums[..])));
+            all.extend(layer.keys.as_ref().map(|own| (format!("layers.{index}.keys"), &own.sums[..])));
+            all.extend(layer.values.as_ref().map(|own| (format!("layers.{index}.values"), &own.sums[..])));
+            let (keys, values) = (&layer.key_channels, &layer.value_spread);
+            all.extend(keys.as_ref().map(|own| (format!("layers.{index}.key_channels"), &own.sums[..])));
+            all.extend(values.as_ref().map(|own| (format!("layers.{index}.value_spread"), &own.sums[..])));
+        }
+        all
+    }
+
+    /// [`Gathered::sums`], to be written.
+    pub(crate) fn sums_mut(&mut self) -> Vec<(String, &mut [f64])> {
+        let mut all = Vec::new();
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            all.extend(layer.channels.as_mut().map(|own| (format!("layers.{index}.channels"), &mut own.sums[..])));
+            all.extend(layer.keys.as_mut().map(|own| (format!("layers.{index}.keys"), &mut own.sums[..])));
+            all.extend(layer.values.as_mut().map(|own| (format!("layers.{index}.values"), &mut own.sums[..])));
+            let Layer { key_channels: keys, value_spread: values, .. } = layer;
+            all.extend(keys.as_mut().map(|own| (format!("layers.{index}.key_channels"), &mut own.sums[..])));
+            all.extend(values.as_mut().map(|own| (format!("layers.{index}.value_spread"), &mut own.sums[..])));
+        }
+        all
+    }
+
+    /// Statistics of all layers' keys with planes.
+    pub(crate) fn key_channels(&self) -> Vec<Option<&KeyChannels>> {
+        self.layers.iter().map(|layer| layer.key_channels.as_ref()).collect()
+    }
+
+    /// Statistics of all layers' values with planes.
+    pub(crate) fn value_spreads(&self) -> Vec<Option<&ValueSpread>> {
+        self.layers.iter().map(|layer| layer.value_spread.as_ref()).collect()
+    }
+
+    /// What the sums make of every layer.
+    pub(crate) fn finish(&self, layout: &CacheLayout, seed: u64) -> Vec<LayerCalibration> {
+        let layers = self.layers.iter().zip(&layout.layers).enumerate();
+        layers.map(|(index, (own, layout))| own.finish(layout, seed, index)).collect()
+    }
+
+    /// A layer whose sums are not finite.
+    pub(crate) fn broken_layer(&self) -> Option<usize> {
+        let broken = |layer: &Layer| {
+            let sums = [
+                layer.channels.as_ref().map(|own| &own.sums),
+                layer.keys.as_ref().map(|own| &own.sums),
+                layer.values.as_ref().map(|own| &own.sums),
+                layer.key_channels.as_ref().map(|own| &own.sums),
+                layer.value_spread.as_ref().map(|own| &own.sums),
+            ];
+            sums.into_iter().flatten().flatten().any(|sum| !sum.is_finite())
+        };
+        self.layers.iter().position(broken)
+    }
+}
