@@ -1,6 +1,6 @@
 //! What a calibration was made for.
 
-use dibit_cache::{Class, LayerOverride, Schedule, Scheme, Sinks};
+use dibit_cache::{Class, LayerOverride, Schedule, Scheme, Side, Sinks};
 use dibit_device::Tensor;
 use dibit_model::{LinearWeights, Pretrained};
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ pub struct Fingerprint {
     pub model: String,
     /// The keys of the scheme, in words: bits, axis, group, quantiser, rotation.
     pub keys: String,
-    /// The values of the scheme.
+    /// The values of the scheme, where they are calibrated; what is known of keys suits any others.
     pub values: String,
     /// The window of the scheme.
     pub window: String,
@@ -53,9 +53,11 @@ impl Fingerprint {
             Sinks::Massive(count) => format!("massive activations, {count}"),
             Sinks::Pivots(pivots) => format!("pivots, {}, per layer: {}", pivots.count, pivots.per_layer),
         };
-        let own = |own: &LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, own.values);
+        let values = |side: Side| if side.is_calibrated() { side.to_string() } else { "any".to_owned() };
+        let own = |own: &LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, values(own.values));
         // A layer that only goes without the correction uses the same calibration.
-        let differs = |own: &&LayerOverride| (own.keys, own.values) != (scheme.keys, scheme.values);
+        let differs =
+            |own: &&LayerOverride| own.keys != scheme.keys || values(own.values) != values(scheme.values);
         let layers = |all: &[LayerOverride]| all.iter().filter(differs).map(own).collect::<Vec<_>>().join(" | ");
         let class =
             |class: &Class| format!("{}: {}; {}; {}", class.name, class.keys, class.values, layers(&class.layers));
@@ -63,7 +65,7 @@ impl Fingerprint {
             version: VERSION.to_owned(),
             model: model_hash(pretrained),
             keys: scheme.keys.to_string(),
-            values: scheme.values.to_string(),
+            values: values(scheme.values),
             window,
             sinks,
             layers: layers(&scheme.layers),
