@@ -122,7 +122,8 @@ impl Artefact {
                 }
                 Some((index, part)) if part == "key_planes" || part == "value_planes" => {
                     let counts = array.values.iter().map(|count| u8::try_from(*count));
-                    let counts = counts.collect::<Result<_, _>>().map_err(|_| malformed("it has thousands of planes"))?;
+                    let counts =
+                        counts.collect::<Result<_, _>>().map_err(|_| malformed("it has thousands of planes"))?;
                     let layer = &mut calibration.layers[index];
                     *if part == "key_planes" { &mut layer.key_planes } else { &mut layer.value_planes } = Some(counts);
                 }
@@ -134,7 +135,8 @@ impl Artefact {
             match place(&name) {
                 None if name == COURSE => {
                     let course = Measurement::from_numbers(&array.values);
-                    training.as_mut().ok_or_else(unknown)?.course = course.ok_or_else(|| malformed("its course is cut"))?;
+                    training.as_mut().ok_or_else(unknown)?.course =
+                        course.ok_or_else(|| malformed("its course is cut"))?;
                 }
                 Some((index, part)) if part == "divergence_before" => {
                     training.as_mut().ok_or_else(unknown)?.before[index] = array.values;

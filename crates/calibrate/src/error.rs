@@ -38,7 +38,7 @@ pub enum CalibrationError {
         needed: usize,
     },
     /// Training left the numbers.
-    #[error("the loss of step {step} is not finite; choose a smaller --learning-rate")]
+    #[error("training left the finite numbers at step {step}; choose a smaller --learning-rate")]
     Diverged {
         /// Steps done before.
         step: usize,

@@ -302,7 +302,11 @@ impl<D: Train, F: FnMut(Progress) -> ControlFlow<()>> Watch<D> for Watcher<'_, D
             done: progressed.steps * self.batch + sequences,
             sequences: self.steps * self.batch,
             steps: progressed.steps,
-            loss: if count > 0.0 { Some(loss / count) } else { before.map(|own| f64::from(own.loss)) },
+            loss: if count > 0.0 {
+                Some(loss / count)
+            } else {
+                before.filter(|own| own.step > 0).map(|own| own.loss.into())
+            },
             divergence: before.map(|own| [own.uncorrected, own.divergence]),
         })
     }

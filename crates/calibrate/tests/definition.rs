@@ -251,7 +251,9 @@ fn threads_do_not_matter() {
         let of = |threads: usize| {
             let cpu = Cpu::new(Some(threads)).unwrap();
             let go_on = |_| ControlFlow::Continue(());
-            bytes(&calibrate(&cpu, &pretrained, &scheme, &ids, &options(CONTEXT), go_on).unwrap().unwrap())
+            bytes(
+                &calibrate(&cpu, &pretrained, &scheme, &common::one(&ids), &options(CONTEXT), go_on).unwrap().unwrap(),
+            )
         };
         let one = of(1);
         assert!([2, 3, 5].into_iter().all(|threads| of(threads) == one), "{name}");

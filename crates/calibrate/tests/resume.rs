@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{Folder, Parts, both, bytes, dummy, make, message, one, options, parse, resq, rotatekv, says, text, try_make};
+use common::{
+    Folder, Parts, both, bytes, dummy, make, message, one, options, parse, resq, rotatekv, says, text, try_make,
+};
 use dibit_cache::Scheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
 use dibit_device::Cpu;
@@ -187,7 +189,7 @@ fn a_state_that_cannot_be_kept_is_an_error() {
     let run = |place: &str| {
         let options = Options { state: Some(folder.file(place)), ..options(CONTEXT) };
         let cpu = Cpu::new(Some(1)).unwrap();
-        calibrate(&cpu, &pretrained, &scheme, &ids, &options, |_| ControlFlow::Break(()))
+        calibrate(&cpu, &pretrained, &scheme, &one(&ids), &options, |_| ControlFlow::Break(()))
     };
     let error = run("nowhere/x.partial").unwrap_err();
     assert!(message(&error).contains("cannot write") && message(&error).contains("nowhere/x.partial"), "{error}");

@@ -104,11 +104,16 @@ impl<D: Train> Adapter<D> {
         }
     }
 
-    /// Moves the adapters by the mean of the gradients of `rows` rows; `step` counts from 1.
-    pub(crate) fn step(&mut self, device: &D, rate: f32, clip: f32, rows: usize, step: usize) {
+    /// Moves the adapters by the mean of the gradients of `rows` rows; `step` counts from 1. False where a gradient is not
+    /// finite; nothing is moved then.
+    #[must_use]
+    pub(crate) fn step(&mut self, device: &D, rate: f32, clip: f32, rows: usize, step: usize) -> bool {
         let numbers = self.shape.numbers();
         let gates = self.gates.iter().flat_map(|gates| &gates.gradient).map(|x| x * x).sum::<f64>();
         let norm = (device.sum_of_squares(&self.gradient, 0..numbers) + gates).sqrt() / rows as f64;
+        if !norm.is_finite() {
+            return false;
+        }
         let clip = f64::from(clip);
         let factor = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
         let correction = |beta: f64| (1.0 - beta.powi(step.min(1 << 20) as i32)) as f32;
@@ -123,6 +128,13 @@ impl<D: Train> Adapter<D> {
         if let Some(gates) = &mut self.gates {
             gates.step(adam);
         }
+        true
+    }
+
+    /// Whether all numbers are.
+    pub(crate) fn is_finite(&self, device: &D) -> bool {
+        let gates = self.gates.iter().flat_map(|gates| &gates.logits).all(|logit| logit.is_finite());
+        gates && device.sum_of_squares(&self.maps, 0..self.shape.numbers()).is_finite()
     }
 
     /// The adapters as a calibration holds them.

@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(pack(&documents, None, 4), [[5, 6, 7, 1], [8, 9, 10, 11]]);
         assert!(pack(&documents, Some(1), 20).is_empty());
         let one: Vec<u32> = (10..20).collect();
-        assert_eq!(pack(&[one.clone()], Some(1), 4), dibit_model::windows(&one, Some(1), 4, None));
+        assert_eq!(pack(std::slice::from_ref(&one), Some(1), 4), dibit_model::windows(&one, Some(1), 4, None));
     }
 
     #[test]

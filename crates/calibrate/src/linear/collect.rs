@@ -53,7 +53,8 @@ impl Collector {
         for (head, query) in query.chunks_exact(head_dim).enumerate() {
             let (kv_head, within) = (head / group, head % group);
             debug_assert!(kv_head < kv_heads);
-            let row = group * (kv_head * tiles.rows.len() + tile.start) + within * tile.len() + self.queries - tile.start;
+            let row =
+                group * (kv_head * tiles.rows.len() + tile.start) + within * tile.len() + self.queries - tile.start;
             self.attended.queries[row * head_dim..(row + 1) * head_dim].copy_from_slice(query);
         }
     }

@@ -49,6 +49,15 @@ pub(crate) struct Task {
     pub exact: usize,
 }
 
+/// What one layer is to be run on.
+#[derive(Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub layout: &'a CacheLayout,
+    pub layer: usize,
+    pub attended: &'a Attended,
+    pub tiles: &'a Tiles,
+}
+
 /// Buffers of a pass over one layer, allocated once for all.
 pub(crate) struct LayerPass<D: Train> {
     queries: D::Buffer,
@@ -101,14 +110,12 @@ impl<D: Train> LayerPass<D> {
     pub(crate) fn run(
         &mut self,
         device: &D,
-        layout: &CacheLayout,
-        layer: usize,
+        input: Input,
         adapter: &mut Adapter<D>,
-        attended: &Attended,
-        tiles: &Tiles,
         task: Task,
         sums: &mut Sums,
     ) -> Result<(), DeviceError> {
+        let Input { layout, layer, attended, tiles } = input;
         let shape = adapter.shape;
         let Some(last) = tiles.tiles.last() else { return Ok(()) };
         device.write(&mut self.queries, 0, &attended.queries);
@@ -133,15 +140,8 @@ impl<D: Train> LayerPass<D> {
     }
 
     /// What a layer shows before training.
-    pub(crate) fn look(
-        &mut self,
-        device: &D,
-        layout: &CacheLayout,
-        layer: usize,
-        shape: AdapterShape,
-        attended: &Attended,
-        tiles: &Tiles,
-    ) -> Result<Seen, DeviceError> {
+    pub(crate) fn look(&mut self, device: &D, input: Input, shape: AdapterShape) -> Result<Seen, DeviceError> {
+        let Input { layout, layer, attended, tiles } = input;
         let AdapterShape { heads, kv_heads, head_dim, .. } = shape;
         let packed = tiles.tiles.last().map_or(0, |last| last.packed);
         device.write(&mut self.keys, 0, &attended.keys);
@@ -228,10 +228,9 @@ impl<D: Train> LayerPass<D> {
         let by_feature = Place::rows(0, features);
         // The head of the group and its rows in the tile.
         let by_head = |head: usize| (kv_head * shape.group() + head, head * queries..(head + 1) * queries);
-        for (keys, visible, out) in [
-            (&self.keys, tile.visible, &mut self.exact_logits),
-            (&self.missed, tile.packed, &mut self.missed_logits),
-        ] {
+        for (keys, visible, out) in
+            [(&self.keys, tile.visible, &mut self.exact_logits), (&self.missed, tile.packed, &mut self.missed_logits)]
+        {
             let keys = (keys, key.transposed());
             device.product([count, visible, head_dim], scale, (&self.queries, query), keys, (out, logits), false);
         }
@@ -326,14 +325,7 @@ impl<D: Train> LayerPass<D> {
     }
 
     /// Adds up what the rows found, in their order.
-    fn add_statistics(
-        &mut self,
-        device: &D,
-        adapter: &mut Adapter<D>,
-        tiles: &Tiles,
-        train: bool,
-        sums: &mut Sums,
-    ) {
+    fn add_statistics(&mut self, device: &D, adapter: &mut Adapter<D>, tiles: &Tiles, train: bool, sums: &mut Sums) {
         let shape = adapter.shape;
         let all = shape.heads * tiles.rows.len() * ROW_STATISTICS;
         device.download(&self.statistics, 0..all, &mut self.downloaded);

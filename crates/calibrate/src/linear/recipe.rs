@@ -76,7 +76,7 @@ impl Recipe {
 
     /// Sequences of a step.
     pub fn sequences(&self, context: usize) -> usize {
-        (self.batch_tokens / context).max(1)
+        (self.batch_tokens / context.max(1)).max(1)
     }
 }
 
@@ -90,7 +90,7 @@ impl Default for Recipe {
             clip: 1.0,
             output_weight: 0.0,
             gate: true,
-            start: Start::Uniform,
+            start: Start::Aligned,
             rows: 0.25,
         }
     }

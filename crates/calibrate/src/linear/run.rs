@@ -73,10 +73,10 @@ pub(crate) fn train<D: Train>(
             trainer.add(&material.sequences[order.sequence(at)], at, &mut sums)?;
         }
         let loss = loss(&sums, recipe);
-        if !loss.is_finite() {
+        let moved = trainer.step(rate(recipe, steps, &progressed.course), steps + 1, &sums);
+        if !moved || !loss.is_finite() {
             return Err(CalibrationError::Diverged { step: steps });
         }
-        trainer.step(rate(recipe, steps, &progressed.course), steps + 1, &sums);
         progressed.steps += 1;
         progressed.losses[0] += loss;
         progressed.losses[1] += 1.0;

@@ -41,7 +41,12 @@ mod tests {
     }
 
     fn of(schedule: RateSchedule, step: usize, divergences: &[f32]) -> f32 {
-        let measurement = |(step, divergence): (usize, &f32)| Measurement { step, loss: 0.0, divergence: *divergence, uncorrected: 9.0 };
+        let measurement = |(step, divergence): (usize, &f32)| Measurement {
+            step,
+            loss: 0.0,
+            divergence: *divergence,
+            uncorrected: 9.0,
+        };
         let measurements: Vec<Measurement> = divergences.iter().enumerate().map(measurement).collect();
         rate(&recipe(schedule), step, &measurements)
     }

@@ -86,7 +86,8 @@ fn apart(shape: AdapterShape, random: &mut ChaCha8Rng, seen: &Seen) -> Vec<f32> 
     for head in 0..kv_heads {
         let scale = SPREAD * inverse(seen.missed_norm[head]);
         for _ in 0..head_dim {
-            let number = |feature: usize| if preferred(feature) { bound * uniform(random) } else { scale * spread(random) };
+            let number =
+                |feature: usize| if preferred(feature) { bound * uniform(random) } else { scale * spread(random) };
             maps.extend((0..features).map(number));
         }
     }

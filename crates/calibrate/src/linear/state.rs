@@ -60,7 +60,8 @@ pub(crate) fn load<D: Train>(
     let floats = |name: &str| contents.floats.iter().find(|(own, _)| own == name).map(|(_, array)| &array.values);
     let Some(steps) = doubles("training.steps") else { return Ok(None) };
     let missing = |name: &str| format!("{name} is missing");
-    let of = |name: String, len: usize| floats(&name).filter(|values| values.len() == len).ok_or_else(|| missing(&name));
+    let of =
+        |name: String, len: usize| floats(&name).filter(|values| values.len() == len).ok_or_else(|| missing(&name));
     for (layer, adapter) in trainer.layers.iter_mut().enumerate() {
         let Some(adapter) = adapter else { continue };
         let numbers = adapter.shape.numbers();

@@ -1,7 +1,7 @@
 //! The gradient of a layer against central differences of a plain reference in f64.
 
 use super::adapter::{Adapter, AdapterShape, Gates};
-use super::layer_pass::{Attended, LayerPass, Sums, Task};
+use super::layer_pass::{Attended, Input, LayerPass, Sums, Task};
 use super::recipe::{Recipe, Start};
 use super::start::{Seen, start};
 use super::tiles::Tiles;
@@ -93,8 +93,8 @@ impl Case {
         let attended = self.attended();
         // Twice: gradients and sums add up, and nothing else is left over.
         for _ in 0..2 {
-            let (tiles, layout) = (&self.tiles, &self.layout);
-            cpu.scope(|| pass.run(cpu, layout, 0, &mut adapter, &attended, tiles, self.task, &mut sums)).unwrap();
+            let input = Input { layout: &self.layout, layer: 0, attended: &attended, tiles: &self.tiles };
+            cpu.scope(|| pass.run(cpu, input, &mut adapter, self.task, &mut sums)).unwrap();
         }
         let gates = adapter.gates.map(|gates| gates.gradient).unwrap_or_default();
         (sums, adapter.gradient, gates)
@@ -114,7 +114,8 @@ impl Case {
     fn reference(&self, missed: &[f32], maps: &[f64], gate: f64, head: usize) -> [f64; 4] {
         let AdapterShape { heads, kv_heads, head_dim: d, features } = self.shape;
         let kv_head = head / (heads / kv_heads);
-        let numbers = |all: &[f32], at: usize| -> Vec<f64> { all[at * d..(at + 1) * d].iter().map(|x| (*x).into()).collect() };
+        let numbers =
+            |all: &[f32], at: usize| -> Vec<f64> { all[at * d..(at + 1) * d].iter().map(|x| (*x).into()).collect() };
         let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
         let phi = |x: &[f64], map: usize| -> Vec<f64> {
             let map = &maps[map * d * features..(map + 1) * d * features];
@@ -154,7 +155,9 @@ impl Case {
             };
             let output = (0..d).map(error).sum::<f64>() / d as f64;
             let entropy = cross(&target);
-            for (sum, own) in sums.iter_mut().zip([cross(&with), cross(&with) - entropy, cross(&without) - entropy, output]) {
+            for (sum, own) in
+                sums.iter_mut().zip([cross(&with), cross(&with) - entropy, cross(&without) - entropy, output])
+            {
                 *sum += own;
             }
         }
@@ -183,7 +186,9 @@ impl Case {
         for head in 0..heads {
             let expected = self.reference(&missed, &maps, self.gate(&logits, head), head);
             let found = [&sums.cross_entropy, &sums.divergence, &sums.uncorrected, &sums.output];
-            for (place, (found, expected)) in found.into_iter().zip(expected).enumerate().take(if outputs { 4 } else { 3 }) {
+            for (place, (found, expected)) in
+                found.into_iter().zip(expected).enumerate().take(if outputs { 4 } else { 3 })
+            {
                 let (found, rows) = (found[head] / 2.0, self.tiles.rows.len() as f64);
                 assert!((found - expected).abs() < 4e-6 * rows, "head {head}, sum {place}: {found}, not {expected}");
             }
@@ -232,6 +237,41 @@ fn gradients_are_those_of_finite_differences() {
     Case::new(4, 2, 0, 0.0, true, 2).check(&cpu);
     Case::new(2, 2, 4, 0.0, true, 3).check(&cpu);
     Case::new(2, 1, 4, 5.0, true, 4).check(&cpu);
+}
+
+/// The script needs a Python with PyTorch: that which `DIBIT_PYTHON` names, or else `python3`.
+#[test]
+fn gradients_are_those_of_autograd() {
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tools/train_oracle.py");
+    let python = std::env::var_os("DIBIT_PYTHON").unwrap_or_else(|| "python3".into());
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("case.json");
+    let cpu = Cpu::new(Some(1)).unwrap();
+    for case in [Case::new(4, 2, 0, 0.0, true, 11), Case::new(2, 1, 4, 3.0, false, 12)] {
+        let (sums, maps_gradient, gates_gradient) = case.run(&cpu);
+        let weight = f64::from(case.task.output_weight);
+        let loss = sums.cross_entropy.iter().sum::<f64>() + weight * sums.output.iter().sum::<f64>();
+        // The run goes over the sequence twice.
+        let numbers = serde_json::json!({
+            "heads": case.shape.heads, "kv_heads": case.shape.kv_heads, "head_dim": case.shape.head_dim,
+            "features": case.shape.features, "exact": case.task.exact, "output_weight": weight,
+            "rows": case.tiles.rows, "packed": case.tiles.packed,
+            "queries": case.queries, "keys": case.keys, "values": case.values,
+            "missed": case.missed(&cpu)[..case.keys.len()],
+            "maps": case.maps, "gates": case.logits.clone().unwrap_or_default(), "loss": loss / 2.0,
+            "maps_gradient": maps_gradient.iter().map(|x| x / 2.0).collect::<Vec<f32>>(),
+            "gates_gradient": gates_gradient.iter().map(|x| x / 2.0).collect::<Vec<f64>>(),
+        });
+        std::fs::write(&path, numbers.to_string()).unwrap();
+        let run = std::process::Command::new(&python).arg(&script).arg(&path).env("OMP_NUM_THREADS", "1").output();
+        let Ok(run) = run else { return println!("skipped: there is no {}", python.display()) };
+        if run.status.code() == Some(77) {
+            return println!("skipped: {} has no PyTorch", python.display());
+        }
+        let said = String::from_utf8_lossy(&[run.stdout, run.stderr].concat()).into_owned();
+        assert!(run.status.success(), "{said}");
+        println!("{said}");
+    }
 }
 
 #[test]

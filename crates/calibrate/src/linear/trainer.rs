@@ -3,7 +3,7 @@
 use super::adapter::{Adapter, AdapterShape};
 use super::batches::sample_rows;
 use super::collect::Collector;
-use super::layer_pass::{LayerPass, Sums, Task};
+use super::layer_pass::{Input, LayerPass, Sums, Task};
 use super::recipe::{Recipe, Start};
 use super::start::start;
 use super::tiles::{Tiles, corrected_rows};
@@ -92,8 +92,8 @@ impl<'a, D: Train> Trainer<'a, D> {
             let mut observer = |row: Observation| {
                 let Some(adapter) = &layers[row.layer] else { return };
                 if result.is_ok() && collector.take(&row, &tiles) {
-                    let shown = layer_pass.look(*device, layout, row.layer, adapter.shape, &collector.attended, &tiles);
-                    result = shown.map(|shown| seen[row.layer] = Some(shown));
+                    let input = Input { layout, layer: row.layer, attended: &collector.attended, tiles: &tiles };
+                    result = layer_pass.look(*device, input, adapter.shape).map(|shown| seen[row.layer] = Some(shown));
                 }
             };
             pass.run(*device, ids, &mut observer)?;
@@ -131,16 +131,17 @@ impl<'a, D: Train> Trainer<'a, D> {
         self.run(ids, share, HELD_OUT_STREAM + at as u64, false, sums)
     }
 
-    /// Moves the adapters by the gradients; `step` counts from 1.
-    pub(crate) fn step(&mut self, rate: f32, step: usize, sums: &[Sums]) {
+    /// Moves the adapters by the gradients; `step` counts from 1. False where numbers are not finite.
+    #[must_use]
+    pub(crate) fn step(&mut self, rate: f32, step: usize, sums: &[Sums]) -> bool {
         let Trainer { device, layers, shape, recipe, .. } = self;
         device.scope(|| {
-            for (adapter, sums) in layers.iter_mut().zip(sums) {
-                if let Some(adapter) = adapter {
-                    adapter.step(*device, rate, recipe.clip, sums.rows * shape.heads, step);
-                }
-            }
-        });
+            let adapters = layers.iter_mut().zip(sums).filter_map(|(adapter, sums)| Some((adapter.as_mut()?, sums)));
+            let mut all = adapters.map(|(adapter, sums)| {
+                adapter.step(*device, rate, recipe.clip, sums.rows * shape.heads, step) && adapter.is_finite(*device)
+            });
+            all.all(|moved| moved)
+        })
     }
 
     fn run(
@@ -160,8 +161,8 @@ impl<'a, D: Train> Trainer<'a, D> {
         let mut observer = |seen: Observation| {
             let Some(adapter) = &mut layers[seen.layer] else { return };
             if result.is_ok() && collector.take(&seen, &tiles) {
-                let (attended, sums) = (&collector.attended, &mut sums[seen.layer]);
-                result = layer_pass.run(*device, layout, seen.layer, adapter, attended, &tiles, task, sums);
+                let input = Input { layout, layer: seen.layer, attended: &collector.attended, tiles: &tiles };
+                result = layer_pass.run(*device, input, adapter, task, &mut sums[seen.layer]);
             }
         };
         pass.run(*device, ids, &mut observer)?;

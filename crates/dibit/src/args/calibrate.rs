@@ -31,14 +31,14 @@ pub struct CalibrateArgs {
         value_name = "FILES",
         required = true,
         num_args = 1..,
-        help = "Text to run the model on, UTF-8; of a .jsonl file, the \"text\" or \"messages\" of every line; a .json \
-                file may hold a list of such entries, or of Alpaca's. Not the text to measure with"
+        help = "Text to run the model on, UTF-8; of a .jsonl file, the \"text\" of every line, or its \"messages\"; of a \
+                .json file, a list of such entries or of Alpaca's. Not the text to measure with"
     )]
     pub text: Vec<PathBuf>,
     #[arg(
         long,
         value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..),
-        help = "Tokens of it [default: 131072; for training, what its steps take]"
+        help = "Tokens of it [default: 131072]; of a training, how many its steps take"
     )]
     pub tokens: Option<usize>,
     /// Tokens of a sequence [default: 2048, or what the model supports; of the paper's recipe 3072]
@@ -144,10 +144,10 @@ pub struct TrainingArgs {
     #[arg(long, value_enum)]
     pub schedule: Option<ScheduleName>,
     /// Largest norm of a layer's gradient; 0 for any
-    #[arg(long, value_name = "NORM", value_parser = not_negative)]
+    #[arg(long, value_name = "NORM", value_parser = not_negative, allow_negative_numbers = true)]
     pub clip: Option<f32>,
     /// Weight of the squared error of attention's output in the loss; 0 for none
-    #[arg(long, value_name = "WEIGHT", value_parser = not_negative)]
+    #[arg(long, value_name = "WEIGHT", value_parser = not_negative, allow_negative_numbers = true)]
     pub mse: Option<f32>,
     /// Train a factor of each query head's correction, which begins near 0
     #[arg(long, overrides_with = "no_gate")]

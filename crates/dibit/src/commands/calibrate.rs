@@ -5,9 +5,7 @@ use crate::text::{self, Document};
 use crate::{Outcome, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_calibrate::{
-    Artefact, CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate,
-};
+use dibit_calibrate::{Artefact, CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate};
 use dibit_model::Pretrained;
 use indicatif::ProgressBar;
 use std::io::{IsTerminal, Write};
@@ -111,7 +109,7 @@ fn recipe(args: &TrainingArgs, tokens: Option<usize>, context: usize) -> Recipe 
     recipe.schedule = args.schedule.map_or(recipe.schedule, Into::into);
     recipe.start = args.init.map_or(recipe.start, Into::into);
     recipe.gate = (recipe.gate || args.gate) && !args.no_gate;
-    let of_tokens = tokens.map(|tokens| tokens.div_ceil(recipe.sequences(context) * context));
+    let of_tokens = tokens.map(|tokens| tokens.div_ceil(recipe.sequences(context) * context.max(1)));
     recipe.steps = args.steps.or(of_tokens).unwrap_or(recipe.steps);
     recipe
 }
@@ -131,7 +129,9 @@ fn render(training: &Training) -> String {
         sums = [sums[0] + before, sums[1] + after];
     }
     let [before, after] = sums.map(|sum| sum / rows.len() as f32);
-    rows.push(["all".into(), format!("{before:.5}"), format!("{after:.5}"), percent(before, after), String::new()].into());
+    rows.push(
+        ["all".into(), format!("{before:.5}"), format!("{after:.5}"), percent(before, after), String::new()].into(),
+    );
     let header = ["layer", "held-out KL before", "after", "change", "heads switched off"];
     format!("\n\n{}KL of attention rows in nats", table(&header, &rows))
 }
@@ -156,7 +156,8 @@ impl Told {
         }
         let steps = format!("step {} of {}", progress.steps, options.recipe.steps);
         let loss = progress.loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
-        let held_out = progress.divergence.map(|[without, with]| format!(", held-out KL {with:.5} ({without:.5} without)"));
+        let held_out =
+            progress.divergence.map(|[without, with]| format!(", held-out KL {with:.5} ({without:.5} without)"));
         let line = format!("{steps}{loss}{}", held_out.unwrap_or_default());
         // Without a terminal there is no bar; then every measurement takes a line.
         if progress.divergence != self.measured && !std::io::stderr().is_terminal() {
