@@ -312,6 +312,118 @@ fn a_damaged_state_is_not_gone_on_from() {
     assert_eq!(place.folder.names(), ["out.safetensors", "text.txt"]);
 }
 
+/// The smallest correction, as a file in the place.
+fn corrected(place: &Place) -> String {
+    let scheme = "name = \"corrected\"\n[correction]\nkind = \"linear\"\nfeatures = 32\n\
+                  [keys]\nbits = 2\naxis = \"channel\"\ngroup = 128\n\
+                  [values]\nbits = 2\naxis = \"token\"\ngroup = 128\n\
+                  [window]\ntokens = 128\nschedule = \"guaranteed\"\n";
+    place.folder.write("mine.toml", scheme)
+}
+
+#[test]
+fn adapters_are_trained_and_shown() {
+    let place = Place::new();
+    let kv = corrected(&place);
+    let text = place.folder.write("text.txt", words(4000));
+    let options = ["--text", &text, "--context", "320", "--batch-tokens", "640", "--tokens", "1921"];
+    let done = place.calibrate_small(&kv, &options).succeeds();
+    let mut lines = done.stdout.lines();
+    let first = lines.next().unwrap();
+    assert!(first.starts_with(&format!("{}: corrected for ", place.out)), "{first}");
+    assert!(
+        first.contains("4 steps of 640 tokens") && first.contains("gates") && first.contains("held out"),
+        "{first}"
+    );
+    assert_eq!(lines.next(), Some(""));
+    let header = "layer  held-out KL before    after   change  heads switched off";
+    let squeezed = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(lines.next().map(squeezed), Some(squeezed(header)));
+    assert!(
+        done.stdout.contains("\nall ") && done.stdout.ends_with("KL of attention rows in nats\n"),
+        "{}",
+        done.stdout
+    );
+    assert!(done.stderr.starts_with("training 4 steps of 2 sequences of 320 tokens\n"), "{}", done.stderr);
+    assert!(done.stderr.contains("\nstep 3 of 4, loss ") && done.stderr.contains(" without)"), "{}", done.stderr);
+    let model = fixture("qwen2-bias-bf16");
+    perplexity(&place, &format!("kivi,{kv}"), &["--calibration", &place.out, "--model", &model]).succeeds();
+}
+
+#[test]
+fn recipes_are_chosen_by_options() {
+    let place = Place::new();
+    let kv = corrected(&place);
+    let text = place.folder.write("text.txt", words(4000));
+    let held_out = place.folder.write("held.jsonl", format!("{{\"text\": \"{}\"}}", words(700)));
+    let of = |further: &[&str]| {
+        let usual = ["--text", &text, "--context", "300"];
+        // Statistics have so many tokens that steps would follow from them.
+        let model = fixture("qwen2-bias-bf16");
+        let inputs = ["calibrate", "--kv", &kv, "--model", &model, "--out", &place.out];
+        run(&[&inputs[..], &usual, further].concat()).succeeds().stdout
+    };
+    let small = ["--steps", "1", "--batch-tokens", "300"];
+    let default = of(&small);
+    assert!(default.contains("1 steps of 300 tokens, rate 0.01 cosine, clip 1, gates"), "{default}");
+    let paper = of(&[&small[..], &["--recipe", "paper"]].concat());
+    assert!(paper.contains("1 steps of 300 tokens, rate 0.01 constant, clip 1, text"), "{paper}");
+    let own = ["--learning-rate", "0.5", "--schedule", "plateau", "--clip", "0", "--mse", "2.5", "--no-gate"];
+    let more = ["--init", "apart", "--queries", "0.5", "--heldout", &held_out];
+    let own = of(&[&small[..], &own, &more].concat());
+    let words = "rate 0.5 plateau, clip 0, output error times 2.5, started apart, 0.5 of the queries";
+    assert!(own.contains(words) && own.contains(" held out, "), "{own}");
+}
+
+#[test]
+fn options_of_training_need_something_to_train() {
+    let place = Place::new();
+    for option in
+        [&["--recipe", "paper"][..], &["--steps", "3"], &["--mse", "1"], &["--no-gate"], &["--heldout", "0.1"]]
+    {
+        let words = [option[0], "is for training a linear correction", "resq has none", "leave it out"];
+        let text = &place.text;
+        let inputs = ["calibrate", "--kv", "resq", "--text", text, "--out", &place.out];
+        place.fails(|| run(&[&inputs[..], option].concat()), &words);
+    }
+    for wrong in
+        [["--queries", "0"], ["--queries", "1.5"], ["--heldout", "1"], ["--mse", "-1"], ["--learning-rate", "0"]]
+    {
+        place.calibrate("kvlinc", &wrong).is_usage_error(&[wrong[0]]);
+    }
+    place.calibrate("kvlinc", &["--steps", "2"]).is_usage_error(&["--tokens", "--steps"]);
+    let short = place.folder.write("short.txt", words(50));
+    place.fails(|| place.calibrate("kvlinc", &["--text", &short, "--context", "300"]), &["are needed", "longer text"]);
+    place.fails(|| place.calibrate("kvlinc", &[]), &["sequences of 64 tokens", "--context must be at least 257"]);
+    let held_out = place.folder.file("nowhere.txt");
+    place.fails(|| place.calibrate("kvlinc", &["--heldout", &held_out]), &["cannot read the text", "nowhere.txt"]);
+}
+
+#[test]
+fn entries_of_json_are_documents() {
+    let place = Place::new();
+    let of = |name: &str, text: &str| {
+        let text = place.folder.write(name, text);
+        place.calibrate_small("resq", &["--text", &text, "--tokens", "192"]).succeeds();
+        place.folder.read("out.safetensors")
+    };
+    let [a, b] = [words(150), words(120)];
+    let plain = of("plain.txt", &format!("{a}\n\n{b}"));
+    assert!(plain == of("list.json", &format!("[{{\"text\": \"{a}\"}}, {{\"text\": \"{b}\"}}]")));
+    let sample = format!("[{{\"instruction\": \"{a}\", \"input\": \"\", \"output\": \"{b}\"}}]");
+    assert!(plain != of("alpaca.json", &sample));
+    let fails = |text: &str, words: &[&str]| {
+        let path = place.folder.write("bad.json", text);
+        place.fails(|| place.calibrate_small("resq", &["--text", &path]), words);
+    };
+    fails("{\"text\": \"a\"}", &["bad.json is not a list in JSON"]);
+    fails("[{\"text\": \"a\"}, {\"instruction\": \"a\"}]", &["entry 2 of ", "bad.json", "\"output\""]);
+    // Several texts are read one after the other.
+    let [first, second] = [place.folder.write("a.txt", &a), place.folder.write("b.txt", &b)];
+    place.calibrate_small("resq", &["--text", &first, &second, "--tokens", "192"]).succeeds();
+    assert!(plain == place.folder.read("out.safetensors"));
+}
+
 #[test]
 fn help_shows_what_is_kept_and_examples() {
     let help = run(&["calibrate", "--help"]).succeeds().stdout;
