@@ -279,10 +279,13 @@ pub struct PerplexityArgs {
 #[derive(Args)]
 #[command(after_help = "\
 Perplexity, KL and agreement are those of `dibit perplexity`, retrieval is the mean of four tasks of `dibit ruler`, bits at
-longer contexts are counted and not run. The report is one page that needs nothing else.
+longer contexts are counted and not run. The report is one page that needs nothing else. Where schemes with a linear
+correction have their adapters, it also shows what the correction does: by method, number of features, range of layers.
 
 Examples:
   dibit compare --text wiki.test.raw --report report
+  dibit compare --text wiki.test.raw --schemes kivi,kivi-linc,kvlinc-rotation,kvlinc \\
+    --calibration kivi-linc.safetensors,kvlinc.safetensors --retrieval-context 2048,4096 --report report
   dibit compare --model ./Qwen3-0.6B --text wiki.test.raw --schemes kivi,kvlinc,mine.toml --context 4096 --csv out.csv
   dibit compare --text wiki.test.raw --calibration rotatekv.safetensors,resq.safetensors --samples 0")]
 pub struct CompareArgs {
@@ -296,7 +299,7 @@ pub struct CompareArgs {
     pub schemes: Vec<String>,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
-    /// Tokens of a window, and of a retrieval prompt
+    /// Tokens of a window
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
     /// Number of windows
@@ -305,6 +308,14 @@ pub struct CompareArgs {
     /// Retrieval prompts of each of four tasks; 0 leaves retrieval out
     #[arg(long, default_value = "3")]
     pub samples: u32,
+    /// Tokens of a retrieval prompt; several lengths are separated by commas [default: those of a window]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "TOKENS",
+        value_parser = clap::value_parser!(u32).range(1..=1 << 27)
+    )]
+    pub retrieval_context: Vec<u32>,
     /// Seed of the retrieval prompts
     #[arg(long, default_value = "42")]
     pub seed: u64,

@@ -1,5 +1,6 @@
 //! Schemes side by side on one model and one text.
 
+use crate::Choices;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -17,7 +18,7 @@ pub struct Comparison {
     pub windows: usize,
     /// Scored tokens, of all windows together.
     pub tokens: usize,
-    /// Tokens of a retrieval prompt; `None` where retrieval was not measured.
+    /// Tokens of the longest retrieval prompts; `None` where retrieval was not measured.
     pub retrieval_context: Option<usize>,
     /// One row for each scheme, in any order.
     pub rows: Vec<ComparisonRow>,
@@ -42,15 +43,26 @@ pub struct ComparisonRow {
     pub kl_p999: f64,
     /// Share of tokens whose most likely next token is the reference's, 0 to 1.
     pub top1_agreement: f64,
-    /// Share of facts that were found again in a long prompt, 0 to 1.
+    /// Share of facts that were found again in long prompts, 0 to 1: the mean over their lengths.
     pub retrieval: Option<f64>,
+    /// The same by the length of the prompts: tokens, share.
+    pub retrieval_at: Vec<(usize, f64)>,
     /// Bytes allocated for the cache of one sequence of `context` tokens.
     pub cache_bytes: usize,
     /// Time of attention in one decoding step, all layers together, in microseconds.
     pub attention_micros: Option<f64>,
+    /// What the scheme is sorted by.
+    pub choices: Choices,
 }
 
 impl Comparison {
+    /// Lengths of retrieval prompts, ascending.
+    pub fn retrieval_contexts(&self) -> Vec<usize> {
+        let lengths: BTreeSet<usize> =
+            self.rows.iter().flat_map(|row| row.retrieval_at.iter().map(|at| at.0)).collect();
+        lengths.into_iter().collect()
+    }
+
     /// Rows by ascending bits; rows of equal bits by ascending perplexity.
     pub fn sorted(&self) -> Vec<&ComparisonRow> {
         let mut rows: Vec<&ComparisonRow> = self.rows.iter().collect();
@@ -78,12 +90,19 @@ impl Comparison {
         for context in &contexts {
             let _ = write!(csv, ",bits_at_{context}");
         }
-        csv.push_str(",perplexity,kl_mean,kl_p999,top1_agreement,retrieval,cache_bytes,attention_micros\n");
+        csv.push_str(",perplexity,kl_mean,kl_p999,top1_agreement,retrieval,cache_bytes,attention_micros");
+        // One length says nothing more than the mean.
+        let lengths = Some(self.retrieval_contexts()).filter(|lengths| lengths.len() > 1).unwrap_or_default();
+        for tokens in &lengths {
+            let _ = write!(csv, ",retrieval_at_{tokens}");
+        }
+        csv.push('\n');
         for row in self.sorted() {
             let mut fields = vec![csv_field(&row.scheme), csv_field(&row.summary), number(Some(row.bits))];
             fields.extend(contexts.iter().map(|context| number(row.bits_at(*context))));
             fields.extend([row.perplexity, row.kl_mean, row.kl_p999, row.top1_agreement].map(|x| number(Some(x))));
             fields.extend([number(row.retrieval), row.cache_bytes.to_string(), number(row.attention_micros)]);
+            fields.extend(lengths.iter().map(|tokens| number(row.retrieval_at(*tokens))));
             csv.push_str(&fields.join(","));
             csv.push('\n');
         }
@@ -95,6 +114,11 @@ impl ComparisonRow {
     /// Bits in use at one of the contexts of `bits_at`.
     pub fn bits_at(&self, context: usize) -> Option<f64> {
         self.bits_at.iter().find(|at| at.0 == context).map(|at| at.1)
+    }
+
+    /// Share of facts that were found again in prompts of so many tokens.
+    pub fn retrieval_at(&self, tokens: usize) -> Option<f64> {
+        self.retrieval_at.iter().find(|at| at.0 == tokens).map(|at| at.1)
     }
 }
 
@@ -122,8 +146,10 @@ pub(crate) mod tests {
             kl_p999: 0.9,
             top1_agreement: 0.925,
             retrieval: Some(0.5),
+            retrieval_at: vec![(4096, 0.5)],
             cache_bytes: 1 << 20,
             attention_micros: None,
+            choices: Choices::default(),
         }
     }
 
@@ -169,5 +195,17 @@ pub(crate) mod tests {
             plain,plain in words,2.5,,,2.25,,0.02,0.9,0.925,0.5,1048576,\n\
             \"a,\"\"b\"\"\nc\",\"a,\"\"b\"\"\nc in words\",3,2.5,2.3,,11,0.02,0.9,0.925,0.5,1048576,\n";
         assert_eq!(csv, expected);
+    }
+
+    #[test]
+    fn several_lengths_of_prompts_are_columns_behind_the_others() {
+        let mut rows = vec![row("a", 2.0, 11.0), row("b", 3.0, 10.0)];
+        rows[0].retrieval_at = vec![(2048, 0.75), (4096, 0.25)];
+        let comparison = comparison(rows);
+        assert_eq!(comparison.retrieval_contexts(), [2048, 4096]);
+        let csv = comparison.csv();
+        let lines: Vec<&str> = csv.lines().collect();
+        assert!(lines[0].ends_with(",attention_micros,retrieval_at_2048,retrieval_at_4096"), "{csv}");
+        assert!(lines[1].ends_with(",1048576,,0.75,0.25") && lines[2].ends_with(",1048576,,,0.5"), "{csv}");
     }
 }

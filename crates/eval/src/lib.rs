@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+mod choices;
 mod comparison;
 mod made_up;
 mod models;
@@ -13,6 +14,7 @@ mod sample;
 pub mod study;
 mod timing;
 
+pub use choices::{Choices, LinearChoice};
 pub use comparison::{Comparison, ComparisonRow, csv_field};
 pub use perplexity::{Perplexity, PerplexityOptions, Progress, SchemeResult, perplexity};
 pub use sample::sample;

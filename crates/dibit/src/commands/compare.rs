@@ -6,10 +6,13 @@ use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
 use dibit_device::Cpu;
-use dibit_engine::{Engine, Options};
+use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
-use dibit_eval::{Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study};
+use dibit_eval::{
+    Choices, Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study,
+};
 use dibit_model::{Pretrained, windows};
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -50,7 +53,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         tracing::warn!("the text fills {} windows, fewer than the {} asked for", comparison.windows, args.windows);
     }
     comparison.text = args.text.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let studied = page.as_ref().map(|_| look(&cpu, &pretrained, &ids, args.context)).transpose()?;
+    let studied = page.as_ref().map(|_| look(&cpu, &pretrained, &schemes, &ids, args.context)).transpose()?;
     if !prompts.is_empty() && !retrieve(args, &cpu, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
         return Ok(stopped());
     }
@@ -82,7 +85,12 @@ fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Res
     let names: Vec<&str> = Scheme::built_in().map(|name| -> &str { name }).chain(others).collect();
     for name in names {
         let mut scheme = Scheme::load(name)?;
-        let attached = if scheme.is_calibrated() { attach(&mut scheme, files, pretrained) } else { Ok(()) };
+        let attached = match scheme.takes_calibration() {
+            true => attach(&mut scheme, files, pretrained),
+            false => Ok(()),
+        };
+        // A scheme that can do without a calibration does so, which is said when it is announced.
+        let attached = attached.or_else(|error| if scheme.is_calibrated() { Err(error) } else { Ok(()) });
         match attached.and_then(|()| Ok(pretrained.config.cache_layout(&scheme)?)) {
             Ok(_) => all.push(scheme),
             Err(error) if named.iter().any(|own| own.trim() == name) => return Err(error),
@@ -133,8 +141,10 @@ fn measure(
             kl_p999: own.kl_p999,
             top1_agreement: own.top1_agreement,
             retrieval: None,
+            retrieval_at: Vec::new(),
             cache_bytes: layout.planned_bytes(args.context),
             attention_micros: Some(time.as_secs_f64() * 1e6),
+            choices: Choices::new(scheme, &layout),
         });
     }
     Ok(Some(Comparison {
@@ -148,18 +158,25 @@ fn measure(
     }))
 }
 
-/// What quantisation does to the keys and values of the beginning of the text.
-fn look(cpu: &Cpu, pretrained: &Pretrained, ids: &[u32], context: usize) -> Result<study::Study> {
+/// What quantisation does to the keys and values of the beginning of the text, and what corrections do to attention.
+fn look(cpu: &Cpu, pretrained: &Pretrained, schemes: &[Scheme], ids: &[u32], context: usize) -> Result<study::Study> {
     let tokens = STUDIED.min(context).min(pretrained.config.max_position_embeddings);
     let Some(window) = windows(ids, pretrained.config.bos_token_id, tokens, Some(1)).pop() else {
         bail!("the text has {} tokens and the report's pictures need {tokens}; give a longer text", ids.len());
     };
     let (shape, layers) = sample(cpu, pretrained, &window)?;
-    Ok(study::study(shape, &layers)?)
+    let corrections = study::corrections(cpu, &pretrained.config, schemes, shape, &layers)?;
+    Ok(study::Study { corrections, ..study::study(shape, &layers)? })
 }
 
-/// Retrieval prompts, none where they are not asked for.
-fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystack>) -> Result<Vec<Sample>> {
+/// Retrieval prompts of one length.
+struct Prompts {
+    context: usize,
+    samples: Vec<Sample>,
+}
+
+/// Retrieval prompts by ascending length, none where they are not asked for.
+fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystack>) -> Result<Vec<Prompts>> {
     if args.samples == 0 {
         return Ok(Vec::new());
     }
@@ -167,8 +184,19 @@ fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystac
         tracing::info!("without --haystack, RULER's noise sentences stand in for essays; that is easier");
         Haystack::noise()
     });
-    let options = SampleOptions { length: args.context, count: args.samples as usize, seed: args.seed };
-    retrieval::samples(pretrained, &TASKS, options, &haystack, false).context("--samples 0 leaves retrieval out")
+    let asked = args.retrieval_context.iter().map(|context| *context as usize);
+    let lengths: BTreeSet<usize> =
+        if args.retrieval_context.is_empty() { [args.context].into() } else { asked.collect() };
+    let limit = pretrained.config.max_position_embeddings;
+    if let Some(&context) = lengths.last().filter(|context| **context > limit && !args.retrieval_context.is_empty()) {
+        return Err(EngineError::ContextTooLong { context, limit }.into());
+    }
+    let of_length = |context: usize| {
+        let options = SampleOptions { length: context, count: args.samples as usize, seed: args.seed };
+        let samples = retrieval::samples(pretrained, &TASKS, options, &haystack, false);
+        Ok(Prompts { context, samples: samples.context("--samples 0 leaves retrieval out")? })
+    };
+    lengths.into_iter().map(of_length).collect()
 }
 
 /// Adds the retrieval accuracy of every scheme; false where Ctrl-C came.
@@ -177,29 +205,39 @@ fn retrieve(
     cpu: &Cpu,
     pretrained: Pretrained,
     schemes: &[Scheme],
-    samples: &[Sample],
+    prompts: &[Prompts],
     interrupted: &AtomicBool,
     comparison: &mut Comparison,
 ) -> Result<bool> {
-    let bar = bar(schemes.len() * samples.len());
+    let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
     // A scheme may change the weights, so the next one takes fresh ones.
     let mut loaded = Some(pretrained);
-    for (index, scheme) in schemes.iter().enumerate() {
+    let mut done = 0;
+    for (scheme, row) in schemes.iter().zip(&mut comparison.rows) {
         let mut pretrained = loaded.take().map_or_else(|| source::load(&args.run.model), Ok)?;
-        let options = Options { context: args.context, sequences: 1, prefill_chunk: None };
+        let longest = prompts.iter().map(|prompts| prompts.context).max().unwrap_or(args.context);
+        let options = Options { context: longest, sequences: 1, prefill_chunk: None };
         let mut engine = Engine::new(cpu, &mut pretrained, scheme, options)?;
-        bar.set_message(format!("{}: retrieval", scheme.name));
-        let answers = retrieval::run(&mut engine, samples, |begun| {
-            bar.set_position((index * samples.len() + begun) as u64);
-            go_on(interrupted)
-        })?;
-        let Some(answers) = answers else { return Ok(false) };
-        let sum: f64 = answers.iter().map(|answer| answer.score).sum();
-        comparison.rows[index].retrieval = Some(sum / answers.len() as f64);
+        for Prompts { context, samples } in prompts {
+            bar.set_message(format!("{}: retrieval at {context}", scheme.name));
+            let answers = retrieval::run(&mut engine, samples, |begun| {
+                bar.set_position((done + begun) as u64);
+                go_on(interrupted)
+            })?;
+            let Some(answers) = answers else { return Ok(false) };
+            done += samples.len();
+            row.retrieval_at.push((*context, mean(answers.iter().map(|answer| answer.score))));
+        }
+        row.retrieval = Some(mean(row.retrieval_at.iter().map(|at| at.1)));
     }
     bar.finish_and_clear();
-    comparison.retrieval_context = Some(args.context);
+    comparison.retrieval_context = prompts.iter().map(|prompts| prompts.context).max();
     Ok(true)
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len();
+    values.sum::<f64>() / count as f64
 }
 
 fn render(comparison: &Comparison) -> String {
@@ -207,7 +245,14 @@ fn render(comparison: &Comparison) -> String {
     let names: Vec<String> = contexts.iter().map(|context| format!("at {}k", context / 1024)).collect();
     let mut header = vec!["scheme", "bits"];
     header.extend(names.iter().map(String::as_str));
-    header.extend(["perplexity", "KL mean", "KL 99.9%", "top-1", "retrieval", "cache", "attention"]);
+    header.extend(["perplexity", "KL mean", "KL 99.9%", "top-1"]);
+    let lengths = comparison.retrieval_contexts();
+    let found: Vec<String> = lengths.iter().map(|tokens| format!("retrieval at {tokens}")).collect();
+    match found.len() {
+        0 | 1 => header.push("retrieval"),
+        _ => header.extend(found.iter().map(String::as_str)),
+    }
+    header.extend(["cache", "attention"]);
     let cells = |row: &&ComparisonRow| {
         let mut cells = vec![row.scheme.clone(), format!("{:.2}", row.bits)];
         cells.extend(row.bits_at.iter().map(|(_, bits)| format!("{bits:.2}")));
@@ -216,7 +261,14 @@ fn render(comparison: &Comparison) -> String {
             format!("{:.5}", row.kl_mean),
             format!("{:.4}", row.kl_p999),
             format!("{:.4}", row.top1_agreement),
-            row.retrieval.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share)),
+        ]);
+        let share =
+            |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
+        match lengths.len() {
+            0 | 1 => cells.push(share(row.retrieval)),
+            _ => cells.extend(lengths.iter().map(|tokens| share(row.retrieval_at(*tokens)))),
+        }
+        cells.extend([
             bytes(row.cache_bytes),
             row.attention_micros.map_or_else(|| "-".to_owned(), |micros| format!("{micros:.0} us")),
         ]);

@@ -13,12 +13,12 @@ pub(super) struct Ratio {
 }
 
 impl Ratio {
-    fn new(numerator: f64, denominator: f64) -> Self {
+    pub fn new(numerator: f64, denominator: f64) -> Self {
         Ratio { numerator, denominator }
     }
 
     /// The squared error of `other`, relative to the squared norm of `exact`.
-    fn error(exact: &[f32], other: &[f32]) -> Self {
+    pub fn error(exact: &[f32], other: &[f32]) -> Self {
         let squared = |x: f32| f64::from(x) * f64::from(x);
         let error = exact.iter().zip(other).map(|(x, y)| squared(x - y)).sum();
         Ratio::new(error, exact.iter().map(|&x| squared(x)).sum())
@@ -152,7 +152,7 @@ pub(super) fn gather(tensor: &[f32], heads: usize, head: usize, head_dim: usize)
 }
 
 /// Every `stride`-th row of the queries `[tokens][head_dim]` of a head, the last of each `stride`.
-fn tiles(queries: &[f32], head_dim: usize, stride: usize) -> Vec<Tile> {
+pub(super) fn tiles(queries: &[f32], head_dim: usize, stride: usize) -> Vec<Tile> {
     let positions: Vec<usize> = (stride - 1..queries.len() / head_dim).step_by(stride).collect();
     let norm = 1.0 / (head_dim as f32).sqrt();
     let query = |&position: &usize| queries[position * head_dim..(position + 1) * head_dim].iter().map(|x| x * norm);

@@ -6,11 +6,13 @@
 //! cache that protects tokens costs.
 
 mod attention;
+mod correction;
 mod head;
 mod matrix;
 mod spread;
 mod variant;
 
+pub use correction::{CorrectionStudy, corrections};
 pub use spread::{ChannelSpread, HeadSpread, Spread};
 pub use variant::{Axis, Rotation, Variant};
 
@@ -77,6 +79,9 @@ pub struct Study {
     pub values: Vec<VariantStudy>,
     /// Keys and values quantised together (figure 5).
     pub pairs: Vec<PairStudy>,
+    /// Attention before and after the linear correction (figure 5), for each scheme that has one; [`study`] leaves this
+    /// empty, [`corrections`] fills it.
+    pub corrections: Vec<CorrectionStudy>,
 }
 
 /// Keys, or values, quantised in one way while everything else is exact.
@@ -210,6 +215,7 @@ pub fn study(shape: StudyShape, layers: &[LayerSample]) -> Result<Study, StudyEr
                 output_error: by_layer.iter().map(|layer| layer.pairs[index].output.value()).collect(),
             })
             .collect(),
+        corrections: Vec::new(),
     })
 }
 

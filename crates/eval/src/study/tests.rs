@@ -2,7 +2,7 @@ use super::*;
 use dibit_quant::{Affine, Bits};
 
 /// Numbers that look normal, the same on every machine.
-fn normal(seed: u64) -> impl FnMut() -> f32 {
+pub(super) fn normal(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
     let mut uniform = move || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -12,7 +12,7 @@ fn normal(seed: u64) -> impl FnMut() -> f32 {
 }
 
 /// One layer; every 16th key channel is `outlier` times as large, and its queries are as much smaller.
-fn layer(shape: StudyShape, outlier: f32, seed: u64) -> LayerSample {
+pub(super) fn layer(shape: StudyShape, outlier: f32, seed: u64) -> LayerSample {
     let mut next = normal(seed);
     let factor = |channel: usize| if channel.is_multiple_of(16) { outlier } else { 1.0 };
     let mut tensor = |heads: usize, scale: &dyn Fn(usize) -> f32| -> Vec<f32> {
@@ -26,7 +26,7 @@ fn layer(shape: StudyShape, outlier: f32, seed: u64) -> LayerSample {
     }
 }
 
-fn shape(tokens: usize, num_heads: usize, num_key_value_heads: usize, head_dim: usize) -> StudyShape {
+pub(super) fn shape(tokens: usize, num_heads: usize, num_key_value_heads: usize, head_dim: usize) -> StudyShape {
     StudyShape { tokens, num_heads, num_key_value_heads, head_dim }
 }
 

@@ -1,0 +1,182 @@
+use super::*;
+use crate::study::tests::{layer, normal, shape};
+use dibit_cache::{CacheShape, Schedule};
+use dibit_device::Cpu;
+use dibit_quant::{Affine, Bits, Hadamard};
+
+const WINDOW: Window = Window { tokens: 128, schedule: Schedule::Guaranteed };
+
+fn adapters(shape: StudyShape, features: usize, size: f32, gates: Vec<f32>) -> Adapters {
+    let mut next = normal(77);
+    let mut maps = |heads: usize| {
+        [0, 1].map(|_| (0..heads * shape.head_dim * features / 2).map(|_| size * next()).collect::<Vec<f32>>())
+    };
+    Adapters { features, query: maps(shape.num_heads), key: maps(shape.num_key_value_heads), gates }
+}
+
+fn noise(shape: StudyShape, seed: u64) -> Vec<f32> {
+    let mut next = normal(seed);
+    (0..shape.tokens * shape.num_key_value_heads * shape.head_dim).map(|_| 0.3 * next()).collect()
+}
+
+fn softmax_of(logits: &[f64]) -> Vec<f64> {
+    let largest = logits.iter().copied().fold(f64::MIN, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|x| (x - largest).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / total).collect()
+}
+
+/// `phi(x)` word by word as equation 4 says.
+fn phi(maps: &[Vec<f32>; 2], head: usize, features: usize, x: &[f64]) -> Vec<f64> {
+    let (d, half) = (x.len(), features / 2);
+    let logit = |map: &[f32], j: usize| (0..d).map(|c| x[c] * f64::from(map[(head * d + c) * half + j])).sum();
+    maps.iter().flat_map(|map| softmax_of(&(0..half).map(|j| logit(map, j)).collect::<Vec<f64>>())).collect()
+}
+
+/// Divergence and output error of one row, before and after, summed as a study does: KL, squared error, squared norm.
+fn reference(view: &LayerView, head: usize, position: usize) -> [[f64; 3]; 2] {
+    let StudyShape { num_heads, num_key_value_heads, head_dim: d, .. } = view.shape;
+    let kv_head = head / (num_heads / num_key_value_heads);
+    let row = |tensor: &[f32], heads: usize, head: usize, token: usize| -> Vec<f64> {
+        tensor[(token * heads + head) * d..][..d].iter().map(|&x| f64::from(x)).collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let query = row(&view.sample.q, num_heads, head, position);
+    let packed = view.window.packed_keys(position);
+    let of = |tensor: &[f32], token: usize| row(tensor, num_key_value_heads, kv_head, token);
+    let (mut exact, mut mixed) = (Vec::new(), Vec::new());
+    for token in 0..=position {
+        let key = of(&view.sample.k, token);
+        exact.push(dot(&query, &key) / (d as f64).sqrt());
+        let missed = of(&view.missed[0], token);
+        let stored: Vec<f64> = key.iter().zip(&missed).map(|(x, e)| x - e).collect();
+        mixed.push(if token < packed { dot(&query, &stored) / (d as f64).sqrt() } else { exact[token] });
+    }
+    let exact = softmax_of(&exact);
+    let largest = mixed.iter().copied().fold(f64::MIN, f64::max);
+    let own = view.adapters.filter(|own| own.gates[head] != 0.0);
+    let query_features = own.map(|own| phi(&own.query, head, own.features, &query));
+    [false, true].map(|corrects| {
+        let (mut weights, mut output, mut expected, mut total) = (Vec::new(), vec![0.0; d], vec![0.0; d], 0.0);
+        for token in 0..=position {
+            let weight = (mixed[token] - largest).exp();
+            let added = match own.filter(|_| corrects && (view.sinks..packed).contains(&token)) {
+                Some(own) => {
+                    let key_features = phi(&own.key, kv_head, own.features, &of(&view.missed[0], token));
+                    f64::from(own.gates[head]) * dot(query_features.as_ref().unwrap(), &key_features)
+                }
+                None => 0.0,
+            };
+            let (value, missed) = (of(&view.sample.v, token), of(&view.missed[1], token));
+            for c in 0..d {
+                let stored = if token < packed { value[c] - missed[c] } else { value[c] };
+                output[c] += weight * stored + added * value[c];
+                expected[c] += exact[token] * value[c];
+            }
+            weights.push(weight + added);
+            total += weight + added;
+        }
+        let divergence = exact.iter().zip(&weights).map(|(p, w)| p * (p * total / w).ln()).sum();
+        let error = output.iter().zip(&expected).map(|(y, x)| (y / total - x).powi(2)).sum();
+        [divergence, error, expected.iter().map(|x| x * x).sum()]
+    })
+}
+
+fn close(found: f64, expected: f64) {
+    assert!((found - expected).abs() <= 1e-3 * expected.abs() + 1e-7, "{found} {expected}");
+}
+
+#[test]
+fn errors_are_those_of_the_definition() {
+    let shape = shape(400, 4, 2, 32);
+    let sample = layer(shape, 4.0, 5);
+    let missed = [noise(shape, 6), noise(shape, 7)];
+    let own = adapters(shape, 8, 0.2, vec![1.0, 0.0, 0.25, 1.0]);
+    for sinks in [0, 3] {
+        let view = LayerView { shape, sample: &sample, missed: &missed, adapters: Some(&own), window: WINDOW, sinks };
+        let found = view.errors();
+        // Every second row is looked at, from the first that sees something packed.
+        let positions: Vec<usize> = (0..400).filter(|t| t % 2 == 1 && *t >= 256).collect();
+        assert_eq!(found.rows, 4 * positions.len());
+        let mut sums = [[0.0; 3]; 2];
+        for (head, position) in (0..4).flat_map(|head| positions.iter().map(move |position| (head, *position))) {
+            let row = reference(&view, head, position);
+            (0..2).for_each(|side| (0..3).for_each(|part| sums[side][part] += row[side][part]));
+        }
+        for side in 0..2 {
+            close(found.attention[side].value(), sums[side][0] / found.rows as f64);
+            close(found.output[side].value(), sums[side][1] / sums[side][2]);
+        }
+        assert!((found.attention[0].value() - found.attention[1].value()).abs() > 1e-4);
+    }
+}
+
+#[test]
+fn nothing_changes_without_adapters_or_with_heads_switched_off() {
+    let shape = shape(300, 2, 1, 32);
+    let (sample, missed) = (layer(shape, 4.0, 1), [noise(shape, 2), noise(shape, 3)]);
+    let off = adapters(shape, 8, 0.2, vec![0.0, 0.0]);
+    for adapters in [None, Some(&off)] {
+        let found = LayerView { shape, sample: &sample, missed: &missed, adapters, window: WINDOW, sinks: 0 }.errors();
+        assert_eq!(found.attention[0].value(), found.attention[1].value());
+        assert_eq!(found.output[0].value(), found.output[1].value());
+        assert!(found.attention[0].value() > 0.0 && found.rows > 0);
+    }
+    let wide = Window { tokens: 256, ..WINDOW };
+    let found = LayerView { shape, sample: &sample, missed: &missed, adapters: None, window: wide, sinks: 0 }.errors();
+    assert_eq!(found.rows, 0, "nothing is packed yet");
+}
+
+#[test]
+fn values_miss_what_their_own_quantiser_loses() {
+    let shape = shape(140, 2, 2, 64);
+    let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
+    let sample = layer(shape, 1.0, 9);
+    let hadamard = Hadamard::new(d).unwrap();
+    let cpu = Cpu::new(Some(1)).unwrap();
+    for (name, rotated) in [("kivi", false), ("kvlinc", true)] {
+        let scheme = values_as_keys(&Scheme::load(name).unwrap());
+        let cache = CacheShape { num_layers: 1, num_key_value_heads: heads, head_dim: d };
+        let layout = CacheLayout::new(&scheme, cache).unwrap().with_tables(vec![1.0; d / 2]).unwrap();
+        let found = missed(&cpu, &layout, 0, &sample.v).unwrap();
+        assert!(found[128 * heads * d..].iter().all(|x| *x == 0.0), "behind the last complete group");
+        let mut moved = 0;
+        for (value, found) in sample.v.chunks_exact(d).zip(found.chunks_exact(d)).take(128 * heads) {
+            let mut stored = value.to_vec();
+            if rotated {
+                hadamard.apply(&mut stored);
+            }
+            let affine = Affine::fit(&stored, Bits::Two).unwrap();
+            stored.iter_mut().for_each(|x| *x = affine.value(affine.code(*x, Bits::Two)));
+            if rotated {
+                hadamard.apply_inverse(&mut stored);
+            }
+            let lost = value.iter().zip(&stored).map(|(value, stored)| value - stored);
+            moved += lost.zip(found).filter(|(lost, found)| (lost - *found).abs() > 0.05).count();
+        }
+        // Values are rounded to 16 bit before they are quantised, which moves a few over the edge of a code.
+        assert!(moved * 500 < 128 * heads * d, "{name}: {moved}");
+    }
+}
+
+#[test]
+fn schemes_whose_values_are_more_than_codes_are_left_out() {
+    let with = |text: &str| {
+        let text = format!(
+            "name = \"x\"\ncorrection = \"linear\"\n[keys]\nbits = 2\n[values]\nbits = 2\n{text}\n[window]\ntokens = 128\n\
+             schedule = \"guaranteed\"\n"
+        );
+        is_studied(&Scheme::parse(&text, "x").unwrap())
+    };
+    assert!(with("") && with("transform = \"hadamard\"") && with("[sinks]\nkind = \"first\"\ncount = 4"));
+    for left_out in [
+        "low_rank = 2",
+        "outliers = 0.02",
+        "axis = \"channel\"\ntransform = \"token-hadamard\"",
+        "[sinks]\nkind = \"massive\"\ncount = 4",
+        "[layers.0]\ncorrection = \"linear+bias\"",
+    ] {
+        assert!(!with(left_out), "{left_out}");
+    }
+    assert!(!is_studied(&Scheme::load("kivi").unwrap()));
+}
