@@ -1,5 +1,5 @@
 /// Terms and what they mean, in plain words.
-const TERMS: [(&str, &str); 13] = [
+const TERMS: [(&str, &str); 14] = [
     (
         "Cache, keys and values",
         "What a model keeps of every token that it has read, so that it need not read it again. \
@@ -54,6 +54,11 @@ const TERMS: [(&str, &str); 13] = [
         "Rotation, H",
         "A Hadamard matrix mixes numbers so that none stands out; it is undone when they are read. KH mixes \
       the channels of each token, HK the tokens of each channel.",
+    ),
+    (
+        "Linear correction, D",
+        "Trained adapters map a query, and what the codes of a key miss, to D features each. The features of all packed \
+      keys are summed up in a state of fixed size, which gives back weight that quantisation took.",
     ),
     (
         "Pareto front",

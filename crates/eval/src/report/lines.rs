@@ -1,6 +1,6 @@
-//! A number by layer, a line for each way to quantise.
+//! Numbers over layers or over features, a line for each series.
 
-use super::number::number;
+use super::number::{count, number};
 use super::scale::{Scale, extent};
 use super::svg::{Frame, Svg, WIDTH, escape, path};
 
@@ -13,32 +13,77 @@ pub(super) struct Line<'a> {
     pub name: &'a str,
     /// Classes of its colour and dashes.
     pub class: &'a str,
-    /// One number for each layer.
-    pub layers: &'a [f64],
+    /// Its numbers, in the order of the horizontal axis.
+    pub values: &'a [f64],
 }
 
-/// The lines over their layers; the axis is logarithmic and says so where numbers differ tenfold, and begins at 0
-/// otherwise.
-pub(super) fn lines(lines: &[Line], label: &str, description: &str) -> String {
-    let count = lines.iter().map(|line| line.layers.len()).max().unwrap_or(0);
-    let values = || lines.iter().flat_map(|line| line.layers.iter().copied());
-    let [low, high] = extent(values().filter(|x| *x > 0.0)).unwrap_or([0.1, 1.0]);
-    let log = high > 10.0 * low;
-    let range = [FRAME.bottom, FRAME.top];
-    let y = if log { Scale::around(values(), range) } else { Scale::linear([0.0, high * 1.08], range) };
-    let x = Scale::linear([0.0, count.saturating_sub(1) as f64], [FRAME.left + 8.0, FRAME.right - 4.0]);
+/// What the lines go over.
+#[derive(Clone, Copy)]
+pub(super) enum Across<'a> {
+    /// Layers, from 0. The vertical axis is logarithmic and says so where numbers differ tenfold, and begins at 0 otherwise.
+    Layers,
+    /// Numbers of features, on a logarithmic axis. The vertical axis shows the range of the numbers, and little more.
+    Features(&'a [usize]),
+}
+
+impl Across<'_> {
+    /// Where the numbers stand, the scale, its ticks and its label.
+    fn axis(self, count: usize) -> (Vec<f64>, Scale, Vec<f64>, &'static str) {
+        let range = [FRAME.left + 8.0, FRAME.right - 4.0];
+        match self {
+            Across::Layers => {
+                let places: Vec<f64> = (0..count).map(|layer| layer as f64).collect();
+                let step = [1, 2, 5, 10, 20, 50].into_iter().find(|step| count.div_ceil(*step) <= 10).unwrap_or(100);
+                let ticks = places.iter().copied().step_by(step).collect();
+                let scale = Scale::linear([0.0, count.saturating_sub(1) as f64], range);
+                (places, scale, ticks, "layer, from the input to the output")
+            }
+            Across::Features(features) => {
+                let places: Vec<f64> = features.iter().map(|features| *features as f64).collect();
+                let scale = Scale::log(extent(places.iter().copied()).unwrap_or([1.0, 2.0]), range);
+                (places.clone(), scale, places, "features D, log scale")
+            }
+        }
+    }
+
+    /// The vertical axis for these numbers, and whether it is logarithmic.
+    fn scale(self, values: impl Iterator<Item = f64> + Clone) -> (Scale, bool) {
+        let range = [FRAME.bottom, FRAME.top];
+        let [low, high] = extent(values.clone().filter(|x| *x > 0.0)).unwrap_or([0.1, 1.0]);
+        match self {
+            _ if high > 10.0 * low => (Scale::around(values, range), true),
+            Across::Layers => (Scale::linear([0.0, high * 1.08], range), false),
+            Across::Features(_) => {
+                let air = (high - low) * 0.12;
+                (Scale::linear([low - air, high + air], range), false)
+            }
+        }
+    }
+
+    /// A place of the horizontal axis in words.
+    fn place(self, index: usize) -> String {
+        match self {
+            Across::Layers => format!("layer {index}"),
+            Across::Features(features) => format!("D = {}", count(features[index])),
+        }
+    }
+}
+
+/// The picture of some lines.
+pub(super) fn lines(lines: &[Line], across: Across, label: &str, description: &str) -> String {
+    let count = lines.iter().map(|line| line.values.len()).max().unwrap_or(0);
+    let (places, x, ticks, across_label) = across.axis(count);
+    let (y, log) = across.scale(lines.iter().flat_map(|line| line.values.iter().copied()));
     let mut svg = Svg::new(HEIGHT);
     svg.y_axis(FRAME, &y, &if log { format!("{label}, log scale") } else { label.to_string() });
-    let step = [1, 2, 5, 10, 20, 50].into_iter().find(|step| count.div_ceil(*step) <= 10).unwrap_or(100);
-    let ticks: Vec<f64> = (0..count).step_by(step).map(|layer| layer as f64).collect();
-    svg.x_axis(FRAME, &x, &ticks, "layer, from the input to the output");
+    svg.x_axis(FRAME, &x, &ticks, across_label);
     for line in lines {
-        let at = |(layer, value): (usize, &f64)| value.is_finite().then(|| [x.at(layer as f64), y.at(*value)]);
-        let points = || line.layers.iter().enumerate().map(at);
+        let at = |(place, value): (&f64, &f64)| value.is_finite().then(|| [x.at(*place), y.at(*value)]);
+        let points = || places.iter().zip(line.values).map(at);
         svg.add(format_args!("<g class=\"line {}\"><path d=\"{}\"/>", line.class, path(points())));
-        for ((layer, value), point) in line.layers.iter().enumerate().zip(points()) {
+        for ((index, value), point) in line.values.iter().enumerate().zip(points()) {
             if let Some([x, y]) = point {
-                let title = escape(&format!("{}, layer {layer}: {}", line.name, number(*value)));
+                let title = escape(&format!("{}, {}: {}", line.name, across.place(index), number(*value)));
                 svg.add(format_args!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.6\"><title>{title}</title></circle>"));
             }
         }

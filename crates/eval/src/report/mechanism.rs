@@ -1,7 +1,7 @@
 //! Figures about keys and values: why schemes differ. They follow figures 2 to 5 of the KVLinC paper.
 
 use super::figure::{Figure, dot_key, key, line_key, pair};
-use super::lines::{Line, lines};
+use super::lines::{Across, Line, lines};
 use super::number::{number, times};
 use super::scale::extent;
 use super::strips::{Dot, Name, Strip, Ticks, strips};
@@ -177,14 +177,15 @@ pub(super) fn steps(study: &Study) -> Figure {
             .collect();
         let drawn: Vec<Line> = shown
             .iter()
-            .map(|(variant, class)| Line { name: &variant.notation, class, layers: &variant.scale.layers })
+            .map(|(variant, class)| Line { name: &variant.notation, class, values: &variant.scale.layers })
             .collect();
         let keys = shown.iter().map(|(variant, class)| {
             let words = notation::words(variant.variant);
             line_key(class, &format!("{} {words}", notation::html(&variant.notation)))
         });
         let legend = format!("<ul class=\"legend\">{}</ul>", keys.collect::<String>());
-        let picture = lines(&drawn, "mean step, in units of the tensor", &format!("{title}: mean step by layer"));
+        let picture =
+            lines(&drawn, Across::Layers, "mean step, in units of the tensor", &format!("{title}: mean step by layer"));
         (title.to_string(), picture + &legend)
     };
     let (channel, token) = (Axis::Channel, Axis::Token);
@@ -226,9 +227,9 @@ pub(super) fn layers(study: &Study) -> Figure {
             .pairs
             .iter()
             .zip(classes)
-            .map(|(pair, class)| Line { name: &pair.notation, class, layers: of(pair) })
+            .map(|(pair, class)| Line { name: &pair.notation, class, values: of(pair) })
             .collect();
-        (title.to_string(), lines(&drawn, label, &format!("{title} by layer")))
+        (title.to_string(), lines(&drawn, Across::Layers, label, &format!("{title} by layer")))
     };
     let named = |pair: &PairStudy| match &pair.method {
         Some(method) => format!("{} ({method})", notation::html(&pair.notation)),

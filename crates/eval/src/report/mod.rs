@@ -1,6 +1,10 @@
 //! A comparison of schemes as one page to read: HTML with inline SVG, without scripts and without other files.
 
+mod ablation;
 mod bands;
+mod correction;
+mod family;
+mod features;
 mod figure;
 mod glossary;
 mod label;
@@ -8,8 +12,10 @@ mod lines;
 mod mechanism;
 mod notation;
 mod number;
+mod ranges;
 mod scale;
 mod schemes;
+mod sheet;
 mod strips;
 mod svg;
 mod table;
@@ -22,8 +28,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use svg::escape;
 
-/// The page: the table of schemes, what they cost in accuracy and save in bits, and what quantisation does to the keys
-/// and values of the model (figures 2 to 5 of the KVLinC paper). Text of the comparison is escaped.
+/// The page: the table of schemes, what they cost in accuracy and save in bits, what the linear correction does where
+/// schemes have one (tables 3 and 4 and figures 5 and 6 of the KVLinC paper), and what quantisation does to the keys and
+/// values of the model (figures 2 to 5). Text of the comparison is escaped.
 pub fn html(comparison: &Comparison, study: &Study) -> String {
     let mut page = String::new();
     let _ = write!(
@@ -49,6 +56,7 @@ pub fn html(comparison: &Comparison, study: &Study) -> String {
         schemes::divergence(comparison).html(),
         schemes::bits(comparison).html(),
     );
+    page += &correction::section(comparison, study);
     let _ = write!(
         page,
         "<h2>Why schemes differ</h2>\n<p>The keys and values of the model itself, for {} tokens of the text. They are \
@@ -93,8 +101,9 @@ fn facts(comparison: &Comparison, study: &Study) -> String {
             ),
         ),
     ];
-    if let Some(tokens) = comparison.retrieval_context {
-        facts.push(("Retrieval prompts", format!("{} tokens", count(tokens))));
+    let lengths: Vec<String> = comparison.retrieval_contexts().into_iter().map(count).collect();
+    if !lengths.is_empty() {
+        facts.push(("Retrieval prompts", format!("{} tokens", lengths.join(", "))));
     }
     let fact = |(name, value): &(&str, String)| format!("<div><dt>{name}</dt><dd>{}</dd></div>\n", escape(value));
     format!("<dl class=\"facts\">\n{}</dl>\n", facts.iter().map(fact).collect::<String>())

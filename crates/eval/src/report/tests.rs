@@ -1,4 +1,5 @@
 use super::*;
+use crate::choices::tests::{corrected, plain};
 use crate::comparison::tests::{comparison, row};
 use crate::study::tests::small;
 
@@ -53,6 +54,31 @@ fn a_usual_page_has_every_part() {
     for term in ["KL divergence", "Top-1 agreement", "Sinks", "Window", "Rotation", "Per channel, per token"] {
         assert!(page.contains(term), "{term}");
     }
+}
+
+#[test]
+fn corrected_schemes_have_a_part_of_their_own() {
+    let mut comparison = comparison(usual());
+    let page = checked(&comparison, &small(2));
+    assert!(!page.contains("<h2>The linear correction</h2>"));
+    comparison.rows[1].choices = corrected(true, 256, vec![0, 1, 2, 3]);
+    comparison.rows[2].choices = plain(false);
+    for (name, choices) in [
+        ("<d64>", corrected(true, 64, vec![0, 1, 2, 3])),
+        ("<early>", corrected(true, 64, vec![0, 1])),
+        ("<rotation>", plain(true)),
+    ] {
+        comparison.rows.push(ComparisonRow { choices, ..row(name, 2.9, f64::NAN) });
+    }
+    comparison.rows[3].retrieval_at = vec![(2048, f64::NAN)];
+    let page = checked(&comparison, &small(2));
+    assert_eq!(page.matches("<h2>The linear correction</h2>").count(), 1);
+    for part in
+        ["How many features", "Which layers gain", "What does the correction cost?", "&lt;rotation&gt;, without"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(page.contains("2,048, 4,096 tokens"));
 }
 
 #[test]

@@ -103,9 +103,9 @@ fn errors_are_those_of_the_definition() {
             let row = reference(&view, head, position);
             (0..2).for_each(|side| (0..3).for_each(|part| sums[side][part] += row[side][part]));
         }
-        for side in 0..2 {
-            close(found.attention[side].value(), sums[side][0] / found.rows as f64);
-            close(found.output[side].value(), sums[side][1] / sums[side][2]);
+        for ((sums, attention), output) in sums.iter().zip(found.attention).zip(found.output) {
+            close(attention.value(), sums[0] / found.rows as f64);
+            close(output.value(), sums[1] / sums[2]);
         }
         assert!((found.attention[0].value() - found.attention[1].value()).abs() > 1e-4);
     }
@@ -142,17 +142,13 @@ fn values_miss_what_their_own_quantiser_loses() {
         assert!(found[128 * heads * d..].iter().all(|x| *x == 0.0), "behind the last complete group");
         let mut moved = 0;
         for (value, found) in sample.v.chunks_exact(d).zip(found.chunks_exact(d)).take(128 * heads) {
-            let mut stored = value.to_vec();
+            let [mut value, mut found] = [value, found].map(<[f32]>::to_vec);
             if rotated {
-                hadamard.apply(&mut stored);
+                [&mut value, &mut found].into_iter().for_each(|row| hadamard.apply(row));
             }
-            let affine = Affine::fit(&stored, Bits::Two).unwrap();
-            stored.iter_mut().for_each(|x| *x = affine.value(affine.code(*x, Bits::Two)));
-            if rotated {
-                hadamard.apply_inverse(&mut stored);
-            }
-            let lost = value.iter().zip(&stored).map(|(value, stored)| value - stored);
-            moved += lost.zip(found).filter(|(lost, found)| (lost - *found).abs() > 0.05).count();
+            let affine = Affine::fit(&value, Bits::Two).unwrap();
+            let lost = value.iter().map(|x| x - affine.value(affine.code(*x, Bits::Two)));
+            moved += lost.zip(&found).filter(|(lost, found)| (lost - **found).abs() > 0.05).count();
         }
         // Values are rounded to 16 bit before they are quantised, which moves a few over the edge of a code.
         assert!(moved * 500 < 128 * heads * d, "{name}: {moved}");
