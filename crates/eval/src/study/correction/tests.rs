@@ -1,7 +1,7 @@
 use super::*;
 use crate::study::tests::{layer, normal, shape};
-use dibit_cache::{CacheShape, Schedule};
-use dibit_device::Cpu;
+use dibit_cache::{CacheManager, CacheShape, Schedule};
+use dibit_device::{Batch, Cpu, Mode};
 use dibit_quant::{Affine, Bits, Hadamard};
 
 const WINDOW: Window = Window { tokens: 128, schedule: Schedule::Guaranteed };
@@ -153,6 +153,86 @@ fn values_miss_what_their_own_quantiser_loses() {
         // Values are rounded to 16 bit before they are quantised, which moves a few over the edge of a code.
         assert!(moved * 500 < 128 * heads * d, "{name}: {moved}");
     }
+}
+
+/// Outputs of a device that stores every token before the next one attends, `[token][head][head_dim]`.
+fn streamed(cpu: &Cpu, layout: &CacheLayout, shape: StudyShape, sample: &LayerSample) -> Vec<f32> {
+    let blocks = layout.blocks(shape.tokens);
+    let mut store = cpu.store(layout, blocks, 1, shape.tokens).unwrap();
+    let mut manager = CacheManager::new(layout.clone(), blocks, 1);
+    let mut sequence = manager.open().unwrap();
+    manager.reserve(&mut sequence, shape.tokens).unwrap();
+    let mut batch = Batch::new(Mode::Streaming);
+    batch.push(&sequence, shape.tokens, layout.window);
+    let rows = 0..shape.tokens;
+    let mut out = vec![0.0; sample.q.len()];
+    cpu.scope(|| {
+        // First tokens are sinks without a look at the residual stream.
+        cpu.observe(&mut store, 0, &batch, &vec![1.0; shape.tokens], 1);
+        cpu.write_kv(&mut store, 0, &batch, rows.clone(), &sample.k, &sample.v).unwrap();
+        cpu.attention(&mut store, 0, &batch, rows, shape.num_heads, &sample.q, &mut out).unwrap();
+    });
+    out
+}
+
+#[test]
+fn outputs_are_those_of_the_cache() {
+    let shape = shape(600, 4, 2, 64);
+    let sample = layer(shape, 4.0, 11);
+    let cpu = Cpu::new(Some(2)).unwrap();
+    let own = adapters(shape, 32, 0.05, vec![1.0, 0.5, 1.0, 1.0]);
+    for (schedule, sinks) in [("guaranteed", 0), ("guaranteed", 3), ("kivi", 0)] {
+        let errors_of = |correction: &str| {
+            let sinks = if sinks > 0 { format!("[sinks]\nkind = \"first\"\ncount = {sinks}\n") } else { String::new() };
+            let text = format!(
+                "name = \"x\"\ncorrection = {correction}\n[keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\n\
+                 schedule = \"{schedule}\"\n{sinks}"
+            );
+            let mut scheme = Scheme::parse(&text, "x").unwrap();
+            let layers = vec![LayerCalibration { adapters: Some(own.clone()), ..LayerCalibration::default() }];
+            scheme.calibration = Some(Arc::new(Calibration { layers }));
+            let cache = CacheShape { num_layers: 1, num_key_value_heads: 2, head_dim: 64 };
+            let layout = |scheme: &Scheme| CacheLayout::new(scheme, cache).unwrap().with_tables(vec![1.0; 32]).unwrap();
+            let (keys, values) = (layout(&scheme), layout(&values_as_keys(&scheme)));
+            let both = [missed(&cpu, &keys, 0, &sample.k).unwrap(), missed(&cpu, &values, 0, &sample.v).unwrap()];
+            let sinks = if let Sinks::First(count) = scheme.sinks { count } else { 0 };
+            let (window, missed) = (scheme.window, &both);
+            let view = LayerView { shape, sample: &sample, missed, adapters: Some(&own), window, sinks };
+            let [found, exact] = [streamed(&cpu, &keys, shape, &sample), exact(shape, &sample)];
+            let mut sum = Ratio::default();
+            // Every third row is looked at.
+            for position in (2..600).step_by(3).filter(|position| window.packed_keys(*position) > sinks) {
+                let row = position * 4 * 64..(position + 1) * 4 * 64;
+                sum += Ratio::error(&exact[row.clone()], &found[row]);
+            }
+            (view.errors().output, sum.value())
+        };
+        let (errors, bare) = errors_of("\"none\"");
+        let (_, corrected) = errors_of("{ kind = \"linear\", features = 32 }");
+        let near = |found: f64, expected: f64| (found - expected).abs() < 0.01 * expected;
+        assert!(near(errors[0].value(), bare), "{schedule}, {sinks}: {} {bare}", errors[0].value());
+        assert!(near(errors[1].value(), corrected), "{schedule}, {sinks}: {} {corrected}", errors[1].value());
+        assert!(!near(bare, corrected), "{bare} {corrected}");
+    }
+}
+
+/// Exact attention.
+fn exact(shape: StudyShape, sample: &LayerSample) -> Vec<f32> {
+    let StudyShape { tokens, num_heads, num_key_value_heads, head_dim } = shape;
+    let mut out = vec![0.0; sample.q.len()];
+    for head in 0..num_heads {
+        let own =
+            |tensor: &[f32]| gather(tensor, num_key_value_heads, head * num_key_value_heads / num_heads, head_dim);
+        let (keys, values) = (own(&sample.k), own(&sample.v));
+        for tile in tiles(&gather(&sample.q, num_heads, head, head_dim), head_dim, 1) {
+            let mixed = tile.mix(&tile.attend(&keys, head_dim), &values, head_dim);
+            for (position, row) in tile.positions.iter().zip(mixed.chunks_exact(head_dim)) {
+                assert!(*position < tokens);
+                out[(position * num_heads + head) * head_dim..][..head_dim].copy_from_slice(row);
+            }
+        }
+    }
+    out
 }
 
 #[test]
