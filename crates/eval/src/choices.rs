@@ -23,7 +23,7 @@ pub struct Choices {
 pub struct LinearChoice {
     /// D.
     pub features: usize,
-    /// Layers that are corrected, ascending.
+    /// Layers that are corrected, ascending; in some of them training may have switched every head off.
     pub layers: Vec<usize>,
     /// Layers of the model.
     pub of_layers: usize,
@@ -54,23 +54,26 @@ impl Choices {
         Choices {
             others,
             rotated_values: scheme.values.transform() == Transform::Hadamard,
-            correction: LinearChoice::new(layout),
+            correction: LinearChoice::new(scheme, layout),
         }
     }
 }
 
 impl LinearChoice {
-    fn new(layout: &CacheLayout) -> Option<Self> {
-        let states = || layout.layers.iter().enumerate().filter_map(|(layer, own)| Some((layer, own.states.as_ref()?)));
-        let (_, first) = states().next()?;
+    fn new(scheme: &Scheme, layout: &CacheLayout) -> Option<Self> {
+        let calibration = scheme.calibration.as_ref()?;
+        let corrected =
+            |layer: &usize| layout.layers[*layer].linear.is_some() && calibration.layers[*layer].adapters.is_some();
+        let layers: Vec<usize> = (0..layout.layers.len()).filter(corrected).collect();
+        let features = scheme.linear().filter(|_| !layers.is_empty())?.features;
         let state_bits = |tokens: usize| {
             let scalars = tokens * layout.shape.scalars_per_token();
             let packed = layout.window.packed_keys(tokens) >= PAGE_TOKENS;
             if packed { layout.state_bytes() as f64 * 8.0 / scalars as f64 } else { 0.0 }
         };
         Some(LinearChoice {
-            features: first.features,
-            layers: states().map(|(layer, _)| layer).collect(),
+            features,
+            layers,
             of_layers: layout.layers.len(),
             state_bits_at: CONTEXTS.map(|tokens| (tokens, state_bits(tokens))).to_vec(),
             bits_at: CONTEXTS.map(|tokens| (tokens, layout.planned_usage(tokens).bits())).to_vec(),
@@ -125,11 +128,13 @@ pub(crate) mod tests {
     }
 
     fn choices(mut scheme: Scheme, features: Option<usize>) -> Choices {
-        let layer = |features: usize| LayerCalibration {
-            adapters: Some(Adapters { features, gates: vec![1.0; 4], ..Adapters::default() }),
+        // In the last layer every head is switched off.
+        let layer = |features: usize, gate: f32| LayerCalibration {
+            adapters: Some(Adapters { features, gates: vec![gate; 4], ..Adapters::default() }),
             ..LayerCalibration::default()
         };
-        scheme.calibration = features.map(|features| Arc::new(Calibration { layers: vec![layer(features); 4] }));
+        let layers = |features| [1.0, 1.0, 1.0, 0.0].map(|gate| layer(features, gate)).to_vec();
+        scheme.calibration = features.map(|features| Arc::new(Calibration { layers: layers(features) }));
         Choices::new(&scheme, &CacheLayout::new(&scheme, SHAPE).unwrap())
     }
 
@@ -159,8 +164,8 @@ pub(crate) mod tests {
         let correction = own.correction.unwrap();
         assert_eq!((correction.features, correction.ranges()), (64, vec![0..=0, 2..=3]));
         assert!(!correction.is_everywhere());
-        // Three of four layers: 16 bit, D (d + 1) numbers for 2 N d scalars.
-        let expected = 0.75 * 16.0 * 64.0 * 129.0 / (2.0 * 8192.0 * 128.0);
+        // Two of four layers have states: 16 bit, D (d + 1) numbers for 2 N d scalars.
+        let expected = 0.5 * 16.0 * 64.0 * 129.0 / (2.0 * 8192.0 * 128.0);
         let (tokens, bits) = correction.state_bits_at[3];
         assert!(tokens == 8192 && (bits - expected).abs() < 1e-9, "{bits}");
         assert!((correction.bits_at[3].1 - (2.46484375 + expected)).abs() < 1e-6);

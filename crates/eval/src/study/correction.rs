@@ -53,19 +53,22 @@ pub fn corrections<D: Device>(
     let mut studies = Vec::new();
     for scheme in schemes.iter().filter(|scheme| is_studied(scheme)) {
         let keys = config.cache_layout(scheme)?;
-        if keys.layers.iter().all(|layer| layer.states.is_none()) {
+        let adapters = |layer: usize| -> Option<&Adapters> {
+            let own = scheme.calibration.as_ref().filter(|_| keys.layers[layer].linear.is_some())?;
+            own.layers[layer].adapters.as_ref()
+        };
+        if (0..layers.len()).all(|layer| adapters(layer).is_none()) {
             continue;
         }
         let values = config.cache_layout(&values_as_keys(scheme))?;
         let mut by_layer = Vec::new();
         for (index, layer) in layers.iter().enumerate() {
             let missed = [missed(device, &keys, index, &layer.k)?, missed(device, &values, index, &layer.v)?];
-            let corrected = keys.layers[index].states.as_ref().and(scheme.calibration.as_ref());
             let view = LayerView {
                 shape,
                 sample: layer,
                 missed: &missed,
-                adapters: corrected.and_then(|own| own.layers[index].adapters.as_ref()),
+                adapters: adapters(index),
                 window: scheme.window,
                 sinks: if let Sinks::First(count) = scheme.sinks { count } else { 0 },
             };
