@@ -1,7 +1,7 @@
 //! Rotation of values and linear correction, each alone and both (table 3 of the KVLinC paper).
 
-use super::family::{families, gain};
-use super::number::{change, context, count, decimals, number, percent};
+use super::family::families;
+use super::number::{change, context, count, decimals, number};
 use super::sheet::{Sheet, SheetRow, plain};
 use super::svg::escape;
 use super::table::{retrieval_cells, retrieval_heads};
@@ -75,9 +75,9 @@ fn words(row: &ComparisonRow) -> String {
 /// What each step brings, in words.
 fn answer(shown: &[&ComparisonRow]) -> String {
     let bare = shown[0];
-    let part = |row: &&ComparisonRow| format!("{} by {}", row.scheme, percent(gain(bare.kl_mean, row.kl_mean)));
+    let part = |row: &&ComparisonRow| format!("{} with {}", change(row.kl_mean, bare.kl_mean), row.scheme);
     let parts: Vec<String> = shown[1..].iter().map(part).collect();
-    format!("Against {}, KL divergence falls with {}.", bare.scheme, parts.join(", with "))
+    format!("KL divergence against that of {}: {}.", bare.scheme, parts.join(", "))
 }
 
 #[cfg(test)]
@@ -112,7 +112,7 @@ mod tests {
         assert!(html.contains("<td>10.00</td><td>0.0400</td><td>75.0\u{a0}%</td><td>25.0\u{a0}%</td>"), "{html}");
         assert!(html.contains("<td>8.00<small>-20.0\u{a0}%</small></td><td>0.0100<small>-75.0\u{a0}%</small></td>"));
         assert!(html.contains("at 2k") && html.contains("at 4k"));
-        assert!(html.contains("with linc by 25.0\u{a0}%, with rotation by 50.0\u{a0}%, with both by 75.0\u{a0}%"));
+        assert!(html.contains("of kivi: -25.0\u{a0}% with linc, -50.0\u{a0}% with rotation, -75.0\u{a0}% with both."));
     }
 
     #[test]

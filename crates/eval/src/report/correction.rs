@@ -3,7 +3,7 @@
 use super::family::gain;
 use super::figure::{Figure, dot_key, line_key, pair};
 use super::lines::{Across, Line, lines};
-use super::number::{context, percent};
+use super::number::{context, decimals, percent};
 use super::strips::{Dot, Name, Strip, Ticks, strips};
 use super::{ablation, features, ranges, svg::escape};
 use crate::study::{ByLayer, CorrectionStudy, Study};
@@ -46,7 +46,12 @@ fn attention(study: &Study) -> Option<Figure> {
             less(&first.output_before, &first.output_after)
         ),
         panels: attention_panels(first),
-        legend: vec![line_key("red dashed", "the quantiser alone"), line_key("blue", "with the correction")],
+        legend: vec![
+            line_key("red dashed", "the quantiser alone"),
+            line_key("blue", "with the correction"),
+            line_key("violet", "taken away, of the divergence of weights"),
+            line_key("violet dashed", "taken away, of the error of outputs"),
+        ],
         caption: "Every layer is given exact input, and a query sees packed tokens where the scheme's window shows them. The \
                   output is compared with that of exact keys and values, so errors of values count too."
             .into(),
@@ -68,9 +73,20 @@ fn attention_panels(own: &CorrectionStudy) -> Vec<(String, String)> {
         let description = format!("{title} of {} by layer, before and after the correction", own.scheme);
         (title.to_string(), lines(&drawn, Across::Layers, label, &description))
     };
+    let gains = |before: &ByLayer, after: &ByLayer| -> Vec<f64> {
+        before.layers.iter().zip(&after.layers).map(|(before, after)| 100.0 * gain(*before, *after)).collect()
+    };
+    let (weights, outputs) =
+        (gains(&own.attention_before, &own.attention_after), gains(&own.output_before, &own.output_after));
+    let drawn = [
+        Line { name: "attention weights", class: "violet", values: &weights },
+        Line { name: "attention output", class: "violet dashed", values: &outputs },
+    ];
+    let description = format!("Share of the error of {} that the correction takes away, by layer", own.scheme);
     vec![
         panel("Attention weights", [&own.attention_before, &own.attention_after], "KL divergence, nats per row"),
         panel("Attention output", [&own.output_before, &own.output_after], "relative squared error"),
+        ("What is taken away".into(), lines(&drawn, Across::SignedLayers, "percent of the error", &description)),
     ]
 }
 
@@ -90,7 +106,7 @@ fn cost(corrected: &[(&ComparisonRow, &LinearChoice)]) -> Figure {
             radius: 5.0,
             title: format!("{}: {} of the cache at {} tokens", row.scheme, percent(*share), context(*tokens)),
         };
-        let note: Vec<String> = shares.iter().map(|(_, share)| format!("{:.0}", 100.0 * share)).collect();
+        let note: Vec<String> = shares.iter().map(|(_, share)| short(100.0 * share)).collect();
         Strip {
             name: Name::Text(row.scheme.clone()),
             note: format!("{}\u{a0}%", note.join(" · ")),
@@ -131,6 +147,11 @@ fn largest_share(own: &LinearChoice) -> f64 {
     own.state_bits_at.iter().zip(&own.bits_at).map(|(states, all)| states.1 / all.1).fold(0.0, f64::max)
 }
 
+/// Percent with as many decimals as matter.
+fn short(percent: f64) -> String {
+    decimals(percent, usize::from(percent < 9.95))
+}
+
 /// Shade of a dot: four of them, the last for the longest context.
 fn step(index: usize, count: usize) -> String {
     format!("step{}", if index + 1 == count { 3 } else { index.min(2) })
@@ -165,6 +186,8 @@ mod tests {
             assert!(figure.panels[0].1.contains(title), "{title}");
         }
         assert!(figure.panels[1].1.contains("corrected, layer 0: 0.0100"));
+        assert!(figure.panels[2].1.contains("attention weights, layer 0: 25.0"));
+        assert!(figure.panels[2].1.contains("attention output, layer 1: 0"));
         assert!(figure.more.contains("<h3>&lt;second&gt;</h3>"));
         assert!(attention(&small(1)).is_none());
     }
@@ -177,7 +200,7 @@ mod tests {
         let expected = "The states of kvlinc take 33.3\u{a0}% of its cache at 1k tokens, and 9.1\u{a0}% at 8k.";
         assert_eq!(figure.answer, expected);
         assert!(figure.panels[0].1.contains("kvlinc: 9.1\u{a0}% of the cache at 8k tokens"));
-        assert!(figure.panels[0].1.contains("33 · 9\u{a0}%"));
+        assert!(figure.panels[0].1.contains("33 · 9.1\u{a0}%"));
         assert_eq!(figure.legend.len(), 2);
     }
 

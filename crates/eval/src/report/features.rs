@@ -38,16 +38,17 @@ fn figure(comparison: &Comparison, mut family: Vec<&ComparisonRow>) -> Option<Fi
     };
     let best = family.iter().filter(|row| row.kl_mean.is_finite()).min_by(|a, b| a.kl_mean.total_cmp(&b.kl_mean));
     let answer = match (best, bare) {
-        (Some(best), Some(bare)) => format!(
-            "KL divergence is lowest with D = {}: {} below {}. With D = {} it is {} below, with D = {} {}.",
-            count(number_of(best)),
-            percent(gain(bare.kl_mean, best.kl_mean)),
-            bare.scheme,
-            count(number_of(first)),
-            percent(gain(bare.kl_mean, first.kl_mean)),
-            count(number_of(last)),
-            percent(gain(bare.kl_mean, last.kl_mean)),
-        ),
+        (Some(best), Some(bare)) => {
+            let below = |row: &ComparisonRow| percent(gain(bare.kl_mean, row.kl_mean));
+            let other = |row: &&ComparisonRow| number_of(row) != number_of(best);
+            let ends: Vec<String> = [first, last]
+                .into_iter()
+                .filter(other)
+                .map(|row| format!(" With D = {} it is {} below.", count(number_of(row)), below(row)))
+                .collect();
+            let size = count(number_of(best));
+            format!("KL divergence is lowest with D = {size}: {} below {}.{}", below(best), bare.scheme, ends.concat())
+        }
         (Some(best), None) => format!("KL divergence is lowest with D = {}.", count(number_of(best))),
         (None, _) => String::new(),
     };
@@ -98,7 +99,8 @@ mod tests {
         assert_eq!(figures.len(), 1);
         let figure = &figures[0];
         assert!(figure.answer.starts_with("KL divergence is lowest with D = 1,024: 75.0\u{a0}% below rotation."));
-        assert!(figure.answer.contains("With D = 32 it is 50.0\u{a0}% below"), "{}", figure.answer);
+        assert!(figure.answer.ends_with(" With D = 32 it is 50.0\u{a0}% below."), "{}", figure.answer);
+        assert!(!figure.answer.contains("With D = 1,024"), "{}", figure.answer);
         assert!(figure.caption.contains("d32, d64, d1024."), "{}", figure.caption);
         let svg = &figure.panels[1].1;
         assert_eq!(svg.matches("<circle").count(), 6);

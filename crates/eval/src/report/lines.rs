@@ -22,6 +22,8 @@ pub(super) struct Line<'a> {
 pub(super) enum Across<'a> {
     /// Layers, from 0. The vertical axis is logarithmic and says so where numbers differ tenfold, and begins at 0 otherwise.
     Layers,
+    /// Layers, from 0, of numbers that may be below 0. The vertical axis is linear and holds 0.
+    SignedLayers,
     /// Numbers of features, on a logarithmic axis. The vertical axis shows the range of the numbers, and little more.
     Features(&'a [usize]),
 }
@@ -31,7 +33,7 @@ impl Across<'_> {
     fn axis(self, count: usize) -> (Vec<f64>, Scale, Vec<f64>, &'static str) {
         let range = [FRAME.left + 8.0, FRAME.right - 4.0];
         match self {
-            Across::Layers => {
+            Across::Layers | Across::SignedLayers => {
                 let places: Vec<f64> = (0..count).map(|layer| layer as f64).collect();
                 let step = [1, 2, 5, 10, 20, 50].into_iter().find(|step| count.div_ceil(*step) <= 10).unwrap_or(100);
                 let ticks = places.iter().copied().step_by(step).collect();
@@ -51,6 +53,11 @@ impl Across<'_> {
         let range = [FRAME.bottom, FRAME.top];
         let [low, high] = extent(values.clone().filter(|x| *x > 0.0)).unwrap_or([0.1, 1.0]);
         match self {
+            Across::SignedLayers => {
+                let [low, high] = extent(values.chain([0.0])).unwrap_or([0.0, 1.0]);
+                let air = (high - low) * 0.08;
+                (Scale::linear([low - air, high + air], range), false)
+            }
             _ if high > 10.0 * low => (Scale::around(values, range), true),
             Across::Layers => (Scale::linear([0.0, high * 1.08], range), false),
             Across::Features(_) => {
@@ -63,7 +70,7 @@ impl Across<'_> {
     /// A place of the horizontal axis in words.
     fn place(self, index: usize) -> String {
         match self {
-            Across::Layers => format!("layer {index}"),
+            Across::Layers | Across::SignedLayers => format!("layer {index}"),
             Across::Features(features) => format!("D = {}", count(features[index])),
         }
     }
