@@ -88,8 +88,19 @@ impl Artefact {
     /// # Errors
     /// [`CalibrationError::Read`] and [`CalibrationError::Malformed`].
     pub fn load(path: &Path) -> Result<Self, CalibrationError> {
+        Self::from_contents(Contents::read(path)?, path)
+    }
+
+    /// The calibration in the bytes of a file; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`CalibrationError::Malformed`].
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self, CalibrationError> {
+        Self::from_contents(Contents::parse(bytes, path)?, path)
+    }
+
+    fn from_contents(mut contents: Contents, path: &Path) -> Result<Self, CalibrationError> {
         let malformed = |problem: &str| CalibrationError::Malformed { path: path.to_owned(), problem: problem.into() };
-        let mut contents = Contents::read(path)?;
         let fingerprint = contents.metadata.get(FINGERPRINT).ok_or_else(|| malformed("it has no fingerprint"))?;
         let fingerprint = serde_json::from_str(fingerprint).map_err(|_| malformed("its fingerprint cannot be read"))?;
         let layers = contents.metadata.get("dibit.layers").and_then(|count| count.parse().ok());
@@ -175,9 +186,17 @@ impl Artefact {
     /// # Errors
     /// Those of [`Artefact::load`], and [`CalibrationError::Mismatch`]. The scheme is then as it was.
     pub fn attach(path: &Path, pretrained: &Pretrained, scheme: &mut Scheme) -> Result<(), CalibrationError> {
-        let artefact = Artefact::load(path)?;
+        Artefact::load(path)?.give(path, pretrained, scheme)
+    }
+
+    /// Gives a scheme this calibration, where it was made for it and for this model; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`CalibrationError::Mismatch`], and [`CalibrationError::Malformed`] where it does not fit. The scheme is then as it
+    /// was.
+    pub fn give(self, path: &Path, pretrained: &Pretrained, scheme: &mut Scheme) -> Result<(), CalibrationError> {
         let expected = Fingerprint::new(pretrained, scheme);
-        if let Some((what, found, expected)) = artefact.fingerprint.difference(&expected) {
+        if let Some((what, found, expected)) = self.fingerprint.difference(&expected) {
             return Err(CalibrationError::Mismatch {
                 path: path.to_owned(),
                 what,
@@ -185,7 +204,7 @@ impl Artefact {
                 expected: expected.to_owned(),
             });
         }
-        let calibrated = Scheme { calibration: Some(Arc::new(artefact.calibration)), ..scheme.clone() };
+        let calibrated = Scheme { calibration: Some(Arc::new(self.calibration)), ..scheme.clone() };
         // What does not fit is said here, by the file's name, and not when a cache is made.
         pretrained.config.cache_layout(&calibrated).map_err(|error| match error {
             SchemeError::Calibration { problem, .. } => CalibrationError::Malformed { path: path.to_owned(), problem },

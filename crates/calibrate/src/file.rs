@@ -82,14 +82,19 @@ impl Contents {
 
     pub(crate) fn read(path: &Path) -> Result<Self, CalibrationError> {
         let problem = |source| CalibrationError::Read { path: path.to_owned(), source };
-        let malformed = |problem: String| CalibrationError::Malformed { path: path.to_owned(), problem };
         let size = std::fs::metadata(path).map_err(problem)?.len();
         if size > MAX_BYTES {
-            return Err(malformed(format!("it has {size} bytes")));
+            let problem = format!("it has {size} bytes");
+            return Err(CalibrationError::Malformed { path: path.to_owned(), problem });
         }
-        let bytes = std::fs::read(path).map_err(problem)?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| malformed(error.to_string()))?;
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|error| malformed(error.to_string()))?;
+        Self::parse(&std::fs::read(path).map_err(problem)?, path)
+    }
+
+    /// The contents of a file's bytes; `path` names it in errors.
+    pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Self, CalibrationError> {
+        let malformed = |problem: String| CalibrationError::Malformed { path: path.to_owned(), problem };
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| malformed(error.to_string()))?;
+        let tensors = SafeTensors::deserialize(bytes).map_err(|error| malformed(error.to_string()))?;
         let metadata = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
         let mut contents = Contents { metadata, ..Contents::default() };
         for (name, view) in tensors.iter() {

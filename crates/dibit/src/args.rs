@@ -151,7 +151,7 @@ pub struct SamplingArgs {
 
 #[derive(Args)]
 pub struct CalibrationArgs {
-    /// What `dibit calibrate` made for the schemes that need it
+    /// What `dibit calibrate` made for the schemes [default: what lies in the model's directory calibration/]
     #[arg(long, value_name = "FILES", value_delimiter = ',')]
     pub calibration: Vec<PathBuf>,
 }
@@ -167,14 +167,15 @@ pub struct HaystackArgs {
 }
 
 fn scheme_help() -> String {
-    format!("Cache scheme: {}, or a file ending in .toml", Scheme::built_in().collect::<Vec<_>>().join(", "))
+    let known = Scheme::built_in().collect::<Vec<_>>().join(", ");
+    format!("Cache scheme: {known}, or a file ending in .toml [default: dibit, or kvlinc without its calibration]")
 }
 
 #[derive(Args)]
 pub struct CacheArgs {
-    #[arg(long, default_value = "kvlinc", value_name = "SCHEME", help = scheme_help())]
-    pub kv: String,
-    /// What `dibit calibrate` made for the scheme and this model
+    #[arg(long, value_name = "SCHEME", help = scheme_help())]
+    pub kv: Option<String>,
+    /// What `dibit calibrate` made for the scheme and this model [default: what lies in its directory calibration/]
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub calibration: Vec<PathBuf>,
     /// Context that the cache is planned for, in tokens

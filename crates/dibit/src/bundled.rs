@@ -14,6 +14,12 @@ static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../../../models/tiny/
 /// Its name in summaries.
 pub const NAME: &str = "tiny (bundled)";
 
+/// Its calibrations, by the names of their files.
+pub const CALIBRATIONS: [(&str, &[u8]); 2] = [
+    ("the bundled dibit.safetensors", include_bytes!("../../../models/tiny/calibration/dibit.safetensors")),
+    ("the bundled kvlinc.safetensors", include_bytes!("../../../models/tiny/calibration/kvlinc.safetensors")),
+];
+
 /// The bundled model's files.
 pub fn files() -> ModelFiles {
     let weights: &'static [u8] = &WEIGHTS.0;

@@ -1,11 +1,11 @@
-use super::{cpu, go_on, interrupt_flag, schemes};
+use super::{cpu, go_on, interrupt_flag};
 use crate::args::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 use crate::output::{STDOUT, bar, check_writable, note, table};
 use crate::text::{self, Document};
 use crate::{Outcome, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_calibrate::{Artefact, CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate};
+use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate};
 use dibit_model::Pretrained;
 use indicatif::ProgressBar;
 use std::io::{IsTerminal, Write};
@@ -209,53 +209,4 @@ fn state_path(out: &Path) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
     name.push(".partial");
     PathBuf::from(name)
-}
-
-/// Loads schemes and gives each its calibration among `files`, where it takes one.
-pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
-    let mut schemes = schemes(names)?;
-    if !files.is_empty() && !schemes.iter().any(Scheme::takes_calibration) {
-        bail!("none of the schemes {} needs a calibration; leave --calibration out", names.join(", "));
-    }
-    let mut used = vec![false; files.len()];
-    let mut without = Vec::new();
-    for scheme in schemes.iter_mut().filter(|scheme| scheme.takes_calibration()) {
-        match attach_one(scheme, files, pretrained) {
-            Ok(file) => used.iter_mut().enumerate().for_each(|(index, used)| *used |= file == Some(index)),
-            Err(error) if scheme.is_calibrated() => return Err(error),
-            Err(error) => without.push(error),
-        }
-    }
-    // A scheme that can do without a calibration does so where every file is another scheme's.
-    match without.into_iter().next() {
-        Some(error) if used.contains(&false) => Err(error),
-        _ => Ok(schemes),
-    }
-}
-
-/// Gives a scheme the calibration among `files` that was made for it; none where there are no files.
-pub fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
-    if !scheme.takes_calibration() && !files.is_empty() {
-        return Err(CalibrationError::NotNeeded(scheme.origin.clone()).into());
-    }
-    attach_one(scheme, files, pretrained).map(drop)
-}
-
-/// [`attach`]; returns which of the files it was.
-fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
-    let mut reasons = Vec::new();
-    for (index, file) in files.iter().enumerate() {
-        match Artefact::attach(file, pretrained, scheme) {
-            Ok(()) => return Ok(Some(index)),
-            Err(error) => reasons.push(anyhow::Error::from(error)),
-        }
-    }
-    match reasons.len() {
-        0 => Ok(None),
-        1 => Err(reasons.remove(0)),
-        _ => {
-            let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason:#}")).collect();
-            bail!("no calibration suits scheme {}:{}", scheme.name, reasons.concat())
-        }
-    }
 }

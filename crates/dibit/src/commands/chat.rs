@@ -1,10 +1,9 @@
-use super::calibrate::attach;
+use super::schemes;
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::ChatArgs;
 use crate::output::{TextStream, note};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
-use dibit_cache::Scheme;
 use dibit_device::{Cpu, Device};
 use dibit_engine::{Chat, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
@@ -16,9 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /quit ends";
 
 pub fn run(args: &ChatArgs) -> Result<Outcome> {
-    let mut scheme = Scheme::load(&args.cache.kv)?;
+    schemes::check(&args.cache)?;
     let mut pretrained = source::load(&args.run.model)?;
-    attach(&mut scheme, &args.cache.calibration, &pretrained)?;
+    let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let cpu = cpu(args.run.threads, &args.run.isa)?;

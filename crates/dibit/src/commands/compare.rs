@@ -1,4 +1,4 @@
-use super::calibrate::{attach, calibrated_schemes};
+use super::schemes::{attach, calibrated_schemes};
 use super::{announce, cpu, evaluation_progress, go_on, interrupt_flag, schemes};
 use crate::args::CompareArgs;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};

@@ -1,10 +1,9 @@
-use super::calibrate::attach;
+use super::schemes;
 use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
 use crate::output::{STDOUT, TextStream, bytes, note};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result, bail};
-use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_engine::{Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling};
 use dibit_model::Pretrained;
@@ -16,9 +15,9 @@ use std::time::{Duration, Instant};
 
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
-    let mut scheme = Scheme::load(&args.cache.kv)?;
+    schemes::check(&args.cache)?;
     let mut pretrained = source::load(&args.run.model)?;
-    attach(&mut scheme, &args.cache.calibration, &pretrained)?;
+    let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
     let requests = requests(args, &pretrained, &prompts, sampling)?;

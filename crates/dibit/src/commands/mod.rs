@@ -9,6 +9,7 @@ pub mod generate;
 pub mod inspect;
 pub mod perplexity;
 pub mod ruler;
+pub mod schemes;
 
 use crate::args::{IsaArgs, SamplingArgs};
 use crate::output;

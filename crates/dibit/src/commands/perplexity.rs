@@ -1,4 +1,4 @@
-use super::calibrate::calibrated_schemes;
+use super::schemes::calibrated_schemes;
 use super::{announce, cpu, evaluation_progress, interrupt_flag, schemes};
 use crate::args::PerplexityArgs;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};

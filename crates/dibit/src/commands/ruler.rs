@@ -1,4 +1,4 @@
-use super::calibrate::calibrated_schemes;
+use super::schemes::calibrated_schemes;
 use super::{announce, cpu, go_on, interrupt_flag, schemes};
 use crate::args::RulerArgs;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};

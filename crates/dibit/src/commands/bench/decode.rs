@@ -1,5 +1,5 @@
 use crate::args::{DecodeBenchArgs, LoadFormat};
-use crate::commands::calibrate::calibrated_schemes;
+use crate::commands::schemes::calibrated_schemes;
 use crate::commands::{announce, cpu, model_line, schemes};
 use crate::output::{bar, bytes, table};
 use crate::{Outcome, memory, source};
