@@ -1,9 +1,9 @@
 //! What the number of features of a correction brings (figure 6 of the KVLinC paper).
 
-use super::family::{families, gain, uncorrected};
+use super::family::{families, uncorrected};
 use super::figure::{Figure, line_key};
 use super::lines::{Across, Line, lines};
-use super::number::{count, percent};
+use super::number::{change, count};
 use crate::{Comparison, ComparisonRow};
 
 /// A figure for each family of schemes that differ in nothing but their features.
@@ -39,15 +39,20 @@ fn figure(comparison: &Comparison, mut family: Vec<&ComparisonRow>) -> Option<Fi
     let best = family.iter().filter(|row| row.kl_mean.is_finite()).min_by(|a, b| a.kl_mean.total_cmp(&b.kl_mean));
     let answer = match (best, bare) {
         (Some(best), Some(bare)) => {
-            let below = |row: &ComparisonRow| percent(gain(bare.kl_mean, row.kl_mean));
+            let against = |row: &ComparisonRow| change(row.kl_mean, bare.kl_mean);
             let other = |row: &&ComparisonRow| number_of(row) != number_of(best);
             let ends: Vec<String> = [first, last]
                 .into_iter()
                 .filter(other)
-                .map(|row| format!(" With D = {} it is {} below.", count(number_of(row)), below(row)))
+                .map(|row| format!(" With D = {}: {}.", count(number_of(row)), against(row)))
                 .collect();
             let size = count(number_of(best));
-            format!("KL divergence is lowest with D = {size}: {} below {}.{}", below(best), bare.scheme, ends.concat())
+            format!(
+                "KL divergence is lowest with D = {size}: {} against {}.{}",
+                against(best),
+                bare.scheme,
+                ends.concat()
+            )
         }
         (Some(best), None) => format!("KL divergence is lowest with D = {}.", count(number_of(best))),
         (None, _) => String::new(),
@@ -98,8 +103,8 @@ mod tests {
         let figures = features(&comparison(rows));
         assert_eq!(figures.len(), 1);
         let figure = &figures[0];
-        assert!(figure.answer.starts_with("KL divergence is lowest with D = 1,024: 75.0\u{a0}% below rotation."));
-        assert!(figure.answer.ends_with(" With D = 32 it is 50.0\u{a0}% below."), "{}", figure.answer);
+        assert!(figure.answer.starts_with("KL divergence is lowest with D = 1,024: -75.0\u{a0}% against rotation."));
+        assert!(figure.answer.ends_with(" With D = 32: -50.0\u{a0}%."), "{}", figure.answer);
         assert!(!figure.answer.contains("With D = 1,024"), "{}", figure.answer);
         assert!(figure.caption.contains("d32, d64, d1024."), "{}", figure.caption);
         let svg = &figure.panels[1].1;
