@@ -286,7 +286,7 @@ correction have their adapters, it also shows what the correction does: by metho
 Examples:
   dibit compare --text wiki.test.raw --report report
   dibit compare --text wiki.test.raw --schemes kivi,kivi-linc,kvlinc-rotation,kvlinc \\
-    --calibration kivi-linc.safetensors,kvlinc.safetensors --retrieval-context 2048,4096 --report report
+    --calibration kvlinc.safetensors --retrieval-context 2048,4096 --report report
   dibit compare --model ./Qwen3-0.6B --text wiki.test.raw --schemes kivi,kvlinc,mine.toml --context 4096 --csv out.csv
   dibit compare --text wiki.test.raw --calibration rotatekv.safetensors,resq.safetensors --samples 0")]
 pub struct CompareArgs {

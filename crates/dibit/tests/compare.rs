@@ -41,6 +41,7 @@ fn adapters(folder: &Folder, model: &str, scheme: &str) -> String {
         fingerprint: Fingerprint::new(&pretrained, &scheme),
         source: "made up".into(),
         calibration: Calibration { layers: (0..config.num_hidden_layers).map(layer).collect() },
+        training: None,
     };
     let file = folder.file(&format!("{}.safetensors", scheme.name));
     artefact.save(Path::new(&file)).unwrap();
@@ -115,13 +116,10 @@ fn a_linear_correction_is_taken_apart() {
     let kvlinc = folder.file("kvlinc.safetensors");
     let alone = ["--schemes", "kivi", "--calibration", &kvlinc];
     run(&[&options[..], &alone].concat()).fails_with(&["none of the schemes kivi needs a calibration"]);
-    let all = run(&[&options[..], &["--calibration", &kvlinc]].concat()).succeeds();
-    assert!(
-        all.stderr.contains("kivi-linc: no adapters") && !all.stderr.contains("kvlinc: no adapters"),
-        "{}",
-        all.stderr
-    );
-    assert!(all.stderr.contains("dibit is left out") && all.stdout.contains("kivi-linc"), "{}", all.stderr);
+    let small = folder.file("d32.safetensors");
+    let all = run(&[&options[..], &["--calibration", &small]].concat()).succeeds();
+    assert!(all.stderr.contains("kvlinc: no adapters") && all.stdout.contains("kivi-linc"), "{}", all.stderr);
+    assert!(all.stderr.contains("dibit is left out"), "{}", all.stderr);
 }
 
 #[test]
