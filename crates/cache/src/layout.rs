@@ -5,8 +5,8 @@
 //! the whole model. Order within a block: layer, then KV head.
 
 use crate::{Calibration, Correction, LayerCalibration, Linear, PackedSide, Scheme, SchemeError, Side, Sinks};
-use crate::{StateType, Tables, Transform, Window};
 use crate::{PAGE_TOKENS, Permutation, PreRope, Sees};
+use crate::{StateLayout, Tables, Transform, Window};
 use dibit_quant::Hadamard;
 use std::sync::Arc;
 
@@ -39,6 +39,8 @@ impl CacheShape {
 }
 
 /// One side (keys or values) of a page.
+// There is one for each side of each layer and KV head: its size does not matter, and it is copied like a number.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum SideLayout {
     /// fp16 rows of `head_dim` numbers, one for each token, from this byte offset on.
@@ -141,34 +143,6 @@ pub struct LayerLayout {
     pub bias: bool,
 }
 
-/// States of the linear correction of one layer and sequence: for each KV head that is corrected `S`, `[D][head_dim]`,
-/// and behind it `P`, `[D]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateLayout {
-    /// D.
-    pub features: usize,
-    /// Type of the numbers.
-    pub states: StateType,
-    /// Place of each KV head among those that are corrected.
-    pub places: Vec<Option<usize>>,
-    /// Numbers of a KV head.
-    pub numbers: usize,
-    /// Offset of the layer's states in those of a sequence, in bytes.
-    pub offset: usize,
-}
-
-impl StateLayout {
-    /// Bytes of the layer's states.
-    pub fn bytes(&self) -> usize {
-        self.places.iter().flatten().count() * self.head_bytes()
-    }
-
-    /// Bytes of the state of a KV head, a multiple of 64.
-    pub fn head_bytes(&self) -> usize {
-        (self.numbers * self.states.bytes()).next_multiple_of(64)
-    }
-}
-
 impl LayerLayout {
     fn new(
         (keys, values): (Side, Side),
@@ -210,12 +184,7 @@ impl LayerLayout {
         let stride = pages.iter().map(|page| page.stride).max().unwrap_or(0);
         pages.iter_mut().for_each(|page| page.stride = stride);
         let adapters = calibration.and_then(|own| own.adapters.as_ref());
-        let states = correction.linear.zip(adapters).map(|(Linear { features, states }, adapters)| {
-            let mut next = 0..;
-            let enabled = adapters.enabled(heads).into_iter();
-            let places = enabled.map(|enabled| enabled.then(|| next.next().expect("numbers do not end"))).collect();
-            StateLayout { features, states, places, numbers: features * (shape.head_dim + 1), offset: 0 }
-        });
+        let states = correction.linear.zip(adapters).and_then(|(linear, own)| StateLayout::new(linear, own, shape));
         Ok(LayerLayout {
             pages,
             offset,
@@ -224,7 +193,7 @@ impl LayerLayout {
             rotated_heads,
             frame,
             linear: correction.linear,
-            states: states.filter(|own| own.places.iter().any(Option::is_some)),
+            states,
             bias: correction.bias,
         })
     }

@@ -10,18 +10,20 @@ mod layout;
 mod manager;
 mod scheme;
 mod side;
+mod states;
 mod tables;
 mod usage;
 mod window;
 
 pub use error::{CacheError, SchemeError};
-pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout, StateLayout};
+pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
 pub use scheme::{
     Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Scheme,
     Sees, Side, Sinks, StateType, Statistic, Transform,
 };
 pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
+pub use states::StateLayout;
 pub use tables::{Adapters, Calibration, LayerCalibration, Tables};
 pub use usage::{Extras, Usage};
 pub use window::{Schedule, Window};

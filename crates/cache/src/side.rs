@@ -309,8 +309,8 @@ mod tests {
 
     #[test]
     fn what_lies_beside_the_codes_is_counted() {
-        let resq =
-            PackedSide::new(Packed { high_precision: 0.03125, ..packed(Axis::Token, 128) }, false, 128, 0, None).unwrap();
+        let resq = PackedSide::new(Packed { high_precision: 0.03125, ..packed(Axis::Token, 128) }, false, 128, 0, None)
+            .unwrap();
         assert_eq!((resq.lanes, resq.row_bytes), (124, 31));
         assert_eq!(resq.high, Some(High { first_row: 0, rows: 128, first_lane: 124, lanes: 4, offset: 128 * 35 }));
         assert_eq!(resq.bytes(), 128 * (31 + 4 + 8));

@@ -56,8 +56,7 @@ impl Fingerprint {
         let values = |side: Side| if side.is_calibrated() { side.to_string() } else { "any".to_owned() };
         let own = |own: &LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, values(own.values));
         // A layer that only goes without the correction uses the same calibration.
-        let differs =
-            |own: &&LayerOverride| own.keys != scheme.keys || values(own.values) != values(scheme.values);
+        let differs = |own: &&LayerOverride| own.keys != scheme.keys || values(own.values) != values(scheme.values);
         let layers = |all: &[LayerOverride]| all.iter().filter(differs).map(own).collect::<Vec<_>>().join(" | ");
         let class =
             |class: &Class| format!("{}: {}; {}; {}", class.name, class.keys, class.values, layers(&class.layers));

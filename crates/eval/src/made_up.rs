@@ -1,9 +1,7 @@
 //! Made-up calibrations, to measure the speed of schemes without a model.
 
 use crate::random_cache::random;
-use dibit_cache::{
-    Adapters, CacheShape, Calibration, LayerCalibration, Linear, Packed, PlaneBudget, Scheme, Side,
-};
+use dibit_cache::{Adapters, CacheShape, Calibration, LayerCalibration, Linear, Packed, PlaneBudget, Scheme, Side};
 use std::sync::Arc;
 
 /// The scheme with a calibration of the right shape where it can use one: channels in their own order, bases that turn
@@ -55,7 +53,11 @@ mod tests {
         for name in Scheme::built_in() {
             let scheme = calibrated(&Scheme::load(name).unwrap(), shape, 4);
             let layout = dibit_cache::CacheLayout::new(&scheme, shape).unwrap();
-            assert_eq!(layout.with_tables(vec![1.0; 32]).map(drop).map_err(|error| error.to_string()), Ok(()), "{name}");
+            assert_eq!(
+                layout.with_tables(vec![1.0; 32]).map(drop).map_err(|error| error.to_string()),
+                Ok(()),
+                "{name}"
+            );
         }
         let dibit = Scheme::load("dibit").unwrap();
         let planes = planes(dibit.keys, dibit.planes, 64).unwrap();

@@ -6,12 +6,13 @@
 mod check;
 mod choices;
 mod file;
+mod side_file;
 #[cfg(test)]
 mod tests;
 
 pub use choices::{
-    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Sees, Side,
-    Sinks, StateType, Statistic, Transform,
+    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Sees,
+    Side, Sinks, StateType, Statistic, Transform,
 };
 
 use crate::{Calibration, SchemeError, Window};

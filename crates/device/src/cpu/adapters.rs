@@ -83,7 +83,15 @@ impl FeatureMaps {
 
     /// The features of rows of `head_dim` numbers, which are `stride` numbers apart, by one map, `[head_dim][D]`; rows of
     /// features are `features_stride` numbers apart.
-    fn map(&self, isa: Isa, map: &[f32], x: (&[f32], usize), rows: usize, features: &mut [f32], features_stride: usize) {
+    fn map(
+        &self,
+        isa: Isa,
+        map: &[f32],
+        x: (&[f32], usize),
+        rows: usize,
+        features: &mut [f32],
+        features_stride: usize,
+    ) {
         let width = self.features;
         let shape = mix::Shape {
             m: rows,

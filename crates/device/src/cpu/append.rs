@@ -185,7 +185,8 @@ impl Frame<'_> {
                 SideLayout::Packed(side) => {
                     let order = rotations.order.as_ref().filter(|_| which == Which::Keys);
                     let order = order.map(|order| &order[self.first_head + head][..]);
-                    let tokens = Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks, order };
+                    let tokens =
+                        Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks, order };
                     let errors = &mut errors[which as usize];
                     let wanted = corrects || side.factors.is_some();
                     scratch.encoder.encode(self.isa, &side, tokens, page, wanted.then_some(errors))?;

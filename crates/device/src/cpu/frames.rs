@@ -49,7 +49,8 @@ impl Frames {
             Transform::PreRope(choice) => Some(PreRopeKeys::new(layout, layer, choice, tables?, index)?),
             _ => None,
         };
-        let planes = layer.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.planes.is_some()));
+        let planes =
+            layer.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.planes.is_some()));
         let order = match planes {
             true => {
                 let counts = calibration?.key_planes.as_ref()?;

@@ -1,8 +1,8 @@
 //! The CPU: the reference for every other device.
 
+mod adapters;
 #[cfg(target_arch = "x86_64")]
 mod amx;
-mod adapters;
 mod append;
 mod attention;
 mod block;

@@ -319,7 +319,8 @@ mod tests {
             assert!((f64::from(bias(-a as f32)) - exact).abs() <= 1e-6 * exact.max(0.1), "{a}");
         }
         // E[exp(q e)] over rounding errors, by quadrature, in 128 channels.
-        let channels = (0..128).map(|c| (f64::from(c as f32 * 0.37).sin() * 0.9, 0.2 + f64::from(c as f32 * 0.11).cos().abs()));
+        let channels =
+            (0..128).map(|c| (f64::from(c as f32 * 0.37).sin() * 0.9, 0.2 + f64::from(c as f32 * 0.11).cos().abs()));
         let (mut sum, mut expected) = (0.0, 0.0);
         for (query, step) in channels {
             let points = (0..1000).map(|i| ((f64::from(i) + 0.5) / 1000.0 - 0.5) * step);

@@ -182,7 +182,8 @@ impl Reference {
 
     /// What rounding adds to the logit of a packed token on average, by the ranges of its channels' groups.
     pub(super) fn bias(&self, form: Packed, keys: &Heads, head: usize, query: &[f32], token: usize) -> f64 {
-        let keys: Vec<Vec<f32>> = keys[head].iter().map(|row| self.framed(Side::Packed(form), true, head, row)).collect();
+        let keys: Vec<Vec<f32>> =
+            keys[head].iter().map(|row| self.framed(Side::Packed(form), true, head, row)).collect();
         let query = self.framed(Side::Packed(form), true, head, query);
         let first = token / form.group * form.group;
         let group = (first..first + form.group).filter(|t| !self.sinks.contains(t));

@@ -1,8 +1,8 @@
 //! Attention of a decoding step: one layer, one sequence, one new token.
 
 use super::sweep;
-use crate::made_up::calibrated;
 use crate::EvalError;
+use crate::made_up::calibrated;
 use crate::random_cache::{RandomCache, random};
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
 use dibit_device::{Cpu, Device};

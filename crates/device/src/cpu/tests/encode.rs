@@ -119,7 +119,8 @@ fn numbers_that_are_not_finite_are_named() {
         sinks[33] = true;
         let mut page = vec![0; side.zeros + 2 * side.num_scales()];
         for isa in Isa::available() {
-            let tokens = Tokens { values: &mut values.clone(), head_dim: 64, slots: 0..128, sinks: &sinks, order: None };
+            let tokens =
+                Tokens { values: &mut values.clone(), head_dim: 64, slots: 0..128, sinks: &sinks, order: None };
             let error = Encoder::default().encode(isa, &side, tokens, &mut page, None).unwrap_err();
             assert!(matches!(error, QuantError::NonFinite { index: found, .. } if found == index), "{error}");
         }

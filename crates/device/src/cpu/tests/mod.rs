@@ -50,7 +50,8 @@ impl Case {
         let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim };
         if scheme.takes_calibration() {
             let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * head_dim;
-            scheme.calibration = Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
+            scheme.calibration =
+                Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
         }
         Case { scheme, heads, kv_heads, head_dim, sinks: Vec::new(), classes: Vec::new() }.protecting(&[0, 5, 133, 260])
     }
@@ -340,7 +341,11 @@ fn every_scheme_and_head_size_equals_the_reference() {
         custom(3, 3, 32, "tokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4"),
         custom(16, 4, 32, ""),
         own("correction = \"linear\"", "bits = 2\ntransform = \"hadamard\"", "bits = 4\ntransform = \"basis\""),
-        own("correction = { kind = \"linear+bias\", features = 64, states = \"fp16\" }", "bits = \"planes\"", "bits = 2"),
+        own(
+            "correction = { kind = \"linear+bias\", features = 64, states = \"fp16\" }",
+            "bits = \"planes\"",
+            "bits = 2",
+        ),
         own("correction = \"linear\"", "bits = 2\naxis = \"token\"", "bits = 16"),
         own("correction = \"bias\"", "bits = 3\ngroup = 32", "bits = 2"),
         own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
