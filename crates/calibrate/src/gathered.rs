@@ -2,7 +2,7 @@
 
 use crate::basis::Moments;
 use crate::permutation::ChannelSums;
-use crate::planes::{self, KeyChannels, ValueSpread};
+use crate::planes::{self, KeyChannels, Statistics, ValueSpread};
 use dibit_cache::{CacheLayout, CacheShape, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform};
 use dibit_model::Observation;
 
@@ -118,14 +118,12 @@ impl Gathered {
         all
     }
 
-    /// Statistics of all layers' keys with planes.
-    pub(crate) fn key_channels(&self) -> Vec<Option<&KeyChannels>> {
-        self.layers.iter().map(|layer| layer.key_channels.as_ref()).collect()
-    }
-
-    /// Statistics of all layers' values with planes.
-    pub(crate) fn value_spreads(&self) -> Vec<Option<&ValueSpread>> {
-        self.layers.iter().map(|layer| layer.value_spread.as_ref()).collect()
+    /// What planes are given by, of all layers.
+    pub(crate) fn plane_statistics(&self) -> Vec<Statistics<'_>> {
+        let layers = self.layers.iter();
+        layers
+            .map(|layer| Statistics { keys: layer.key_channels.as_ref(), values: layer.value_spread.as_ref() })
+            .collect()
     }
 
     /// What the sums make of every layer.

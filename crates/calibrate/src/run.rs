@@ -178,10 +178,10 @@ pub fn calibrate<D: Train>(
     let mut layers = gathered.finish(&layout, options.seed);
     let count = gather_count(scheme, &sequences, options);
     if scheme.has_planes() {
-        let (keys, values) = (gathered.key_channels(), gathered.value_spreads());
+        let statistics = gathered.plane_statistics();
         let runs = |done, sequences| progress(Progress::gathering(done, sequences));
         let windows = &sequences.all[..count];
-        if !planes::fit(device, pretrained, scheme, windows, &keys, &values, &mut layers, runs)? {
+        if !planes::fit(device, pretrained, scheme, windows, &statistics, &mut layers, runs)? {
             // What a training that was stopped had done stays as it is.
             if saved.is_none() {
                 kept.save(count, &gathered, |_| ())?;

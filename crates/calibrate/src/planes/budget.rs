@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_pool_is_spent_on_the_groups_that_need_it() {
-        let groups = [group(vec![1.0; 32], 32), group(vec![1e-3; 32], 32), group(vec![1e3; 64], 32)];
+        let groups = [group(vec![1.0; 32], 32), group(vec![1e-3; 32], 32), group(vec![10.0; 64], 32)];
         let spent: Vec<usize> = pooled(&groups, 96, 3)
             .iter()
             .zip(&groups)

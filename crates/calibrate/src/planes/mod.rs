@@ -36,22 +36,26 @@ pub(crate) fn average_bits(side: Side) -> Option<f32> {
     if let Side::Packed(Packed { planes, .. }) = side { planes } else { None }
 }
 
-/// Gives planes to the channels of all layers. `keys` and `values` hold what was gathered of each layer, `None` for
-/// sides without planes; the bases of values are written too. Returns false where `progress` broke it off.
+/// What was gathered of a layer; `None` for a side without planes.
+pub(crate) struct Statistics<'a> {
+    pub keys: Option<&'a KeyChannels>,
+    pub values: Option<&'a ValueSpread>,
+}
+
+/// Gives planes to the channels of all layers by what was gathered of each; the bases of values are written too. Returns false where `progress` broke it off.
 pub(crate) fn fit<D: Device>(
     device: &D,
     pretrained: &Pretrained,
     scheme: &Scheme,
     windows: &[Vec<u32>],
-    keys: &[Option<&KeyChannels>],
-    values: &[Option<&ValueSpread>],
+    statistics: &[Statistics],
     layers: &mut [LayerCalibration],
     mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<bool, CalibrationError> {
     let shape = pretrained.config.cache_shape();
     let d = shape.head_dim;
-    for (layer, values) in layers.iter_mut().zip(values) {
-        if let Some(values) = values {
+    for (layer, own) in layers.iter_mut().zip(statistics) {
+        if let Some(values) = own.values {
             layer.value_basis = Some(values.basis(d));
         }
     }
@@ -61,7 +65,7 @@ pub(crate) fn fit<D: Device>(
         .iter()
         .map(|place| {
             let weights = match place.keys {
-                true => keys[place.layer].expect("statistics of keys with planes").weights(),
+                true => statistics[place.layer].keys.expect("statistics of keys with planes").weights(),
                 false => ranges[place.layer].weights().to_vec(),
             };
             Group { weights, head_dim: d }

@@ -8,9 +8,9 @@ use super::codes::{Codes, IntegerWeights, Line, mix_codes};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::quantise::unpack;
-use super::scales::{Scales, apply, total, unfold, unfold_planes};
+use super::scales::{Scales, apply, total, unfold};
 use super::simd::Isa;
-use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide, Planes};
+use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
 use half::f16;
 use std::ops::Range;
 
@@ -110,12 +110,8 @@ impl Page<'_> {
         }
         let Folding { offsets, weights: integers, lines, .. } = folding;
         for span in self.side.group_spans() {
-            let planes = self.side.planes.as_ref();
-            let own = match planes {
-                Some(planes) => self.plane_scales(planes),
-                None => self.scales(span.index * self.side.rows + rows.start, rows.len()),
-            };
-            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, planes, offsets);
+            let own = self.scales(span.index * self.side.rows + rows.start, rows.len());
+            integers.load_folded(isa, weights.values, weights.count, weights.stride, own, offsets);
             let y = &mut sums.values[span.lanes.start..];
             mix_codes(isa, self.codes(&span, rows.clone()), integers, lines, y, sums.stride, &mut ahead, offsets);
         }
@@ -143,10 +139,7 @@ impl Page<'_> {
             let rows = weights.rows().zip(mixed.chunks_exact_mut(stride)).zip(sums.rows());
             for ((weights, mixed), sums) in rows {
                 let total = total(isa, &weights[..own.len()]);
-                match &self.side.planes {
-                    Some(planes) => unfold_planes(isa, total, mixed, planes, self.plane_scales(planes), sums),
-                    None => unfold(isa, total, mixed, self.scales(group * lanes, lanes), &mut sums[..lanes]),
-                }
+                unfold(isa, total, mixed, self.scales(group * lanes, lanes), sums);
             }
         }
     }
@@ -159,10 +152,13 @@ impl Page<'_> {
         Codes { bytes, bits, rows: rows.len(), stride: row_bytes, lanes: span.lanes.len() }
     }
 
-    /// `count` scales and zeros from number `first` on.
+    /// `count` scales and zeros from number `first` on; with planes, those of all channels in the order of storage.
     fn scales(&self, first: usize, count: usize) -> Scales<'_> {
-        let of = |offset: usize| &self.halves(offset)[first..first + count];
-        Scales { scales: of(self.side.scales), zeros: of(self.side.zeros), quantizer: self.side.quantizer }
+        let PackedSide { scales, zeros, quantizer, planes, .. } = self.side;
+        // Behind the scales of channels with a plane lie zeros, which stand for nothing there.
+        let own = planes.map_or(first..first + count, |planes| 0..planes.channels);
+        let of = |offset: usize| &self.halves(offset)[own.clone()];
+        Scales { scales: of(*scales), zeros: of(*zeros), quantizer: *quantizer, planes: planes.as_ref() }
     }
 
     /// Takes from the logits of queries what rounding adds to them on average: where a key's rounding error is uniform in
@@ -170,26 +166,13 @@ impl Page<'_> {
     /// along lanes; channels without a plane have no step.
     pub(super) fn take_bias(self, queries: Weights, sums: &mut Sums) {
         for span in self.side.group_spans() {
-            let scales = match &self.side.planes {
-                Some(planes) => &self.plane_scales(planes).scales[..planes.with[0]],
-                None => self.scales(span.index * self.side.rows, self.side.rows).scales,
-            };
+            let scales = self.scales(span.index * self.side.rows, self.side.rows).scales;
+            let scales = &scales[..self.side.planes.map_or(self.side.rows, |planes| planes.with[0])];
             for (query, sums) in queries.rows().zip(sums.rows()) {
                 let own = query.iter().zip(scales).map(|(query, scale)| bias(0.5 * query * scale.widen()));
                 let bias: f32 = own.sum();
                 sums[span.lanes.clone()].iter_mut().for_each(|sum| *sum -= bias);
             }
-        }
-    }
-
-    /// Scales and zeros of all channels in the order of storage. Scales of channels without a plane are what lies behind the
-    /// others: zeros, which stand for nothing there.
-    fn plane_scales(&self, planes: &Planes) -> Scales<'_> {
-        let PackedSide { scales, zeros, quantizer, .. } = *self.side;
-        Scales {
-            scales: &self.halves(scales)[..planes.channels],
-            zeros: &self.halves(zeros)[..planes.channels],
-            quantizer,
         }
     }
 

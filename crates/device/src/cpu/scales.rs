@@ -18,6 +18,8 @@ pub(super) struct Scales<'a> {
     pub scales: &'a [f16],
     pub zeros: &'a [f16],
     pub quantizer: Quantizer,
+    /// How many planes of codes each has; one where this says nothing. Scales of channels without a plane mean nothing.
+    pub planes: Option<&'a Planes>,
 }
 
 impl Scales<'_> {
@@ -70,7 +72,18 @@ pub(super) fn fold<L: Lanes, const FMA: bool>(weights: &[f32], own: Scales, fold
 }
 
 #[inline(always)]
-fn unfold_body(total: f32, mixed: &[f32], own: Scales, sums: &mut [f32]) {
+fn unfold_body(total: f32, mixed: &mut [f32], own: Scales, sums: &mut [f32]) {
+    if let Some(planes) = own.planes {
+        let (first, mut rest) = mixed.split_at_mut(planes.with[0]);
+        let mut value = 1.0;
+        for count in &planes.with[1..] {
+            value *= 4.0;
+            let (own, behind) = rest.split_at_mut(*count);
+            first.iter_mut().zip(own).for_each(|(sum, plane)| *sum += value * *plane);
+            rest = behind;
+        }
+        mixed[planes.with[0]..planes.channels].fill(0.0);
+    }
     let integer = own.integer();
     for (((mixed, scale), zero), sum) in mixed.iter().zip(own.scales).zip(own.zeros).zip(sums) {
         let (scale, zero) = (scale.widen(), zero.widen());
@@ -79,36 +92,13 @@ fn unfold_body(total: f32, mixed: &[f32], own: Scales, sums: &mut [f32]) {
 }
 
 dispatch! {
-    /// `sums += scales * mixed + offsets * total`.
-    fn unfold<>(total: f32, mixed: &[f32], own: Scales, sums: &mut [f32]);
+    /// `sums += scales * mixed + offsets * total`. Sums over planes, the first plane of all channels first, are joined in
+    /// `mixed`, which has room for the channels.
+    fn unfold<>(total: f32, mixed: &mut [f32], own: Scales, sums: &mut [f32]);
     baseline: unfold_body(total, mixed, own, sums);
     avx2: unfold_body(total, mixed, own, sums);
     avx512: unfold_body(total, mixed, own, sums);
     neon: unfold_body(total, mixed, own, sums);
-}
-
-#[inline(always)]
-fn unfold_planes_body(total: f32, mixed: &mut [f32], planes: &Planes, own: Scales, sums: &mut [f32]) {
-    let (first, mut rest) = mixed.split_at_mut(planes.with[0]);
-    let mut value = 1.0;
-    for count in &planes.with[1..] {
-        value *= 4.0;
-        let (own, behind) = rest.split_at_mut(*count);
-        first.iter_mut().zip(own).for_each(|(sum, plane)| *sum += value * *plane);
-        rest = behind;
-    }
-    mixed[planes.with[0]..planes.channels].fill(0.0);
-    unfold_body(total, &mixed[..planes.channels], own, &mut sums[..planes.channels]);
-}
-
-dispatch! {
-    /// [`unfold`] of sums over planes, the first plane of all channels first: they are joined in `mixed`, which has room
-    /// for the channels.
-    fn unfold_planes<>(total: f32, mixed: &mut [f32], planes: &Planes, own: Scales, sums: &mut [f32]);
-    baseline: unfold_planes_body(total, mixed, planes, own, sums);
-    avx2: unfold_planes_body(total, mixed, planes, own, sums);
-    avx512: unfold_planes_body(total, mixed, planes, own, sums);
-    neon: unfold_planes_body(total, mixed, planes, own, sums);
 }
 
 #[inline(always)]
@@ -178,7 +168,7 @@ mod tests {
                 true => Quantizer::IntegerZero { clip: 1.0, include_zero: false },
                 false => Quantizer::FloatMin,
             };
-            let own = Scales { scales: &scales, zeros: &zeros, quantizer };
+            let own = Scales { scales: &scales, zeros: &zeros, quantizer, planes: None };
             let groups: Vec<(f32, f32)> = (0..len).map(|i| own.at(i)).collect();
             let offsets: f64 = weights.iter().zip(&groups).map(|(w, (_, o))| f64::from(*w) * f64::from(*o)).sum();
             let sum: f64 = weights.iter().map(|w| f64::from(*w)).sum();
@@ -188,7 +178,7 @@ mod tests {
                 prop_assert!((f64::from(offset) - offsets).abs() < 1e-3, "{:?}: {} is not {}", isa, offset, offsets);
                 prop_assert!((f64::from(total(isa, &weights)) - sum).abs() < 1e-3);
                 let mut sums = weights.clone();
-                unfold(isa, 2.0, &folded, own, &mut sums);
+                unfold(isa, 2.0, &mut folded.clone(), own, &mut sums);
                 let codes: Vec<u8> = (0..len).map(|i| (i * 37 % 256) as u8).collect();
                 let mut numbers = vec![0.0; len];
                 let (scale, offset): (Vec<f32>, Vec<f32>) = groups.iter().copied().unzip();

@@ -45,8 +45,8 @@ impl IntegerWeights {
     }
 
     /// Rounds rows as [`IntegerWeights::load`] does, with the scales of their groups folded in; `offsets` gets the product
-    /// of each row with the offsets. Where there are planes, `planes` says how many weights each has: the first ones,
-    /// four times as large from plane to plane. The others have nothing but an offset.
+    /// of each row with the offsets. Where there are planes, each has the first weights, four times as large from plane
+    /// to plane; those without a plane have nothing but an offset.
     pub(crate) fn load_folded(
         &mut self,
         isa: Isa,
@@ -54,10 +54,9 @@ impl IntegerWeights {
         count: usize,
         stride: usize,
         own: Scales,
-        planes: Option<&Planes>,
         offsets: &mut Vec<f32>,
     ) {
-        let len = planes.map_or(own.scales.len(), Planes::count);
+        let len = own.planes.map_or(own.scales.len(), Planes::count);
         self.folded.resize(len.max(own.scales.len()), 0.0);
         offsets.resize(count, 0.0);
         self.resize(count, len);
@@ -66,7 +65,7 @@ impl IntegerWeights {
             let (high, low) = numbers.split_at_mut(self.quads);
             let [high, low] = [high, low].map(bytemuck::cast_slice_mut);
             let values = &values[..own.scales.len()];
-            *offset = fold_and_round(isa, values, own, planes, &mut self.folded, high, low, step);
+            *offset = fold_and_round(isa, values, own, &mut self.folded, high, low, step);
         }
     }
 
@@ -119,23 +118,21 @@ dispatch! {
     fn fold_and_round<>(
         values: &[f32],
         own: Scales,
-        planes: Option<&Planes>,
         folded: &mut [f32],
         high: &mut [i8],
         low: &mut [i8],
         step: &mut f32,
     ) -> f32;
-    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, planes, folded, high, low, step);
-    avx2: folding_body::<Avx2, true>(values, own, planes, folded, high, low, step);
-    avx512: folding_body::<Avx512, true>(values, own, planes, folded, high, low, step);
-    neon: folding_body::<Neon, true>(values, own, planes, folded, high, low, step);
+    baseline: folding_body::<Portable, BASELINE_FMA>(values, own, folded, high, low, step);
+    avx2: folding_body::<Avx2, true>(values, own, folded, high, low, step);
+    avx512: folding_body::<Avx512, true>(values, own, folded, high, low, step);
+    neon: folding_body::<Neon, true>(values, own, folded, high, low, step);
 }
 
 #[inline(always)]
 fn folding_body<L: Lanes, const FMA: bool>(
     values: &[f32],
     own: Scales,
-    planes: Option<&Planes>,
     folded: &mut [f32],
     high: &mut [i8],
     low: &mut [i8],
@@ -143,7 +140,7 @@ fn folding_body<L: Lanes, const FMA: bool>(
 ) -> f32 {
     let offset = fold::<L, FMA>(values, own, folded);
     let mut len = values.len();
-    if let Some(planes) = planes {
+    if let Some(planes) = own.planes {
         let (first, mut rest) = folded.split_at_mut(planes.with[0]);
         let mut value = 1.0;
         for count in &planes.with[1..] {

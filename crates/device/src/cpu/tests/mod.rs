@@ -2,6 +2,7 @@
 
 use super::reference::{self, Reference};
 mod classes;
+mod correction;
 mod encode;
 mod random;
 
