@@ -59,7 +59,9 @@ fn attention_is_measured_at_every_point() {
     // 128 of 300 tokens are packed: 16 bytes of codes on either side, 2 of each key channel's scale and of its minimum,
     // and 4 for the values of a token.
     let packed = 128 * (16 + 16 + 4) + 64 * 4;
-    assert_eq!(points[2]["schemes"][2]["bytes"], 2 * (packed + 2 * 2 * 64 * (300 - 128)));
+    // The correction's states: 256 features of 64 channels and 1 in fp32.
+    let states = 256 * 65 * 4;
+    assert_eq!(points[2]["schemes"][2]["bytes"], 2 * (packed + states + 2 * 2 * 64 * (300 - 128)));
 }
 
 #[test]
@@ -159,7 +161,6 @@ fn what_cannot_be_measured_is_named() {
     usage(&["--threads", "1,0"], &["--threads", "0 is not in"]);
     usage(&["--repeat", "0"], &["--repeat"]);
     let fails = |args: &[&str], words: &[&str]| run(&[&["bench"], args].concat()).fails_with(words);
-    fails(&["attention", "--kv", "resq"], &["resq", "dibit bench decode"]);
     fails(&["attention", "--kv", "none"], &["unknown scheme 'none'"]);
     fails(&["attention", "--context", "134217728", "--heads", "512/512"], &["of memory are free", "--sweep"]);
     fails(&["attention", "--json", "/no/such/directory/x.json"], &["/no/such/directory/x.json"]);

@@ -208,7 +208,8 @@ fn prompts_of_several_lengths_have_columns_of_their_own() {
 fn schemes_without_their_calibration_are_left_out_of_all_and_refused_by_name() {
     let folder = Folder::new();
     let text = folder.write("text.txt", english());
-    let options = ["compare", "--text", &text, "--context", "256", "--windows", "1", "--samples", "0"];
+    let model = fixture("llama32-old-bf16");
+    let options = ["compare", "-m", &model, "--text", &text, "--context", "256", "--windows", "1", "--samples", "0"];
     let done = run(&options).succeeds();
     for name in ["rotatekv", "resq", "dibit"] {
         assert!(done.stderr.contains(&format!("{name} is left out")), "{}", done.stderr);

@@ -20,7 +20,7 @@ fn the_text_begins_with_the_prompt_and_the_summary_names_the_bits() {
     let done = run(&["generate", "--temperature=0", "-n", "8", "Once upon a time"]).succeeds();
     assert!(done.stdout.starts_with("Once upon a time") && done.stdout.ends_with('\n'), "{}", done.stdout);
     assert!(done.stdout.len() > "Once upon a time\n".len());
-    for part in ["tiny (bundled)", "8 generated tokens", "greedy", "kvlinc: 16.00 bits per scalar in use"] {
+    for part in ["tiny (bundled)", "8 generated tokens", "greedy", "dibit: 16.00 bits per scalar in use"] {
         assert!(done.stderr.contains(part), "'{part}' is not in: {}", done.stderr);
     }
 }
@@ -200,10 +200,32 @@ fn dummy_weights_need_only_a_configuration() {
 }
 
 #[test]
-fn kvlinc_says_that_its_correction_is_missing_and_kivi_says_nothing() {
-    let notes = |scheme: &str| run(&["generate", "--kv", scheme, "-n", "1", "Hello"]).succeeds().stderr;
-    assert!(notes("kvlinc").contains("linear correction is not implemented"));
-    assert!(!notes("kivi").contains("correction"));
+fn what_a_model_has_no_calibration_for_is_said() {
+    let model = fixture("llama32-old-bf16");
+    let notes = |more: &[&str]| run(&[&["generate", "-n", "1", "Hello"], more].concat()).succeeds().stderr;
+    // The bundled model comes with what both schemes need.
+    assert!(!notes(&["--kv", "kvlinc"]).contains("no adapters"));
+    assert!(notes(&["-m", &model, "--kv", "kvlinc"]).contains("no adapters of the linear correction"));
+    assert!(!notes(&["-m", &model, "--kv", "kivi"]).contains("correction"));
+    let chosen = notes(&["-m", &model]);
+    assert!(chosen.contains("no calibration of scheme dibit") && chosen.contains("kvlinc: "), "{chosen}");
+    run(&["generate", "-m", &model, "--kv", "dibit", "Hello"]).fails_with(&["dibit calibrate --kv dibit"]);
+}
+
+#[test]
+fn calibrations_beside_a_model_are_found() {
+    let folder = Folder::new();
+    let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        folder.write(name, std::fs::read(tiny.join(name)).unwrap());
+    }
+    let summary = || run(&["generate", "-m", folder.path(), "-n", "1", "Hello"]).succeeds().stderr;
+    assert!(summary().contains("kvlinc: 16.00 bits"));
+    std::fs::create_dir(folder.file("calibration")).unwrap();
+    std::fs::copy(tiny.join("calibration/dibit.safetensors"), folder.file("calibration/made.safetensors")).unwrap();
+    assert!(summary().contains("dibit: 16.00 bits"), "{}", summary());
+    folder.write("calibration/broken.safetensors", "nothing");
+    run(&["generate", "-m", folder.path(), "-n", "1", "--kv", "kvlinc", "Hello"]).fails_with(&["broken.safetensors"]);
 }
 
 #[test]

@@ -109,3 +109,17 @@ fn without_a_number_of_windows_the_whole_text_is_read() {
     // Every window begins with BOS, and "x" is a token of its own.
     assert_eq!((&report["windows"], &report["tokens"]), (&7.into(), &700.into()));
 }
+
+/// At fewer bits than KIVI, planes cost a fraction of its accuracy, on a text that no calibration has seen.
+#[test]
+fn the_bundled_calibration_makes_dibit_the_better_scheme() {
+    let folder = Folder::new();
+    let (text, json) = (folder.write("text.txt", english()), folder.file("out.json"));
+    let options = ["perplexity", "--text", &text, "--kv", "kivi,kvlinc,dibit", "--json", &json];
+    run(&[&options[..], &["--context", "1024", "--windows", "1"]].concat()).succeeds();
+    let report: Value = serde_json::from_slice(&folder.read("out.json")).unwrap();
+    let figure = |scheme: usize, name: &str| report["schemes"][scheme][name].as_f64().unwrap();
+    assert_eq!(report["schemes"][3]["scheme"], "dibit");
+    assert!(figure(3, "kl_mean") * 5.0 < figure(1, "kl_mean"), "{report}");
+    assert!(figure(3, "bits") < figure(1, "bits") && figure(1, "bits") < figure(2, "bits"));
+}

@@ -1,6 +1,6 @@
 //! Requests, batches and conversations on small checkpoints.
 
-use dibit_cache::{Calibration, LayerCalibration, Scheme};
+use dibit_cache::{Adapters, Calibration, LayerCalibration, Linear, Scheme};
 use dibit_device::Cpu;
 use dibit_engine::{Chat, Completion, Engine, EngineError, FinishReason, Options, Request, Sampling};
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
@@ -16,23 +16,31 @@ fn pretrained(name: &str) -> Pretrained {
 fn engine<'a>(cpu: &'a Cpu, model: &'a mut Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
     let options = Options { context: 1024, sequences, prefill_chunk: None };
     let mut scheme = Scheme::load(scheme).unwrap();
-    if scheme.is_calibrated() {
-        scheme.calibration = Some(Arc::new(calibration(&model.config)));
+    if scheme.takes_calibration() {
+        scheme.calibration = Some(Arc::new(calibration(&model.config, scheme.linear())));
     }
     Engine::new(cpu, model, &scheme, options).unwrap()
 }
 
 /// A calibration that changes nothing but the order of numbers: channels of a head in reverse.
-fn calibration(config: &ModelConfig) -> Calibration {
+fn calibration(config: &ModelConfig, linear: Option<Linear>) -> Calibration {
     let (heads, d) = (config.num_key_value_heads, config.head_dim);
     let reversed = |channel: usize| channel / d * d + d - 1 - channel % d;
     let basis: Vec<f32> = (0..heads * d * d).map(|at| f32::from(u8::from(at % d == reversed(at / d) % d))).collect();
+    let adapters = linear.map(|Linear { features, .. }| {
+        let maps = |heads: usize| {
+            [1, 2].map(|seed| (0..heads * d * features / 2).map(|i| ((i * seed) as f32).sin()).collect())
+        };
+        let gates = vec![0.5; config.num_attention_heads];
+        Adapters { features, query: maps(config.num_attention_heads), key: maps(heads), gates }
+    });
     let layer = LayerCalibration {
         permutation: Some((0..heads * d).map(|channel| reversed(channel) as u32).collect()),
         key_basis: Some(basis.clone()),
         value_basis: Some(basis),
         key_planes: Some((0..heads * d).map(|channel| (channel % 3) as u8).collect()),
-        ..LayerCalibration::default()
+        value_planes: Some((0..heads * d).map(|channel| (3 - channel % d * 4 / d) as u8).collect()),
+        adapters,
     };
     Calibration { layers: vec![layer; config.num_hidden_layers] }
 }
