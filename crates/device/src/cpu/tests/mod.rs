@@ -326,6 +326,13 @@ fn own(correction: &str, keys: &str, values: &str) -> Scheme {
     Scheme::parse(&text, &format!("own: {correction} {keys}")).unwrap()
 }
 
+/// A linear correction under another schedule, or none.
+fn corrected(window: &str, axis: &str) -> Scheme {
+    let keys = format!("[keys]\nbits = 2\naxis = \"{axis}\"");
+    let text = format!("name = \"own\"\ncorrection = \"linear\"\n{keys}\n[values]\nbits = 2\n{window}");
+    Scheme::parse(&text, "corrected").unwrap()
+}
+
 fn data(case: &Case, tokens: usize) -> [Vec<f32>; 3] {
     let make = |seed, heads| noise(seed, tokens * heads * case.head_dim, case.head_dim);
     [make(1, case.heads), make(2, case.kv_heads), make(3, case.kv_heads)]
@@ -349,6 +356,8 @@ fn every_scheme_and_head_size_equals_the_reference() {
         ),
         own("correction = \"linear\"", "bits = 2\naxis = \"token\"", "bits = 16"),
         own("correction = \"bias\"", "bits = 3\ngroup = 32", "bits = 2"),
+        corrected("[window]\ntokens = 128\nschedule = \"kivi\"", "channel"),
+        corrected("", "token"),
         own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
         own("", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
     ]);
