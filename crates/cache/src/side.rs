@@ -92,6 +92,18 @@ impl Planes {
         self.with.iter().sum()
     }
 
+    /// For each plane behind the first, what its codes are worth and its place among all planes of a head. It has the first
+    /// channels.
+    pub fn further(&self) -> impl Iterator<Item = (f32, Range<usize>)> {
+        let (mut value, mut start) = (1.0, self.with[0]);
+        self.with[1..].iter().map(move |count| {
+            value *= 4.0;
+            let place = start..start + count;
+            start = place.end;
+            (value, place)
+        })
+    }
+
     /// The channels in the order in which they lie in pages.
     pub fn order(counts: &[u8]) -> Vec<usize> {
         let mut order: Vec<usize> = (0..counts.len()).collect();

@@ -33,6 +33,13 @@ impl Place {
     }
 
     /// The same with a small model.
+    /// What is made of a text in a file of this name.
+    fn artefact_of(&self, name: &str, text: &str) -> Vec<u8> {
+        let text = self.folder.write(name, text);
+        self.calibrate_small("resq", &["--text", &text, "--tokens", "192"]).succeeds();
+        self.folder.read("out.safetensors")
+    }
+
     fn calibrate_small(&self, kv: &str, further: &[&str]) -> Run {
         let model = fixture("qwen2-bias-bf16");
         self.calibrate(kv, &[&["--model", &model], further].concat())
@@ -185,11 +192,7 @@ fn a_text_that_cannot_be_used_says_why() {
 #[test]
 fn documents_are_read_one_after_the_other() {
     let place = Place::new();
-    let of = |name: &str, text: &str| {
-        let text = place.folder.write(name, text);
-        place.calibrate_small("resq", &["--text", &text, "--tokens", "192"]).succeeds();
-        place.folder.read("out.safetensors")
-    };
+    let of = |name: &str, text: &str| place.artefact_of(name, text);
     let [a, b] = [words(150), words(120)];
     let plain = of("plain.txt", &format!("{a}\n\n{b}"));
     let lines = format!("{{\"text\": \"{a}\", \"id\": 7}}\r\n\r\n{{\"id\": 8, \"text\": \"{b}\"}}");
@@ -402,11 +405,7 @@ fn options_of_training_need_something_to_train() {
 #[test]
 fn entries_of_json_are_documents() {
     let place = Place::new();
-    let of = |name: &str, text: &str| {
-        let text = place.folder.write(name, text);
-        place.calibrate_small("resq", &["--text", &text, "--tokens", "192"]).succeeds();
-        place.folder.read("out.safetensors")
-    };
+    let of = |name: &str, text: &str| place.artefact_of(name, text);
     let [a, b] = [words(150), words(120)];
     let plain = of("plain.txt", &format!("{a}\n\n{b}"));
     assert!(plain == of("list.json", &format!("[{{\"text\": \"{a}\"}}, {{\"text\": \"{b}\"}}]")));

@@ -74,13 +74,9 @@ pub(super) fn fold<L: Lanes, const FMA: bool>(weights: &[f32], own: Scales, fold
 #[inline(always)]
 fn unfold_body(total: f32, mixed: &mut [f32], own: Scales, sums: &mut [f32]) {
     if let Some(planes) = own.planes {
-        let (first, mut rest) = mixed.split_at_mut(planes.with[0]);
-        let mut value = 1.0;
-        for count in &planes.with[1..] {
-            value *= 4.0;
-            let (own, behind) = rest.split_at_mut(*count);
-            first.iter_mut().zip(own).for_each(|(sum, plane)| *sum += value * *plane);
-            rest = behind;
+        for (value, place) in planes.further() {
+            let (first, behind) = mixed.split_at_mut(place.start);
+            first.iter_mut().zip(&behind[..place.len()]).for_each(|(sum, plane)| *sum += value * plane);
         }
         mixed[planes.with[0]..planes.channels].fill(0.0);
     }

@@ -3,8 +3,9 @@
 use super::exp::exp;
 use super::simd::{BASELINE_FMA, WIDTH, dispatch, join};
 
+/// The largest of some numbers.
 #[inline(always)]
-fn largest(values: &[f32]) -> f32 {
+pub(super) fn largest(values: &[f32]) -> f32 {
     let greater = |a: f32, b: f32| if a > b { a } else { b };
     let (whole, rest) = values.as_chunks::<WIDTH>();
     let mut lanes = [f32::NEG_INFINITY; WIDTH];

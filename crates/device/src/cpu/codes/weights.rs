@@ -141,13 +141,9 @@ fn folding_body<L: Lanes, const FMA: bool>(
     let offset = fold::<L, FMA>(values, own, folded);
     let mut len = values.len();
     if let Some(planes) = own.planes {
-        let (first, mut rest) = folded.split_at_mut(planes.with[0]);
-        let mut value = 1.0;
-        for count in &planes.with[1..] {
-            value *= 4.0;
-            let (own, behind) = rest.split_at_mut(*count);
-            first.iter().zip(own).for_each(|(first, weight)| *weight = value * first);
-            rest = behind;
+        for (value, place) in planes.further() {
+            let (first, behind) = folded.split_at_mut(place.start);
+            first.iter().zip(&mut behind[..place.len()]).for_each(|(first, weight)| *weight = value * first);
         }
         len = planes.count();
     }

@@ -2,20 +2,7 @@
 
 use crate::cpu::exp::exp;
 use crate::cpu::simd::{BASELINE_FMA, WIDTH, dispatch, join, mul_add};
-
-/// The largest of some numbers.
-#[inline(always)]
-pub(super) fn largest(values: &[f32]) -> f32 {
-    let greater = |a: f32, b: f32| if a > b { a } else { b };
-    let (whole, rest) = values.as_chunks::<WIDTH>();
-    let mut lanes = [f32::NEG_INFINITY; WIDTH];
-    for values in whole {
-        for (lane, value) in lanes.iter_mut().zip(values) {
-            *lane = greater(*value, *lane);
-        }
-    }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, value| greater(*value, most))
-}
+use crate::cpu::softmax::largest;
 
 #[inline(always)]
 fn features_body<const FMA: bool>(x: &mut [f32], half: usize, gate: f32) {

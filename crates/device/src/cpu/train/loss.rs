@@ -1,10 +1,10 @@
 //! The loss of an attention row under the linear correction, and its derivative.
 
-use super::features::largest;
 use crate::RowStatistic;
 use crate::cpu::exp::exp;
 use crate::cpu::ln::ln;
 use crate::cpu::simd::{BASELINE_FMA, WIDTH, dispatch, join, mul_add};
+use crate::cpu::softmax::largest;
 
 /// Probabilities below this one count as this one.
 const LEAST: f32 = 1e-12;
