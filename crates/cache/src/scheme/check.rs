@@ -125,7 +125,8 @@ pub(super) fn check_features(scheme: &Scheme) -> Result<(), Problem> {
     if all.any(|linear| Some(linear) != first) {
         return unsupported("layers with different correction.features or states", "the same in all layers");
     }
-    if scheme.correction != Correction::NONE && !scheme.classes.is_empty() {
+    let corrects = std::iter::once(scheme.correction).chain(scheme.layers.iter().map(|own| own.correction));
+    if corrects.into_iter().any(|own| own != Correction::NONE) && !scheme.classes.is_empty() {
         return unsupported("a correction with [classes]", "one of the two");
     }
     Ok(())

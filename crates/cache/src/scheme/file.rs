@@ -195,6 +195,16 @@ impl SchemeFile {
         check_features(&scheme)?;
         if let Some(file) = self.planes {
             scheme.planes = file.validate()?;
+            let spent = |side: Side| match side {
+                Side::Packed(packed) => packed.planes.is_none_or(|average| average <= 2.0 * scheme.planes.most as f32),
+                Side::Half => true,
+            };
+            if !scheme.all_sides().all(spent) {
+                return unsupported(
+                    format!("average_bits of more than planes.most = {} planes", scheme.planes.most),
+                    "two bits for each plane at most",
+                );
+            }
             if !scheme.has_planes() {
                 return unsupported("[planes] without keys or values in planes", "bits = \"planes\"");
             }

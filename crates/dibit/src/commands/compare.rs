@@ -1,4 +1,4 @@
-use super::schemes::{attach, calibrated_schemes};
+use super::schemes::{attach_one, calibrated_schemes};
 use super::{announce, cpu, evaluation_progress, go_on, interrupt_flag, schemes};
 use crate::args::CompareArgs;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
@@ -86,11 +86,12 @@ fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Res
     for name in names {
         let mut scheme = Scheme::load(name)?;
         let attached = match scheme.takes_calibration() {
-            true => attach(&mut scheme, files, pretrained),
+            true => attach_one(&mut scheme, files, pretrained).map(drop),
             false => Ok(()),
         };
-        // A scheme that can do without a calibration does so, which is said when it is announced.
-        let attached = attached.or_else(|error| if scheme.is_calibrated() { Err(error) } else { Ok(()) });
+        // A scheme that has one by another way, or can do without, is not told; the latter is said when it is announced.
+        let lacks = scheme.is_calibrated() && scheme.calibration.is_none();
+        let attached = attached.or_else(|error| if lacks { Err(error) } else { Ok(()) });
         match attached.and_then(|()| Ok(pretrained.config.cache_layout(&scheme)?)) {
             Ok(_) => all.push(scheme),
             Err(error) if named.iter().any(|own| own.trim() == name) => return Err(error),

@@ -32,11 +32,18 @@ pub fn chosen(args: &CacheArgs, pretrained: &Pretrained) -> Result<Scheme> {
         return Ok(scheme);
     }
     let mut best = Scheme::load(BEST)?;
-    if attach(&mut best, &args.calibration, pretrained).is_ok() && best.calibration.is_some() {
+    let mut other = Scheme::load(WITHOUT_CALIBRATION)?;
+    if !args.calibration.is_empty() {
+        // Of the two, the one that a file was made for.
+        let Err(refused) = attach_named(&mut best, &args.calibration, pretrained) else { return Ok(best) };
+        attach_named(&mut other, &args.calibration, pretrained).map_err(|_| refused)?;
+        return Ok(other);
+    }
+    attach_shipped(&mut best, pretrained)?;
+    if best.calibration.is_some() {
         return Ok(best);
     }
-    let mut other = Scheme::load(WITHOUT_CALIBRATION)?;
-    attach(&mut other, &args.calibration, pretrained)?;
+    attach_shipped(&mut other, pretrained)?;
     tracing::info!(
         "--kv {WITHOUT_CALIBRATION}: this model has no calibration of scheme {BEST}, which is the better one; \
          `dibit calibrate --kv {BEST}` makes it"
@@ -55,7 +62,7 @@ pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pret
     for scheme in schemes.iter_mut().filter(|scheme| scheme.takes_calibration()) {
         match attach_one(scheme, files, pretrained) {
             Ok(file) => used.iter_mut().enumerate().for_each(|(index, used)| *used |= file == Some(index)),
-            Err(error) if scheme.is_calibrated() => return Err(error),
+            Err(error) if scheme.is_calibrated() && scheme.calibration.is_none() => return Err(error),
             Err(error) => without.push(error),
         }
     }
@@ -66,34 +73,45 @@ pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pret
     }
 }
 
-/// Gives a scheme the calibration among `files` that was made for it; none where there are no files.
-pub fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
+/// Gives a scheme the calibration among `files` that was made for it; the one that comes with the model, if there is one,
+/// where there are no files.
+fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
     if !scheme.takes_calibration() && !files.is_empty() {
         return Err(CalibrationError::NotNeeded(scheme.origin.clone()).into());
     }
-    attach_one(scheme, files, pretrained).map(drop)
+    match files {
+        [] => attach_shipped(scheme, pretrained),
+        files => attach_named(scheme, files, pretrained).map(drop),
+    }
 }
 
-/// [`attach`]; returns which of the files it was.
-fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
+/// The same for one of several schemes: files may be others', so that the calibration that comes with the model is taken
+/// where none of them suits. That is told as an error even so. Returns which file it was.
+pub fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
+    if !files.is_empty() {
+        match attach_named(scheme, files, pretrained) {
+            Ok(file) => return Ok(Some(file)),
+            Err(refused) => attach_shipped(scheme, pretrained).and(Err(refused))?,
+        }
+    }
+    attach_shipped(scheme, pretrained)?;
+    Ok(None)
+}
+
+/// Gives a scheme the calibration among `files` that was made for it; returns which it was.
+fn attach_named(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<usize> {
     let mut reasons = Vec::new();
     for (index, file) in files.iter().enumerate() {
         match Artefact::attach(file, pretrained, scheme) {
-            Ok(()) => return Ok(Some(index)),
+            Ok(()) => return Ok(index),
             Err(error) => reasons.push(anyhow::Error::from(error)),
         }
     }
-    if files.is_empty() {
-        attach_shipped(scheme, pretrained)?;
+    if reasons.len() == 1 {
+        return Err(reasons.remove(0));
     }
-    match reasons.len() {
-        0 => Ok(None),
-        1 => Err(reasons.remove(0)),
-        _ => {
-            let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason:#}")).collect();
-            bail!("no calibration suits scheme {}:{}", scheme.name, reasons.concat())
-        }
-    }
+    let reasons: Vec<String> = reasons.iter().map(|reason| format!("\n  {reason:#}")).collect();
+    bail!("no calibration suits scheme {}:{}", scheme.name, reasons.concat())
 }
 
 /// Gives a scheme the calibration that comes with the model, where one was made for it.
