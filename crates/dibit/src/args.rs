@@ -407,7 +407,7 @@ pub struct InspectArgs {
     #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub batch: u32,
     /// Cache schemes, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc", value_name = "SCHEMES")]
+    #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc,dibit", value_name = "SCHEMES")]
     pub kv: Vec<String>,
     /// Print JSON
     #[arg(long)]
