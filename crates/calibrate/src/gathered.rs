@@ -34,7 +34,7 @@ fn high_channels(side: &SideLayout) -> usize {
 impl Layer {
     fn new(layout: &LayerLayout, (keys, values): (Side, Side), shape: CacheShape) -> Self {
         let (heads, head_dim) = (shape.num_key_value_heads, shape.head_dim);
-        let has_planes = |side: Side| planes::average_bits(side).is_some();
+        let has_planes = |side: Side| side.average_bits().is_some();
         Layer {
             channels: match layout.keys {
                 Transform::PreRope(choice) => Some(ChannelSums::new(layout, choice, heads, head_dim)),

@@ -119,14 +119,12 @@ pub(super) fn check_correction(correction: Correction, keys: Side) -> Result<(),
 
 /// One size of features serves all layers.
 pub(super) fn check_features(scheme: &Scheme) -> Result<(), Problem> {
-    let all = std::iter::once(scheme.correction).chain(scheme.layers.iter().map(|own| own.correction));
-    let mut all = all.filter_map(|own| own.linear);
+    let mut all = scheme.corrections().filter_map(|own| own.linear);
     let first = all.next();
     if all.any(|linear| Some(linear) != first) {
         return unsupported("layers with different correction.features or states", "the same in all layers");
     }
-    let corrects = std::iter::once(scheme.correction).chain(scheme.layers.iter().map(|own| own.correction));
-    if corrects.into_iter().any(|own| own != Correction::NONE) && !scheme.classes.is_empty() {
+    if scheme.corrections().any(|own| own != Correction::NONE) && !scheme.classes.is_empty() {
         return unsupported("a correction with [classes]", "one of the two");
     }
     Ok(())

@@ -107,9 +107,14 @@ impl Side {
         }
     }
 
+    /// Average bits of a channel, where there are planes.
+    pub fn average_bits(self) -> Option<f32> {
+        if let Side::Packed(Packed { planes, .. }) = self { planes } else { None }
+    }
+
     /// Whether a calibration is needed.
     pub fn is_calibrated(self) -> bool {
-        if matches!(self, Side::Packed(Packed { planes: Some(_), .. })) {
+        if self.average_bits().is_some() {
             return true;
         }
         match self.transform() {

@@ -195,10 +195,8 @@ impl SchemeFile {
         check_features(&scheme)?;
         if let Some(file) = self.planes {
             scheme.planes = file.validate()?;
-            let spent = |side: Side| match side {
-                Side::Packed(packed) => packed.planes.is_none_or(|average| average <= 2.0 * scheme.planes.most as f32),
-                Side::Half => true,
-            };
+            let most = 2.0 * scheme.planes.most as f32;
+            let spent = |side: Side| side.average_bits().is_none_or(|average| average <= most);
             if !scheme.all_sides().all(spent) {
                 return unsupported(
                     format!("average_bits of more than planes.most = {} planes", scheme.planes.most),

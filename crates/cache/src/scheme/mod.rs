@@ -155,12 +155,17 @@ impl Scheme {
 
     /// Whether keys or values have planes.
     pub fn has_planes(&self) -> bool {
-        self.all_sides().any(|side| matches!(side, Side::Packed(Packed { planes: Some(_), .. })))
+        self.all_sides().any(|side| side.average_bits().is_some())
     }
 
     /// The size of the linear correction, where a layer has one: all that have one share it.
     pub fn linear(&self) -> Option<Linear> {
-        std::iter::once(self.correction).chain(self.layers.iter().map(|own| own.correction)).find_map(|own| own.linear)
+        self.corrections().find_map(|own| own.linear)
+    }
+
+    /// All corrections that occur.
+    fn corrections(&self) -> impl Iterator<Item = Correction> {
+        std::iter::once(self.correction).chain(self.layers.iter().map(|own| own.correction))
     }
 
     /// Whether the scheme can use what `dibit calibrate` makes.

@@ -38,7 +38,7 @@ impl Group {
     }
 
     /// The planes of each channel where every head has `count`.
-    fn spend(&self, count: usize, most: usize) -> Vec<u8> {
+    pub(crate) fn spend(&self, count: usize, most: usize) -> Vec<u8> {
         let mut planes = vec![0; self.weights.len()];
         for head in 0..self.heads() {
             for (channel, _) in self.savings(head, most).into_iter().take(count) {
@@ -51,7 +51,7 @@ impl Group {
 
 /// Spends `total` planes of one head on groups, in steps of a sixteenth of a head's channels, always where they save most.
 /// Every group gets an eighth of a head's channels at least. Returns the planes of each channel of each group.
-pub(crate) fn pooled(groups: &[Group], total: usize, most: usize) -> Vec<Vec<u8>> {
+pub(crate) fn pooled(groups: &[&Group], total: usize, most: usize) -> Vec<Vec<u8>> {
     let step = |group: &Group| (group.head_dim / 16).max(1);
     let sums: Vec<Vec<f64>> = groups
         .iter()
@@ -64,21 +64,16 @@ pub(crate) fn pooled(groups: &[Group], total: usize, most: usize) -> Vec<Vec<u8>
     let mut spent: usize = counts.iter().sum();
     loop {
         let saving = |index: usize| {
-            let (step, count) = (step(&groups[index]), counts[index]);
+            let (step, count) = (step(groups[index]), counts[index]);
             let next = sums[index].get(count..count + step)?;
             (spent + step <= total).then(|| (next.iter().sum::<f64>() / step as f64, index))
         };
         let best = (0..groups.len()).filter_map(saving).max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
         let Some((_, index)) = best else { break };
-        counts[index] += step(&groups[index]);
-        spent += step(&groups[index]);
+        counts[index] += step(groups[index]);
+        spent += step(groups[index]);
     }
     groups.iter().zip(counts).map(|(group, count)| group.spend(count, most)).collect()
-}
-
-/// Gives every head of every group the same number of planes.
-pub(crate) fn by_head(groups: &[Group], planes: usize, most: usize) -> Vec<Vec<u8>> {
-    groups.iter().map(|group| group.spend(planes, most)).collect()
 }
 
 /// Planes of a head whose channels have so many bits on average.
@@ -101,13 +96,13 @@ mod tests {
         assert_eq!(own.spend(4, 3), [2, 1, 0, 1]);
         assert_eq!(own.spend(2, 3), [2, 0, 0, 0]);
         assert_eq!(own.spend(2, 1), [1, 1, 0, 0]);
-        assert_eq!(by_head(&[own], 12, 3), [[3, 3, 3, 3]]);
+        assert_eq!(own.spend(12, 3), [3, 3, 3, 3]);
     }
 
     #[test]
     fn a_pool_is_spent_on_the_groups_that_need_it() {
         let groups = [group(vec![1.0; 32], 32), group(vec![1e-3; 32], 32), group(vec![10.0; 64], 32)];
-        let spent: Vec<usize> = pooled(&groups, 96, 3)
+        let spent: Vec<usize> = pooled(&groups.each_ref(), 96, 3)
             .iter()
             .zip(&groups)
             .map(|(planes, group)| planes.iter().map(|p| usize::from(*p)).sum::<usize>() / group.heads())

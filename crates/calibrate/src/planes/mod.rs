@@ -12,8 +12,8 @@ mod statistics;
 pub(crate) use statistics::{KeyChannels, ValueSpread};
 
 use crate::CalibrationError;
-use budget::{Group, by_head, error, planes_of, pooled};
-use dibit_cache::{LayerCalibration, Packed, Pool, Scheme, Side, Sinks};
+use budget::{Group, error, planes_of, pooled};
+use dibit_cache::{LayerCalibration, Pool, Scheme, Sinks};
 use dibit_device::Device;
 use dibit_model::{ExactPass, Observation, Pretrained};
 use sensitivity::{Place, places, sensitivities};
@@ -31,18 +31,14 @@ pub(crate) fn skipped(sinks: Sinks) -> usize {
     if let Sinks::First(count) = sinks { count } else { 0 }
 }
 
-/// Average bits of a side that has planes.
-pub(crate) fn average_bits(side: Side) -> Option<f32> {
-    if let Side::Packed(Packed { planes, .. }) = side { planes } else { None }
-}
-
 /// What was gathered of a layer; `None` for a side without planes.
 pub(crate) struct Statistics<'a> {
     pub keys: Option<&'a KeyChannels>,
     pub values: Option<&'a ValueSpread>,
 }
 
-/// Gives planes to the channels of all layers by what was gathered of each; the bases of values are written too. Returns false where `progress` broke it off.
+/// Gives planes to the channels of all layers by what was gathered of each; the bases of values are written too.
+/// Returns false where `progress` broke it off.
 pub(crate) fn fit<D: Device>(
     device: &D,
     pretrained: &Pretrained,
@@ -86,13 +82,12 @@ pub(crate) fn fit<D: Device>(
     let most = scheme.planes.most;
     let bits = |place: &Place| {
         let (keys, values) = scheme.sides(0, place.layer);
-        average_bits(if place.keys { keys } else { values }).expect("a side with planes")
+        (if place.keys { keys } else { values }).average_bits().expect("a side with planes")
     };
     let pool = |chosen: &dyn Fn(&Place) -> bool| -> Vec<(Place, Vec<u8>)> {
         let own: Vec<usize> = (0..places.len()).filter(|index| chosen(&places[*index])).collect();
         let total = own.iter().map(|index| planes_of(bits(&places[*index]), d)).sum();
-        let own_groups: Vec<Group> =
-            own.iter().map(|index| Group { weights: groups[*index].weights.clone(), head_dim: d }).collect();
+        let own_groups: Vec<&Group> = own.iter().map(|index| &groups[*index]).collect();
         own.iter().map(|index| places[*index]).zip(pooled(&own_groups, total, most)).collect()
     };
     let given: Vec<(Place, Vec<u8>)> = match scheme.planes.pool {
@@ -100,11 +95,7 @@ pub(crate) fn fit<D: Device>(
         Pool::Side => [true, false].into_iter().flat_map(|keys| pool(&|place| place.keys == keys)).collect(),
         Pool::Head => {
             let each = places.iter().zip(&groups);
-            each.map(|(place, group)| {
-                let planes = by_head(std::slice::from_ref(group), planes_of(bits(place), d), most).remove(0);
-                (*place, planes)
-            })
-            .collect()
+            each.map(|(place, group)| (*place, group.spend(planes_of(bits(place), d), most))).collect()
         }
     };
     for (place, planes) in given {

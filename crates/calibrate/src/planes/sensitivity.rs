@@ -22,11 +22,10 @@ pub(crate) struct Place {
 
 /// Every side of every layer that has planes.
 pub(crate) fn places(scheme: &Scheme, num_layers: usize) -> Vec<Place> {
-    let has = |side: Side| matches!(side, Side::Packed(packed) if packed.planes.is_some());
     let both = |layer: usize| [true, false].map(|keys| Place { layer, keys });
     let needed = |place: &Place| {
         let (keys, values) = scheme.sides(0, place.layer);
-        has(if place.keys { keys } else { values })
+        (if place.keys { keys } else { values }).average_bits().is_some()
     };
     (0..num_layers).flat_map(both).filter(needed).collect()
 }

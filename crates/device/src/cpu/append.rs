@@ -152,12 +152,8 @@ impl Frame<'_> {
         let per_head = tokens.len() * d;
         scratch.wide.resize(heads * per_head, 0.0);
         let rings = rows.ring.chunks_exact(rows.ring.len() / heads);
-        for (mut wide, ring) in scratch.wide.chunks_exact_mut(per_head).zip(rings) {
-            for run in runs(ring, d, tokens.clone()) {
-                let (now, rest) = wide.split_at_mut(run.len());
-                run.convert_to_f32_slice(now);
-                wide = rest;
-            }
+        for (wide, ring) in scratch.wide.chunks_exact_mut(per_head).zip(rings) {
+            widen(ring, d, tokens.clone(), wide);
         }
         if let Some(pre_rope) = rotations.pre_rope.as_ref().filter(|_| which == Which::Keys) {
             scratch.token.resize(heads * d, 0.0);
@@ -198,12 +194,7 @@ impl Frame<'_> {
             let Scratch { errors, wide, sinks, row, correction, .. } = &mut **scratch;
             let missed = &mut errors[0][which as usize];
             // Values of the same tokens are still in the ring: they leave it with the keys, or after them.
-            let mut rest = &mut wide[..per_head];
-            for run in runs(values.ring, d, tokens.clone()) {
-                let (now, behind) = rest.split_at_mut(run.len());
-                run.convert_to_f32_slice(now);
-                rest = behind;
-            }
+            widen(values.ring, d, tokens.clone(), &mut wide[..per_head]);
             let kept = drop_rows(missed, d, sinks);
             drop_rows(&mut wide[..per_head], d, sinks);
             if let Some(rotation) = &rotations.keys {
@@ -237,6 +228,15 @@ impl Frame<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Rows of consecutive tokens in the ring of a head, in 32 bit.
+fn widen(ring: &[f16], d: usize, tokens: Range<usize>, mut wide: &mut [f32]) {
+    for run in runs(ring, d, tokens) {
+        let (now, rest) = wide.split_at_mut(run.len());
+        run.convert_to_f32_slice(now);
+        wide = rest;
     }
 }
 
