@@ -1,0 +1,312 @@
+// Tokens that leave the window become codes: the arithmetic of crates/device/src/cpu/encode.rs, number for number. Products
+// and sums are not fused here.
+
+/// Tokens that a block turns back.
+constexpr int TURNED_TOKENS = 8;
+constexpr int ENCODE_THREADS = 256;
+/// Adding it rounds to an integer, half to even; see crates/device/src/cpu/exp.rs.
+constexpr float ROUND = 12582912.0f;
+constexpr float MAX_ZERO = 65000.0f;
+constexpr float INFINITE = __builtin_bit_cast(float, 0x7f800000);
+
+/// Keys of runs before their rotary embedding, rotated over adjacent heads. Blocks: runs, groups of heads, tiles of tokens.
+extern "C" __global__ void __launch_bounds__(256) turn_back(Flush flush) {
+    if ((int)blockIdx.x >= *flush.run_count) return;
+    const Run run = flush.runs[blockIdx.x];
+    const int first = blockIdx.z * TURNED_TOKENS, count = min(TURNED_TOKENS, run.count - first);
+    if (!run.keys || count <= 0) return;
+    DYNAMIC_SHARED(shared);
+    float* x = (float*)shared;
+    const Cache& cache = flush.cache;
+    const Span span = flush.spans[run.span];
+    const int d = cache.head_dim, half = d / 2, heads = flush.pre_rope.heads, width = heads * d;
+    const int first_head = blockIdx.y * heads;
+    for (int i = threadIdx.x; i < count * heads * half; i += blockDim.x) {
+        const int token = first + i / (heads * half), head = i / half % heads, pair = i % half;
+        const int at = stored::position(flush.positions, run, token);
+        const float a = half_to_float(stored::recent(cache, span, 1, first_head + head, at, pair));
+        const float b = half_to_float(stored::recent(cache, span, 1, first_head + head, at, pair + half));
+        const float* angle = flush.angles + ((i64)(run.index + token) * half + pair) * 2;
+        float* out = x + (token - first) * width + head * d + pair;
+        out[0] = a * angle[0] + b * angle[1];
+        out[half] = b * angle[0] - a * angle[1];
+    }
+    __syncthreads();
+    if (flush.pre_rope.rotation.kind == 1) stored::hadamard<false>(flush.pre_rope.rotation, x, count, width);
+    for (int i = threadIdx.x; i < count * width; i += blockDim.x) {
+        i64 row = (i64)(run.index + first + i / width) * cache.kv_heads + first_head;
+        flush.turned[row * d + i % width] = x[i];
+    }
+}
+EXPORT(turn_back)
+
+__device__ __forceinline__ float smaller(float a, float b) { return a < b ? a : b; }
+__device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
+
+/// Scale and zero of a group, as they are stored.
+struct Parameters {
+    u16 scale, zero;
+};
+
+__device__ __forceinline__ bool is_finite(u16 half) { return (half & 0x7c00) != 0x7c00; }
+
+/// dibit_quant::Quantizer::fit_range; false where fp16 cannot hold the result.
+__device__ __forceinline__ bool fit(const Side& side, float low, float high, int max_code, Parameters& out) {
+    float min = low + 0.0f, max = high;
+    out.scale = float_to_half((max - min) / (float)max_code);
+    out.zero = float_to_half(min);
+    if (!is_finite(out.scale) || !is_finite(out.zero)) return false;
+    if (!side.integer_zero) return true;
+    min = side.clip * min;
+    max = side.clip * max;
+    if (side.include_zero) {
+        min = fminf(min, 0.0f);
+        max = fmaxf(max, 0.0f);
+    }
+    const float step = (max - min) / (float)max_code;
+    if ((float_to_half(step) & 0x7fff) == 0) {
+        out.scale = float_to_half(-min);
+        out.zero = 0x3c00;
+        return true;
+    }
+    out.scale = float_to_half(fmaxf(step, fabsf(min) / MAX_ZERO));
+    out.zero = float_to_half(rintf(-min / half_to_float(out.scale)));
+    return true;
+}
+
+/// The code of a number in a group.
+__device__ __forceinline__ int code_of(const Side& side, float value, float scale, float zero, float max_code) {
+    const float steps = side.integer_zero ? ((value / scale + ROUND) - ROUND) + zero : (value - zero) / scale;
+    float clamped = smaller(larger(steps, 0.0f), max_code);
+    clamped = scale == 0.0f ? 0.0f : clamped;
+    return (int)(__float_as_uint(clamped + ROUND) & 0xff);
+}
+
+/// Bits of a channel in the order of storage; 0 where it has no plane.
+__device__ __forceinline__ int bits_of(const Side& side, int channel) {
+    if (!side.planes) return side.bits;
+    int planes = 0;
+    for (int i = 0; i < 4; i++) planes += channel < side.with[i];
+    return 2 * planes;
+}
+
+/// One head of a run on its way into a page.
+struct Encoding {
+    Flush flush;
+    Run run;
+    Side side;
+    u8* page;
+    int head;
+    /// [token][stride]: numbers, and then codes in their place. In shared memory where they fit.
+    float* x;
+    int stride;
+    /// Slot of each token that is protected; -1 for the others.
+    const int* sinks;
+
+    __device__ void write_parameters(int slot, int channel, Parameters own) const {
+        const int row = side.tokens_are_lanes ? channel : slot, lane = side.tokens_are_lanes ? slot : channel;
+        const int number = side.planes ? channel : stored::parameter(side, row, lane);
+        if (!side.planes || channel < side.with[0]) ((u16*)(page + side.scales))[number] = own.scale;
+        ((u16*)(page + side.zeros))[number] = own.zero;
+    }
+
+    /// Notes a group that fp16 cannot describe.
+    __device__ void refuse(int group, float low, float high) const {
+        const u64 place = (u64)flush.layer << 52 | (u64)head << 40 | (u64)(1 - run.keys) << 39 |
+                          (u64)(blockIdx.x & 0x7ffff) << 20 | (u64)(group & 0xfffff);
+        if (atomicMin(&flush.errors->range, place) > place)
+            atomicExch(&flush.errors->ends, (u64)__float_as_uint(low) << 32 | __float_as_uint(high));
+    }
+
+    /// Groups of tokens in each channel: a thread for each.
+    __device__ void code_channels() const {
+        const int channels = stored::coded_channels(side), end = run.slot + run.count;
+        const int first_group = run.slot / side.group, groups = (end - 1) / side.group + 1 - first_group;
+        for (int unit = threadIdx.x; unit < channels * groups; unit += blockDim.x) {
+            const int channel = unit % channels, group = first_group + unit / channels;
+            const int from = max(group * side.group, run.slot) - run.slot;
+            const int to = min((group + 1) * side.group, end) - run.slot;
+            float low = INFINITE, high = -INFINITE;
+            double sum = 0.0;
+            int seen = 0;
+            for (int i = from; i < to; i++) {
+                if (sinks[i] >= 0) continue;
+                const float value = x[i * stride + channel];
+                low = smaller(value, low);
+                high = larger(value, high);
+                sum += (double)value;
+                seen++;
+            }
+            const int bits = bits_of(side, channel), max_code = (1 << bits) - 1;
+            Parameters own = {0, 0};
+            if (seen > 0 && bits == 0) {
+                own.zero = float_to_half((float)(sum / (double)seen));
+            } else if (seen > 0 && !fit(side, low, high, max_code, own)) {
+                refuse(unit, low, high);
+            }
+            write_parameters(run.slot + from, channel, own);
+            const float scale = half_to_float(own.scale), zero = half_to_float(own.zero);
+            for (int i = from; i < to; i++) {
+                float* at = x + i * stride + channel;
+                *at = sinks[i] >= 0 ? 0.0f : (float)code_of(side, *at, scale, zero, (float)max_code);
+            }
+        }
+    }
+
+    /// Groups of channels of each token: half a warp for each, its lanes in the order in which the CPU's go.
+    __device__ void code_tokens() const {
+        const int channels = stored::coded_channels(side), groups = (channels + side.group - 1) / side.group;
+        const int units = run.count * groups, lane = threadIdx.x % 16, max_code = (1 << side.bits) - 1;
+        for (int base = threadIdx.x / 32 * 2; base < units; base += blockDim.x / 16) {
+            const int unit = base + threadIdx.x / 16 % 2;
+            const bool exists = unit < units;
+            const int token = exists ? unit / groups : 0, first = exists ? unit % groups * side.group : 0;
+            const int count = min(side.group, channels - first), whole = count & ~15;
+            float* own = x + token * stride + first;
+            float low = INFINITE, high = -INFINITE;
+            for (int i = lane; i < whole; i += 16) {
+                low = smaller(own[i], low);
+                high = larger(own[i], high);
+            }
+            float min = INFINITE, max = -INFINITE;
+            for (int i = 0; i < 16; i++) {
+                min = smaller(__shfl_sync(ALL_LANES, low, i, 16), min);
+                max = larger(__shfl_sync(ALL_LANES, high, i, 16), max);
+            }
+            for (int i = whole; i < count; i++) {
+                min = smaller(own[i], min);
+                max = larger(own[i], max);
+            }
+            __syncwarp();
+            if (!exists) continue;
+            const bool is_sink = sinks[token] >= 0;
+            Parameters parameters = {0, 0};
+            if (!is_sink && !fit(side, min, max, max_code, parameters) && lane == 0) refuse(unit, min, max);
+            if (lane == 0) write_parameters(run.slot + token, first, parameters);
+            const float scale = half_to_float(parameters.scale), zero = half_to_float(parameters.zero);
+            for (int i = lane; i < count; i += 16)
+                own[i] = is_sink ? 0.0f : (float)code_of(side, own[i], scale, zero, (float)max_code);
+        }
+    }
+
+    /// The code of a row and lane whose token is of the run.
+    __device__ int packed_code(int row, int lane) const {
+        int channel = side.tokens_are_lanes ? row : lane, plane = 0;
+        const int token = (side.tokens_are_lanes ? lane : row) - run.slot;
+        if (side.planes)
+            while (channel >= side.with[plane]) channel -= side.with[plane++];
+        const int code = (int)x[token * stride + channel];
+        return side.planes ? code >> (2 * plane) & 3 : code;
+    }
+
+    /// Packs the codes: a thread for each byte that holds one of the run.
+    __device__ void pack() const {
+        const int first_row = side.tokens_are_lanes ? 0 : run.slot, rows = side.tokens_are_lanes ? side.rows : run.count;
+        const int first_lane = side.tokens_are_lanes ? run.slot : 0;
+        const int end_lane = side.tokens_are_lanes ? run.slot + run.count : side.lanes;
+        const int group_bytes = side.along_lanes ? stored::row_bytes(side.bits, side.group) : side.row_bytes;
+        for (int i = threadIdx.x; i < rows * side.row_bytes; i += blockDim.x) {
+            const int row = first_row + i / side.row_bytes, at = i % side.row_bytes, group = at / group_bytes;
+            const int start = side.along_lanes ? group * side.group : 0;
+            const int lanes = side.along_lanes ? min(side.group, side.lanes - start) : side.lanes;
+            int place = at - group * group_bytes, width = stored::first_width(side.bits), shift = 0;
+            int bytes = stored::plane_bytes(width, lanes);
+            if (place >= bytes) {
+                place -= bytes;
+                shift = width;
+                width = side.bits - width;
+                bytes = stored::plane_bytes(width, lanes);
+            }
+            u8* target = page + side.codes + (i64)row * side.row_bytes + at;
+            const int mask = (1 << width) - 1;
+            int keep = side.tokens_are_lanes ? 0xff : 0, value = 0;
+            for (int field = 0; field * width < 8; field++) {
+                const int lane = start + place + field * bytes;
+                if (lane >= start + lanes || lane < first_lane || lane >= end_lane) continue;
+                keep &= ~(mask << (field * width));
+                value |= (packed_code(row, lane) >> shift & mask) << (field * width);
+            }
+            if (keep == 0xff) continue;
+            *target = (u8)(keep == 0 ? value : (*target & keep) | value);
+        }
+    }
+
+    /// Channels in 16 bit.
+    __device__ void keep_high(int head_dim) const {
+        const int channels = stored::coded_channels(side), high = head_dim - channels;
+        for (int i = threadIdx.x; i < run.count * high; i += blockDim.x) {
+            const int token = i / high, channel = channels + i % high, slot = run.slot + token;
+            const int row = (side.tokens_are_lanes ? channel : slot) - side.high_first_row;
+            const int lane = (side.tokens_are_lanes ? slot : channel) - side.high_first_lane;
+            ((u16*)(page + side.high_offset))[row * side.high_lanes + lane] = float_to_half(x[token * stride + channel]);
+        }
+    }
+};
+
+/// X <- H X along the 128 tokens of a page.
+__device__ void rotate_tokens(float* x, int stride, int channels) {
+    for (int half = 1; half < PAGE_TOKENS; half *= 2) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < PAGE_TOKENS / 2 * channels; i += blockDim.x) {
+            const int pair = i / channels;
+            float* at = x + (pair / half * 2 * half + pair % half) * stride + i % channels;
+            const float a = at[0], b = at[half * stride];
+            at[0] = a + b;
+            at[half * stride] = a - b;
+        }
+    }
+    __syncthreads();
+    const float norm = 1.0f / sqrtf((float)PAGE_TOKENS);
+    for (int i = threadIdx.x; i < PAGE_TOKENS * channels; i += blockDim.x) x[i / channels * stride + i % channels] *= norm;
+    __syncthreads();
+}
+
+/// Packs all runs of a layer. Blocks: runs, KV heads.
+extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) encode(Flush flush) {
+    if ((int)blockIdx.x >= *flush.run_count) return;
+    DYNAMIC_SHARED(shared);
+    __shared__ int sinks[PAGE_TOKENS];
+    const Run run = flush.runs[blockIdx.x];
+    const Cache& cache = flush.cache;
+    const Span span = flush.spans[run.span];
+    const int head = blockIdx.y, d = cache.head_dim;
+    const ClassPages own = flush.classes[run.token_class];
+    u8* page = stored::page_at(cache, own, run.block, head);
+    const Side side = run.keys ? own.pages[head].keys : own.pages[head].values;
+    for (int i = threadIdx.x; i < run.count; i += blockDim.x)
+        sinks[i] = stored::sink_slot(cache, span, stored::position(flush.positions, run, i));
+    __syncthreads();
+    const i64 block = (i64)blockIdx.x * gridDim.y + blockIdx.y;
+    float* x = flush.spilled ? flush.spilled + block * flush.spilled_numbers : (float*)shared;
+    const int stride = d + 1;
+    for (int i = threadIdx.x; i < run.count * d; i += blockDim.x) {
+        const int token = i / d, channel = i % d;
+        const int position = stored::position(flush.positions, run, token);
+        const u16 value = stored::recent(cache, span, run.keys, head, position, channel);
+        if (sinks[token] >= 0) ((u16*)stored::sink(cache, span, run.keys, head, sinks[token]))[channel] = value;
+        if (side.half_rows >= 0) {
+            ((u16*)(page + side.half_rows))[(run.slot + token) * d + channel] = value;
+        } else if (run.keys && flush.pre_rope.enabled) {
+            const i64 row = (i64)(run.index + token) * cache.kv_heads * d;
+            x[token * stride + channel] = flush.turned[row + flush.pre_rope.channels[head * d + channel]];
+        } else if (run.keys && cache.key_order) {
+            const u16 ordered = stored::recent(cache, span, 1, head, position, cache.key_order[head * d + channel]);
+            x[token * stride + channel] = half_to_float(ordered);
+        } else {
+            x[token * stride + channel] = half_to_float(value);
+        }
+    }
+    if (side.half_rows >= 0) return;
+    __syncthreads();
+    if (side.token_hadamard) rotate_tokens(x, stride, d);
+    const Encoding encoding = {flush, run, side, page, head, x, stride, sinks};
+    if (side.along_lanes == side.tokens_are_lanes) {
+        encoding.code_channels();
+    } else {
+        encoding.code_tokens();
+    }
+    __syncthreads();
+    encoding.pack();
+    if (!side.planes) encoding.keep_high(d);
+}
+EXPORT(encode)
