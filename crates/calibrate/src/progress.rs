@@ -90,7 +90,7 @@ impl Kept {
         &self,
         done: usize,
         gathered: &Gathered,
-        further: impl FnOnce(&mut Contents),
+        further: impl FnOnce(&mut Contents) -> Result<(), CalibrationError>,
     ) -> Result<(), CalibrationError> {
         let Some(path) = &self.path else { return Ok(()) };
         let state = State { fingerprint: self.fingerprint.clone(), source: self.source.clone(), done };
@@ -99,7 +99,7 @@ impl Kept {
         for (name, sums) in gathered.sums() {
             contents.doubles.push((name, Array { shape: vec![sums.len()], values: sums.to_vec() }));
         }
-        further(&mut contents);
+        further(&mut contents)?;
         contents.write(path)
     }
 

@@ -184,7 +184,7 @@ pub fn calibrate<D: Train>(
         if !planes::fit(device, pretrained, scheme, windows, &statistics, &mut layers, runs)? {
             // What a training that was stopped had done stays as it is.
             if saved.is_none() {
-                kept.save(count, &gathered, |_| ())?;
+                kept.save(count, &gathered, |_| Ok(()))?;
             }
             return Ok(None);
         }
@@ -259,7 +259,7 @@ fn gather<D: Train>(
     for (index, ids) in sequences.all[..count].iter().enumerate().skip(done) {
         let stop = progress(Progress::gathering(index, count)).is_break();
         if stop || keeper.is_due() {
-            keeper.kept.save(index, gathered, |_| ())?;
+            keeper.kept.save(index, gathered, |_| Ok(()))?;
             keeper.saved = Instant::now();
         }
         if stop {
@@ -287,7 +287,7 @@ struct Watcher<'a, D, F> {
 impl<D: Train, F> Watcher<'_, D, F> {
     fn save(&mut self, trainer: &Trainer<D>, progressed: &Progressed) -> Result<(), CalibrationError> {
         let (done, gathered) = self.gathered;
-        self.keeper.kept.save(done, gathered, |contents| save(contents, self.device, trainer, progressed))?;
+        self.keeper.kept.save(done, gathered, |contents| Ok(save(contents, self.device, trainer, progressed)?))?;
         self.keeper.saved = Instant::now();
         Ok(())
     }

@@ -11,6 +11,26 @@ pub enum DeviceError {
         /// How much was asked for.
         bytes: usize,
     },
+    /// Memory of a GPU could not be had.
+    #[error(
+        "cannot allocate {bytes} bytes for {what}: of the GPU's {total} bytes {free} are free; plan a shorter context, fewer sequences, or a scheme of fewer bits"
+    )]
+    GpuMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+        /// How much would fit.
+        free: usize,
+        /// How much there is.
+        total: usize,
+    },
+    /// The device failed; what it was asked for cannot be relied on.
+    #[error("the device failed: {0}")]
+    Failed(String),
+    /// The device lacks an operation that was asked for.
+    #[error("{0}")]
+    Unsupported(String),
     /// A thread pool could not be started.
     #[error("cannot start {threads} threads: {message}")]
     Threads {
@@ -52,4 +72,11 @@ pub enum DeviceError {
         /// The reason.
         source: dibit_quant::QuantError,
     },
+}
+
+impl DeviceError {
+    /// Whether memory could not be had, so that less of it may be asked for.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, DeviceError::OutOfMemory { .. } | DeviceError::GpuMemory { .. })
+    }
 }

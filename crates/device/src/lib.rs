@@ -5,16 +5,19 @@
 
 mod batch;
 mod blocks;
+mod budget;
 mod cpu;
 mod device;
 mod error;
+pub mod host;
 mod tensor;
 mod train;
 
 pub use batch::{Batch, Mode, Phase, Span};
 pub use blocks::BlockType;
-pub use cpu::{Cpu, Isa};
-pub use device::{Device, Output};
+pub use budget::Budget;
+pub use cpu::{Cpu, CpuCache, Isa};
+pub use device::{Device, DeviceMemory, Heads, Norm, Output, Projection, Sweep};
 pub use error::DeviceError;
 pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError};
 pub use train::{AdamStep, Place, ROW_STATISTICS, RowStatistic, Rows, Train};

@@ -70,6 +70,8 @@ impl SharedBytes for Mmap {
     }
 }
 
+impl SharedBytes for MmapMut {}
+
 /// Size of a huge page, of which smaller matrices would get none.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -340,6 +342,16 @@ impl Tensor {
         }
     }
 
+    /// The bytes of the numbers, row by row; `None` where they are quantised.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self.values() {
+            Values::F32(values) => Some(bytemuck::cast_slice(values)),
+            Values::F16(values) => Some(bytemuck::cast_slice(values)),
+            Values::Bf16(values) => Some(bytemuck::cast_slice(values)),
+            Values::Blocks(..) => None,
+        }
+    }
+
     /// True where both tensors are views of the same numbers.
     pub fn same_numbers(&self, other: &Tensor) -> bool {
         let start = |tensor: &Tensor| match tensor.values() {
@@ -365,6 +377,22 @@ impl Tensor {
                 *value = number(row * cols + col);
             }
         })
+    }
+
+    /// The bytes of the numbers, to cut other tensors from.
+    pub fn into_bytes(self) -> Bytes {
+        fn bytes<T: bytemuck::Pod>(storage: Storage<T>) -> Bytes {
+            match storage {
+                Storage::Huge(memory) => memory,
+                other => Arc::new(bytemuck::cast_slice::<T, u8>(other.as_slice()).to_vec()),
+            }
+        }
+        match self.data {
+            Data::F32(storage) => bytes(storage),
+            Data::F16(storage) => bytes(storage),
+            Data::Bf16(storage) => bytes(storage),
+            Data::Blocks(_, storage) => bytes(storage),
+        }
     }
 
     pub(crate) fn values(&self) -> Values<'_> {
@@ -399,6 +427,18 @@ impl Tensor {
                 let width = words.len() / self.rows;
                 kind.widen(&words[row * width..(row + 1) * width], out);
             }
+        }
+    }
+
+    /// Writes the numbers of the rows from `first` on, as many as `out` holds, in fp16.
+    ///
+    /// # Panics
+    /// If there are fewer rows.
+    pub fn narrow_rows(&self, first: usize, out: &mut [f16]) {
+        let mut row = vec![0.0; self.cols];
+        for (i, out) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.widen_row(first + i, &mut row);
+            out.iter_mut().zip(&row).for_each(|(out, value)| *out = f16::from_f32(*value));
         }
     }
 
@@ -475,14 +515,29 @@ mod tests {
         let tensor = Tensor::from_quantized(&raw, 0, BlockType::Q8_0, 2, 32).unwrap();
         assert_eq!((tensor.to_f32(), tensor.num_bytes(), tensor.format()), (expected.clone(), 68, "Q8_0"));
         assert_eq!(tensor.row(1), expected[32..]);
+        let mut narrow = [f16::ZERO; 32];
+        tensor.narrow_rows(1, &mut narrow);
+        assert_eq!((narrow.map(f16::to_f32).to_vec(), tensor.bytes()), (expected[32..].to_vec(), None));
         let swapped = tensor.reorder_rows(|row| 1 - row);
         assert_eq!([swapped.row(0), swapped.row(1)].concat(), [&expected[32..], &expected[..32]].concat());
         assert_eq!((swapped.block_type(), swapped.is_shared()), (Some(BlockType::Q8_0), false));
         let plain = tensor.cast(DType::Bf16);
         assert_eq!((plain.to_f32(), plain.format(), plain.num_bytes()), (expected, "bf16", 128));
+        assert_eq!(plain.bytes().map(<[u8]>::len), Some(128));
         assert!(Tensor::from_quantized(&raw, 0, BlockType::Q8_0, 3, 32).is_err());
         assert!(Tensor::from_quantized(&raw, 0, BlockType::Q8_0, 1, 33).is_err());
         assert!(Tensor::from_quantized(&raw, 0, BlockType::Q8_0, usize::MAX, 64).is_err());
+    }
+
+    #[test]
+    fn tensors_are_cut_from_the_bytes_of_another() {
+        // The second one is large enough to have memory of its own.
+        for (dtype, len) in [(DType::F32, 12), (DType::Bf16, 1 << 20)] {
+            let whole = Tensor::random(3, 1.0, dtype, 1, len);
+            let numbers = whole.to_f32();
+            let part = Tensor::from_bytes(&whole.into_bytes(), 4 * dtype.size(), dtype, 2, 3).unwrap();
+            assert_eq!(part.to_f32(), numbers[4..10]);
+        }
     }
 
     #[test]

@@ -3,9 +3,10 @@
 mod bench;
 mod calibrate;
 
-pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureArgs};
+pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureArgs, ThroughputBenchArgs};
 pub use calibrate::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 
+use crate::device::{self, AnyDevice, DeviceChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
 use dibit_device::{DType, Isa};
@@ -102,6 +103,15 @@ pub struct ModelArgs {
 }
 
 #[derive(Args)]
+pub struct DeviceArgs {
+    /// What the model runs on: auto (a GPU where one is found, else the CPU), cpu, cuda, or cuda:N for one of several GPUs
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+    #[command(flatten)]
+    pub isa: IsaArgs,
+}
+
+#[derive(Args, Default)]
 pub struct IsaArgs {
     #[arg(long, env = "DIBIT_ISA", hide_env_values = true, value_parser = Isa::named, help = isa_help())]
     pub isa: Option<Isa>,
@@ -110,7 +120,7 @@ pub struct IsaArgs {
 fn isa_help() -> String {
     let names: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
     format!(
-        "Instruction set of the kernels, but for products with quantised weights: {} [default: {}]",
+        "Instruction set of the CPU's kernels, but for products with quantised weights: {} [default: {}]",
         names.join(", "),
         Isa::detect()
     )
@@ -121,10 +131,17 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub isa: IsaArgs,
-    /// Threads [default: one for each core]
+    pub device: DeviceArgs,
+    /// Threads of the CPU [default: one for each core]
     #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+}
+
+impl RunArgs {
+    /// The device that the command runs on.
+    pub fn open_device(&self) -> anyhow::Result<AnyDevice> {
+        device::open(self.device.device, self.threads, &self.device.isa)
+    }
 }
 
 #[derive(Args)]
@@ -396,10 +413,20 @@ pub struct RulerArgs {
 Examples:
   dibit inspect
   dibit inspect --model ./Llama-3.1-8B --context 131072 --batch 4 --kv fp16,kvlinc
-  dibit inspect --model config.json --load-format dummy --json")]
+  dibit inspect --model config.json --load-format dummy --json
+  dibit inspect --device cuda --kv fp16,kvlinc")]
 pub struct InspectArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        num_args = 0..=1,
+        default_missing_value = "auto",
+        help = "Plan for this device (auto, cpu, cuda, cuda:N), and show what was found of it and how operations run there \
+                [default: auto, without showing it]"
+    )]
+    pub device: Option<DeviceChoice>,
     /// Context of a sequence, in tokens [default: the model's]
     #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     pub context: Option<u32>,

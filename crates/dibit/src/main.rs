@@ -3,6 +3,7 @@
 mod args;
 mod bundled;
 mod commands;
+mod device;
 mod memory;
 mod output;
 mod retrieval;

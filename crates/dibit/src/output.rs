@@ -90,6 +90,12 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     std::iter::once(&header).chain(rows).map(|row| line(row)).collect()
 }
 
+/// Names and what they stand for, in two columns.
+pub fn columns(rows: &[(String, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    rows.iter().map(|(name, value)| format!("{name:<width$}  {value}\n")).collect()
+}
+
 /// A bar on stderr; nothing where stderr is no terminal.
 pub fn bar(length: usize) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(length as u64), ProgressDrawTarget::stderr());
@@ -158,6 +164,12 @@ mod tests {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(5 << 40), "5.0 TiB");
+    }
+
+    #[test]
+    fn names_stand_before_what_they_stand_for() {
+        let rows = [("driver", "CUDA 13.0"), ("NVRTC", "13.2")].map(|(name, value)| (name.into(), value.into()));
+        assert_eq!(columns(&rows), "driver  CUDA 13.0\nNVRTC   13.2\n");
     }
 
     #[test]

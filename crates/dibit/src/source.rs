@@ -4,7 +4,7 @@ use crate::args::{LoadFormat, ModelArgs};
 use crate::output::bytes;
 use crate::{bundled, memory};
 use anyhow::{Result, bail};
-use dibit_device::DType;
+use dibit_device::{DType, Device};
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
 use std::path::{Path, PathBuf};
 
@@ -24,12 +24,13 @@ pub fn describe(args: &ModelArgs) -> Result<ModelFiles> {
     Ok(ModelFiles { origin: model.clone(), ..files })
 }
 
-/// Loads a model with its weights.
-pub fn load(args: &ModelArgs) -> Result<Pretrained> {
+/// Loads a model with its weights, for a device.
+pub fn load<D: Device>(device: &D, args: &ModelArgs) -> Result<Pretrained> {
     let mut files = describe(args)?;
     let source = match args.load_format {
         LoadFormat::Auto => WeightSource::Checkpoint,
-        LoadFormat::Dummy => WeightSource::Dummy { seed: DUMMY_SEED },
+        // A device with memory of its own copies what it gets.
+        LoadFormat::Dummy => WeightSource::Dummy { seed: DUMMY_SEED, pooled: device.memory().is_some() },
     };
     // What is not supported is said before anything large is downloaded or made up.
     let config = config(&files)?;
@@ -37,7 +38,7 @@ pub fn load(args: &ModelArgs) -> Result<Pretrained> {
         let directory = download(&files.origin, true)?;
         files = ModelFiles { origin: files.origin, ..ModelFiles::open(&directory)? };
     }
-    if args.load_format == LoadFormat::Dummy {
+    if matches!(source, WeightSource::Dummy { pooled: false, .. }) {
         let needed = config.num_parameters() * args.dtype.dtype().or(config.dtype).unwrap_or(DType::Bf16).size();
         let available = memory::available();
         if needed > available {

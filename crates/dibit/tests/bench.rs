@@ -106,6 +106,24 @@ fn decoding_is_measured_at_every_depth() {
 }
 
 #[test]
+fn sequences_of_a_batch_read_as_much_each() {
+    let points = ["--heads", "4/2", "--head-dim", "64", "--context", "300", "--kv", "kvlinc", "--batch", "1,3"];
+    let report = attention(&points);
+    let points = list(&report["points"]);
+    assert_eq!(points.iter().map(|point| point["batch"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 3]);
+    let [one, three] = [0, 1].map(|point| list(&points[point]["schemes"]));
+    for (one, three) in one.iter().zip(three) {
+        assert_eq!(three["bytes"].as_u64().unwrap(), 3 * one["bytes"].as_u64().unwrap());
+    }
+    let model = fixture("llama32-old-bf16");
+    let of =
+        |batch: &str| decode(&["-m", &model, "--kv", "kvlinc", "--depth", "200", "--prompt", "0", "--batch", batch]);
+    let (one, three) = (of("1"), of("3"));
+    let bytes = |report: &Value| report["depths"][1]["schemes"][0]["cache_bytes"].as_u64().unwrap();
+    assert_eq!((three["batch"].as_u64(), bytes(&three)), (Some(3), 3 * bytes(&one)));
+}
+
+#[test]
 fn made_up_weights_have_no_longest_context() {
     let folder = Folder::new();
     let config = folder.write("config.json", std::fs::read(fixture("llama32-old-bf16") + "/config.json").unwrap());
@@ -150,6 +168,31 @@ fn figures_are_a_table_and_go_to_a_file_too() {
 }
 
 #[test]
+fn throughput_is_measured_at_every_batch() {
+    let folder = Folder::new();
+    let config = folder.write("config.json", std::fs::read(fixture("llama32-old-bf16") + "/config.json").unwrap());
+    let (json, report) = (folder.file("out.json"), folder.file("report"));
+    let model = ["bench", "throughput", "-m", &config, "--load-format", "dummy", "--device", "cpu"];
+    let sizes = ["--kv", "fp16,kvlinc", "--batch", "3,1", "--prompt", "140", "--generate", "5"];
+    let done = run(&[&model[..], &sizes[..], &["--json", &json, "--report", &report]].concat()).succeeds();
+    for part in ["prompts of 140 tokens, 5 generated", "times fp16", "\nkvlinc ", "tokens/s of decoding"] {
+        assert!(done.stdout.contains(part), "'{part}' is not in {}", done.stdout);
+    }
+    assert!(done.stderr.contains("kvlinc, batch 3: "), "{}", done.stderr);
+    let figures: Value = serde_json::from_slice(&folder.read("out.json")).unwrap();
+    for own in list(&figures["schemes"]) {
+        let batches: Vec<u64> = list(&own["points"]).iter().map(|point| point["batch"].as_u64().unwrap()).collect();
+        assert_eq!((batches, &own["out_of_memory"]), (vec![1, 3], &Value::Null));
+        for name in ["prefill_seconds", "decode_seconds", "decode_tokens_per_s", "tokens_per_s", "peak_bytes"] {
+            assert!(own["points"][1][name].as_f64().unwrap() > 0.0, "{name} of {own}");
+        }
+    }
+    let page = String::from_utf8(folder.read("report/index.html")).unwrap();
+    assert!(page.contains("kvlinc, batch 3: ") && page.contains("140 tokens"), "{page}");
+    assert!(folder.read("report/throughput.svg").starts_with(b"<svg xmlns="));
+}
+
+#[test]
 fn what_cannot_be_measured_is_named() {
     let usage = |args: &[&str], words: &[&str]| run(&[&["bench", "attention"], args].concat()).is_usage_error(words);
     usage(&["--heads", "32/8,16/3"], &["--heads", "16 query heads are not a multiple of 3 KV heads"]);
@@ -160,16 +203,28 @@ fn what_cannot_be_measured_is_named() {
     usage(&["--context", "many"], &["--context", "many"]);
     usage(&["--threads", "1,0"], &["--threads", "0 is not in"]);
     usage(&["--repeat", "0"], &["--repeat"]);
+    usage(&["--batch", "0"], &["--batch", "0 is not in"]);
+    let batch = |value: &str| run(&["bench", "throughput", "--batch", value]);
+    batch("1,most").is_usage_error(&["--batch", "most", "max for as many"]);
+    batch("0").is_usage_error(&["--batch", "from 1 to 65536"]);
     let fails = |args: &[&str], words: &[&str]| run(&[&["bench"], args].concat()).fails_with(words);
     fails(&["attention", "--kv", "none"], &["unknown scheme 'none'"]);
     fails(&["attention", "--context", "134217728", "--heads", "512/512"], &["of memory are free", "--sweep"]);
     fails(&["attention", "--json", "/no/such/directory/x.json"], &["/no/such/directory/x.json"]);
     fails(&["decode", "--kv", "resq"], &["resq", "--calibration"]);
+    fails(&["throughput", "--prompt", "8000", "--generate", "400"], &["reaches 8400 tokens", "--load-format dummy"]);
 }
 
 #[test]
-fn the_shape_that_comes_along_is_that_of_llama() {
+fn shapes_that_come_along_are_those_of_their_models() {
     let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/llama-3.2-1b.json");
     let plan = run(&["inspect", "--load-format", "dummy", "--json", "-m", model.to_str().unwrap()]).json();
     assert_eq!((&plan["parameters"], &plan["context"]), (&1_235_814_400u64.into(), &131_072.into()));
+    for (name, parameters) in
+        [("llama-2-7b", 6_738_415_616u64), ("llama-3.1-8b", 8_030_261_248), ("qwen3-1.7b", 1_720_574_976)]
+    {
+        let model = model.with_file_name(format!("{name}.config.json"));
+        let plan = run(&["inspect", "--load-format", "dummy", "--json", "-m", model.to_str().unwrap()]).json();
+        assert_eq!(plan["parameters"], parameters, "{name}");
+    }
 }

@@ -22,7 +22,7 @@ impl Place {
     /// The bundled model on 4 short sequences, unless `further` says something else.
     fn calibrate(&self, kv: &str, further: &[&str]) -> Run {
         let given = |option: &str| further.contains(&option);
-        let mut args = vec!["calibrate", "--kv", kv];
+        let mut args = vec!["calibrate", "--device", "cpu", "--kv", kv];
         for pair in [["--text", &self.text], ["--out", &self.out], ["--tokens", "256"], ["--context", "64"]] {
             if !given(pair[0]) {
                 args.extend(pair);
@@ -282,7 +282,7 @@ fn ctrl_c_keeps_what_was_gathered_and_the_same_command_goes_on() {
     place.calibrate("resq", &[&options[..], &["--out", &whole]].concat()).succeeds();
 
     let mut command = Command::new(program().get_program());
-    command.args(["calibrate", "--kv", "resq", "--out", &place.out, "--threads", "1"]).args(options);
+    command.args(["calibrate", "--device", "cpu", "--kv", "resq", "--out", &place.out, "--threads", "1"]).args(options);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();

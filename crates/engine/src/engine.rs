@@ -91,7 +91,7 @@ impl<'a, D: Device> Engine<'a, D> {
         pretrained.weights.rotate_values(device, layout.shape.head_dim, &layout.rotated_values())?;
         let pretrained: &'a Pretrained = pretrained;
         let config = &pretrained.config;
-        let plan = MemoryPlan::new(config, &layout, options);
+        let plan = MemoryPlan::new(config, &layout, options, &device.budget());
         let model = Model::new(device, config, &pretrained.weights)?;
         let blocks = plan.sequence_blocks * options.sequences;
         // A decoding step has a row for each sequence.
@@ -282,14 +282,12 @@ impl<'a, D: Device> Engine<'a, D> {
             self.pass(&mut [(active.sequence.borrow_mut(), chunk)])?;
         }
         let last = (prompt.len() - 1) % self.plan.pass_rows;
-        self.model.logits(self.device, &mut self.workspace, &[last], &mut self.logits)?;
+        let next = self.choose(&mut [&mut *active], &[last])?[0];
         active.done.timings.prefill = start.elapsed();
         if active.max_tokens == 0 {
             active.end(FinishReason::Length, on_text)?;
         } else {
-            let logits = std::mem::take(&mut self.logits);
-            self.take(active, &logits, on_text)?;
-            self.logits = logits;
+            self.take(active, next, on_text)?;
         }
         active.done.usage = self.usage(active.sequence.borrow());
         Ok(())
@@ -313,17 +311,37 @@ impl<'a, D: Device> Engine<'a, D> {
         }
         self.pass(&mut rows)?;
         let outputs: Vec<usize> = (0..running.len()).collect();
-        self.model.logits(self.device, &mut self.workspace, &outputs, &mut self.logits)?;
+        let chosen = self.choose(&mut running, &outputs)?;
         let elapsed = start.elapsed();
-        let logits = std::mem::take(&mut self.logits);
-        let vocab_size = self.pretrained.config.vocab_size;
-        for (active, logits) in running.into_iter().zip(logits.chunks_exact(vocab_size)) {
+        for (active, next) in running.into_iter().zip(chosen) {
             active.done.timings.decode += elapsed;
-            self.take(active, logits, on_text)?;
+            self.take(active, next, on_text)?;
             active.done.usage = self.usage(active.sequence.borrow());
         }
-        self.logits = logits;
         Ok(())
+    }
+
+    /// The next token of each of some sequences, whose last rows of the pass are `rows`. Where all decode greedily, the
+    /// device finds it.
+    fn choose<S: BorrowMut<Sequence>>(
+        &mut self,
+        running: &mut [&mut Active<'a, S>],
+        rows: &[usize],
+    ) -> Result<Vec<u32>, EngineError> {
+        let chosen: Vec<Option<u32>> = if running.iter().all(|active| active.sampler.is_greedy()) {
+            self.model.most_likely(self.device, &mut self.workspace, rows)?
+        } else {
+            self.model.logits(self.device, &mut self.workspace, rows, &mut self.logits)?;
+            let logits = self.logits.chunks_exact(self.pretrained.config.vocab_size);
+            let sample = |(active, logits): (&mut &mut Active<'a, S>, &[f32])| {
+                logits.iter().all(|logit| logit.is_finite()).then(|| active.sampler.sample(logits))
+            };
+            running.iter_mut().zip(logits).map(sample).collect()
+        };
+        let number = |(active, id): (&&mut Active<'a, S>, Option<u32>)| {
+            id.ok_or_else(|| EngineError::NotFinite { position: active.sequence.borrow().len() })
+        };
+        running.iter().zip(chosen).map(number).collect()
     }
 
     /// One forward pass over the new tokens of some sequences.
@@ -343,17 +361,13 @@ impl<'a, D: Device> Engine<'a, D> {
         Ok(())
     }
 
-    /// Samples the next token of a sequence and decides whether it goes on.
+    /// Takes the next token of a sequence and decides whether it goes on.
     fn take<S: BorrowMut<Sequence>>(
         &self,
         active: &mut Active<'a, S>,
-        logits: &[f32],
+        id: u32,
         on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
-        if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err(EngineError::NotFinite { position: active.sequence.borrow().len() });
-        }
-        let id = active.sampler.sample(logits);
         active.done.tokens.push(id);
         if self.pretrained.eos_token_ids().contains(&id) {
             return active.end(FinishReason::Stop, on_text);

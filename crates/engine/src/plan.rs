@@ -1,13 +1,8 @@
 //! How much memory a run takes, known before it starts.
 
 use dibit_cache::CacheLayout;
+use dibit_device::Budget;
 use dibit_model::{ModelConfig, pass_bytes, pass_row_bytes};
-
-/// Memory that the rows of a pass may take. Prompts are prefilled exactly in passes of as many tokens as fit.
-const PASS_BYTES: usize = 20 << 20;
-
-/// Rows of a pass at least, however wide the model is.
-const MIN_PASS_ROWS: usize = 256;
 
 /// What an engine is planned for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,10 +33,10 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Plans a run. A context longer than the model supports can be planned, but not run.
-    pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options) -> Self {
+    /// Plans a run on a device with this budget. A context longer than the model supports can be planned, but not run.
+    pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options, budget: &Budget) -> Self {
         let Options { context, sequences, prefill_chunk } = options;
-        let fitting = (PASS_BYTES / pass_row_bytes(config)).max(MIN_PASS_ROWS);
+        let fitting = (budget.pass_bytes / pass_row_bytes(config)).max(budget.pass_rows);
         let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1));
         let sequence_bytes = layout.planned_bytes(context);
         MemoryPlan {
@@ -50,7 +45,7 @@ impl MemoryPlan {
             cache_bytes: sequences * sequence_bytes,
             fp16_bytes: sequences * context * layout.shape.scalars_per_token() * size_of::<u16>(),
             pass_rows,
-            pass_bytes: pass_bytes(config, pass_rows.max(sequences)),
+            pass_bytes: pass_bytes(config, pass_rows.max(sequences), budget),
         }
     }
 }

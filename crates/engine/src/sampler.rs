@@ -72,6 +72,11 @@ impl Sampler {
         }
     }
 
+    /// Whether the most likely token is chosen, whatever came before.
+    pub fn is_greedy(&self) -> bool {
+        self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0
+    }
+
     /// Chooses from the finite logits of all tokens, of which there is at least one.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
         let penalty = self.sampling.repetition_penalty;

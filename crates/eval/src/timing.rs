@@ -27,7 +27,7 @@ pub fn attention_times<D: Device>(
     let mut out = device.buffer(heads * config.head_dim)?;
     let mut caches = Vec::new();
     for scheme in schemes {
-        let mut cache = RandomCache::new(device, config.cache_layout(scheme)?, context, 1)?;
+        let mut cache = RandomCache::new(device, config.cache_layout(scheme)?, 1, context, 1)?;
         cache.write_next(device)?;
         caches.push(cache);
     }

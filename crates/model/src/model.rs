@@ -2,9 +2,10 @@
 
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
-use dibit_device::{Batch, Device, Output, Phase, Tensor};
+use dibit_device::{Batch, Device, Heads, Norm, Output, Phase, Projection, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Index of the largest number, the first of equals; 0 where there is none.
 pub fn argmax(values: &[f32]) -> usize {
@@ -56,18 +57,24 @@ pub type Observer<'a> = dyn FnMut(Observation) + Send + 'a;
 
 /// A decoder on a device.
 pub struct Model<D: Device> {
+    /// Tells it from every other model of the process.
+    number: u32,
     config: ModelConfig,
     embed: D::Matrix,
     layers: Vec<Layer<D>>,
     norm: Arc<D::Buffer>,
     lm_head: D::Matrix,
-    inv_freq: Vec<f32>,
+    inv_freq: D::Buffer,
 }
 
 impl<D: Device> Linear<D> {
     fn new(device: &D, weights: &LinearWeights) -> Result<Self, ModelError> {
         let bias = weights.bias.as_ref().map(|bias| upload(device, bias)).transpose()?;
         Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
+    }
+
+    fn onto<'a>(&'a self, out: &'a mut D::Buffer) -> Projection<'a, D> {
+        Projection { weight: &self.weight, bias: self.bias.as_deref(), out }
     }
 
     fn run(&self, device: &D, phase: Phase, x: &D::Buffer, rows: usize, out: &mut D::Buffer, output: Output) {
@@ -104,12 +111,19 @@ impl<D: Device> Model<D> {
     /// # Errors
     /// [`ModelError::Device`].
     pub fn new(device: &D, config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+        static MODELS: AtomicU32 = AtomicU32::new(0);
+        let embed = device.matrix(weights.embed.clone())?;
+        let lm_head = match weights.embed.same_numbers(&weights.lm_head) {
+            true => embed.clone(),
+            false => device.matrix(weights.lm_head.clone())?,
+        };
         Ok(Model {
-            embed: device.matrix(weights.embed.clone())?,
+            number: MODELS.fetch_add(1, Ordering::Relaxed),
+            embed,
             layers: weights.layers.iter().map(|layer| Layer::new(device, layer)).collect::<Result<_, _>>()?,
             norm: upload(device, &weights.norm)?,
-            lm_head: device.matrix(weights.lm_head.clone())?,
-            inv_freq: config.rope.inv_freq(config.head_dim),
+            lm_head,
+            inv_freq: device.upload(&config.rope.inv_freq(config.head_dim))?,
             config: config.clone(),
         })
     }
@@ -178,32 +192,33 @@ impl<D: Device> Model<D> {
         if rows > max_rows {
             return Err(ModelError::TooManyRows { rows, max_rows });
         }
-        device.scope(|| {
-            let ws = workspace;
-            ws.positions.clear();
-            ws.positions.extend(batch.positions());
-            device.rope_table(&self.inv_freq, &ws.positions, &mut ws.rope);
-            device.embed(&self.embed, ids, &mut ws.hidden);
+        let ws = workspace;
+        let positions: Vec<u32> = batch.positions().collect();
+        device.write_ids(&mut ws.ids, ids);
+        device.write_ids(&mut ws.positions, &positions);
+        let rows = ids.len();
+        let layers = |ws: &mut Workspace<D>, store: &mut D::Store, mut observer: Option<&mut Observer>| {
+            device.rope_table(&self.inv_freq, self.config.head_dim / 2, &ws.positions, rows, &mut ws.rope);
+            device.embed(&self.embed, &ws.ids, rows, &mut ws.hidden);
             for (index, layer) in self.layers.iter().enumerate() {
                 device.observe(store, index, batch, &ws.hidden, self.config.hidden_size);
-                for first in (0..ids.len()).step_by(ws.tile_rows) {
-                    let tile = first..ids.len().min(first + ws.tile_rows);
-                    self.attention_block(
-                        device,
-                        ws,
-                        store,
-                        batch,
-                        index,
-                        layer,
-                        tile.clone(),
-                        observer.as_deref_mut(),
-                    )?;
+                for first in (0..rows).step_by(ws.tile_rows) {
+                    let tile = first..rows.min(first + ws.tile_rows);
+                    let observer = observer.as_deref_mut();
+                    self.attention_block(device, ws, store, batch, index, layer, tile.clone(), observer)?;
                     self.mlp_block(device, batch.phase(), ws, layer, tile);
                 }
                 device.commit(store, index, batch)?;
             }
             Ok(())
-        })
+        };
+        // A model with other buffers is another pass.
+        let buffers = u64::from(self.number) << 32 | u64::from(ws.number);
+        match observer.take() {
+            // What is shown is not in the device's hands.
+            Some(observer) => device.scope(|| layers(ws, store, Some(observer))),
+            None => device.pass(store, batch, buffers, |store| layers(ws, store, None)),
+        }
     }
 
     /// Logits of some rows of the last pass: `vocab_size` numbers for each row, in the order of `rows`.
@@ -217,14 +232,37 @@ impl<D: Device> Model<D> {
         rows: &[usize],
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
+        self.project(device, workspace, rows)?;
+        Ok(device.download(&workspace.logits, 0..rows.len() * self.config.vocab_size, out)?)
+    }
+
+    /// The most likely token after each of some rows of the last pass, in their order, the first of equals. Logits stay
+    /// on the device; `None` stands for a row of which not all are finite.
+    ///
+    /// # Errors
+    /// [`ModelError::TooManyRows`], [`ModelError::Device`].
+    pub fn most_likely(
+        &self,
+        device: &D,
+        workspace: &mut Workspace<D>,
+        rows: &[usize],
+    ) -> Result<Vec<Option<u32>>, ModelError> {
+        self.project(device, workspace, rows)?;
+        Ok(device.argmax_rows(&workspace.logits, rows.len(), self.config.vocab_size)?)
+    }
+
+    /// Logits of some rows of the last pass, into the first rows of the workspace's.
+    fn project(&self, device: &D, workspace: &mut Workspace<D>, rows: &[usize]) -> Result<(), ModelError> {
         let (count, max_rows) = (rows.len(), workspace.max_outputs);
         if count > max_rows {
             return Err(ModelError::TooManyRows { rows: count, max_rows });
         }
         let (width, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
         let ws = workspace;
+        let outputs: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+        device.write_ids(&mut ws.outputs, &outputs);
         device.scope(|| {
-            device.copy_rows(&ws.hidden, rows, width, &mut ws.selected);
+            device.copy_rows(&ws.hidden, &ws.outputs, count, width, &mut ws.selected);
             device.rms_norm(&ws.selected, 0..count, width, &self.norm, eps, &mut ws.selected_normed);
             device.linear(
                 Phase::Decode,
@@ -236,7 +274,6 @@ impl<D: Device> Model<D> {
                 Output::Write(0),
             );
         });
-        device.download(&ws.logits, 0..count * self.config.vocab_size, out);
         Ok(())
     }
 
@@ -255,23 +292,23 @@ impl<D: Device> Model<D> {
         let ModelConfig { hidden_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps: eps, .. } =
             self.config;
         let rows = tile.len();
-        device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.input_norm, eps, &mut ws.normed);
-        layer.q.run(device, batch.phase(), &ws.normed, rows, &mut ws.q, Output::Write(0));
-        layer.k.run(device, batch.phase(), &ws.normed, rows, &mut ws.k, Output::Write(0));
-        layer.v.run(device, batch.phase(), &ws.normed, rows, &mut ws.v, Output::Write(0));
-        for (x, norm, heads) in
-            [(&mut ws.q, &layer.q_norm, num_attention_heads), (&mut ws.k, &layer.k_norm, num_key_value_heads)]
-        {
-            if let Some(norm) = norm {
-                device.rms_norm_inplace(x, rows * heads, head_dim, norm, eps);
-            }
-            device.rope(x, heads, head_dim, &ws.rope, tile.clone());
-        }
+        device.norm_linear(
+            batch.phase(),
+            &ws.hidden,
+            tile.clone(),
+            hidden_size,
+            Norm { weight: &layer.input_norm, eps },
+            &mut ws.normed,
+            [layer.q.onto(&mut ws.q), layer.k.onto(&mut ws.k), layer.v.onto(&mut ws.v)],
+        );
+        let queries = Heads { x: &mut ws.q, heads: num_attention_heads, norm: layer.q_norm.as_deref() };
+        let keys = Heads { x: &mut ws.k, heads: num_key_value_heads, norm: layer.k_norm.as_deref() };
+        device.place_heads([queries, keys], eps, head_dim, &ws.rope, tile.clone());
         if let Some(observer) = observer {
             let [mut q, mut k, mut v] = [(); 3].map(|()| Vec::new());
-            device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q);
-            device.download(&ws.k, 0..rows * num_key_value_heads * head_dim, &mut k);
-            device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v);
+            device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q)?;
+            device.download(&ws.k, 0..rows * num_key_value_heads * head_dim, &mut k)?;
+            device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v)?;
             observer(Observation { layer: index, first_row: tile.start, q: &q, k: &k, v: &v });
         }
         device.write_kv(store, index, batch, tile.clone(), &ws.k, &ws.v)?;
@@ -283,9 +320,15 @@ impl<D: Device> Model<D> {
     fn mlp_block(&self, device: &D, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
         let ModelConfig { hidden_size, intermediate_size, rms_norm_eps: eps, .. } = self.config;
         let rows = tile.len();
-        device.rms_norm(&ws.hidden, tile.clone(), hidden_size, &layer.post_norm, eps, &mut ws.normed);
-        layer.gate.run(device, phase, &ws.normed, rows, &mut ws.gate, Output::Write(0));
-        layer.up.run(device, phase, &ws.normed, rows, &mut ws.up, Output::Write(0));
+        device.norm_linear(
+            phase,
+            &ws.hidden,
+            tile.clone(),
+            hidden_size,
+            Norm { weight: &layer.post_norm, eps },
+            &mut ws.normed,
+            [layer.gate.onto(&mut ws.gate), layer.up.onto(&mut ws.up)],
+        );
         device.silu_mul(&mut ws.gate, &ws.up, rows * intermediate_size);
         layer.down.run(device, phase, &ws.gate, rows, &mut ws.hidden, Output::Add(tile.start));
     }

@@ -73,7 +73,7 @@ pub(crate) fn self_test<D: Device>(
         let matrix = device.matrix(linear.weight.clone())?;
         device.linear(Phase::Decode, &x, 1, &matrix, bias.as_ref(), &mut out, Output::Write(0));
         let mut result = Vec::new();
-        device.download(&out, 0..linear.weight.rows(), &mut result);
+        device.download(&out, 0..linear.weight.rows(), &mut result)?;
         Ok(result)
     };
     let rotate_heads = |values: &mut Vec<f32>| values.chunks_exact_mut(d).for_each(|head| hadamard.apply(head));

@@ -2,7 +2,7 @@
 
 use crate::mixture::mixture;
 use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, rotation};
-use dibit_device::{DType, Device, Tensor};
+use dibit_device::{Bytes, DType, Device, Tensor};
 use dibit_quant::Hadamard;
 
 /// Where weights come from.
@@ -14,8 +14,14 @@ pub enum WeightSource {
     Dummy {
         /// Seed of the numbers.
         seed: u64,
+        /// Whether matrices are parts of one pool of numbers, which is little larger than the largest of them. That is
+        /// for devices that copy weights into memory of their own: on the host, they would be read from its caches.
+        pooled: bool,
     },
 }
+
+/// Numbers that the pool of made-up weights holds beside the largest matrix, so that matrices begin at different ones.
+const POOL_SLACK: usize = 1 << 20;
 
 /// A weight `[out, in]` with its bias `[1, out]`, if any.
 #[derive(Clone)]
@@ -76,7 +82,7 @@ struct Loader<'a> {
 
 enum Source {
     Checkpoint(Checkpoint),
-    Dummy { seed: u64 },
+    Dummy { seed: u64, pool: Option<Bytes> },
 }
 
 impl Weights {
@@ -92,7 +98,10 @@ impl Weights {
     ) -> Result<Self, ModelError> {
         let source = match source {
             WeightSource::Checkpoint => Source::Checkpoint(Checkpoint::open(&files.weights)?),
-            WeightSource::Dummy { seed } => Source::Dummy { seed },
+            WeightSource::Dummy { seed, pooled } => {
+                let pool = pooled.then(|| pool(config, seed, dtype.or(config.dtype).unwrap_or(DType::Bf16)));
+                Source::Dummy { seed, pool }
+            }
         };
         let loader = Loader { config, source, dtype };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
@@ -231,9 +240,13 @@ impl Loader<'_> {
             Source::Checkpoint(checkpoint) => checkpoint
                 .tensor(name, rows, cols)?
                 .ok_or_else(|| checkpoint.missing(name, self.config.architecture.name()))?,
-            Source::Dummy { seed } => {
+            Source::Dummy { seed, pool } => {
                 let dtype = self.dtype.or(self.config.dtype).unwrap_or(DType::Bf16);
-                Tensor::random(stream(*seed, name), self.config.initializer_range, dtype, rows, cols)
+                let seed = stream(*seed, name);
+                match pool {
+                    Some(pool) => part(pool, seed, dtype, rows, cols),
+                    None => Tensor::random(seed, self.config.initializer_range, dtype, rows, cols),
+                }
             }
         };
         let Some(dtype) = self.dtype else { return Ok(tensor) };
@@ -243,6 +256,23 @@ impl Loader<'_> {
         }
         Ok(converted)
     }
+}
+
+/// Numbers for all matrices of a made-up model.
+fn pool(config: &ModelConfig, seed: u64, dtype: DType) -> Bytes {
+    let heads = config.num_attention_heads * config.head_dim;
+    let largest = config.hidden_size * config.vocab_size.max(config.intermediate_size).max(heads);
+    Tensor::random(seed, config.initializer_range, dtype, 1, largest + POOL_SLACK).into_bytes()
+}
+
+/// The matrix of a pool that a seed chooses.
+fn part(pool: &Bytes, seed: u64, dtype: DType, rows: usize, cols: usize) -> Tensor {
+    // Where processors and copies like numbers to begin.
+    const ALIGNED: usize = 64;
+    let room = POOL_SLACK * dtype.size() / ALIGNED;
+    let offset = (seed as usize % room) * ALIGNED;
+    Tensor::from_bytes(pool, offset, dtype, rows, cols)
+        .expect("the pool holds the largest matrix anywhere in its slack")
 }
 
 /// A seed of its own for each tensor (FNV-1a of its name).

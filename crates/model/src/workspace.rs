@@ -1,12 +1,6 @@
 use crate::{ModelConfig, ModelError};
-use dibit_device::Device;
-use std::ops::Range;
-
-/// Rows that pass through a layer together, at most and at least. Activations inside a layer are no larger than that.
-const TILE_ROWS: Range<usize> = 16..128;
-
-/// Memory that the activations inside a layer may take.
-const TILE_BYTES: usize = 24 << 20;
+use dibit_device::{Budget, Device};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Numbers that a row takes inside a layer.
 fn tile_width(config: &ModelConfig) -> usize {
@@ -15,12 +9,14 @@ fn tile_width(config: &ModelConfig) -> usize {
 }
 
 /// Rows that pass through a layer together.
-fn tile_rows(config: &ModelConfig) -> usize {
-    (TILE_BYTES / size_of::<f32>() / tile_width(config)).clamp(TILE_ROWS.start, TILE_ROWS.end)
+fn tile_rows(config: &ModelConfig, budget: &Budget) -> usize {
+    (budget.tile_bytes / size_of::<f32>() / tile_width(config)).clamp(budget.tile_rows.start, budget.tile_rows.end)
 }
 
 /// Everything a forward pass writes besides the cache, allocated once.
 pub struct Workspace<D: Device> {
+    /// Tells it from every other workspace of the process.
+    pub(crate) number: u32,
     pub(crate) max_rows: usize,
     pub(crate) tile_rows: usize,
     pub(crate) max_outputs: usize,
@@ -48,7 +44,12 @@ pub struct Workspace<D: Device> {
     pub(crate) selected_normed: D::Buffer,
     /// `[max_outputs, vocab_size]`
     pub(crate) logits: D::Buffer,
-    pub(crate) positions: Vec<u32>,
+    /// Token ids `[max_rows]`.
+    pub(crate) ids: D::Ids,
+    /// Positions `[max_rows]`.
+    pub(crate) positions: D::Ids,
+    /// Rows whose logits are asked for `[max_outputs]`.
+    pub(crate) outputs: D::Ids,
 }
 
 impl<D: Device> Workspace<D> {
@@ -57,10 +58,12 @@ impl<D: Device> Workspace<D> {
     /// # Errors
     /// [`ModelError::Device`] where memory is short.
     pub fn new(device: &D, config: &ModelConfig, max_rows: usize, max_outputs: usize) -> Result<Self, ModelError> {
-        let tile = max_rows.min(tile_rows(config));
+        let tile = max_rows.min(tile_rows(config, &device.budget()));
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
+        static WORKSPACES: AtomicU32 = AtomicU32::new(0);
         Ok(Workspace {
+            number: WORKSPACES.fetch_add(1, Ordering::Relaxed),
             max_rows,
             tile_rows: tile,
             max_outputs,
@@ -76,7 +79,9 @@ impl<D: Device> Workspace<D> {
             selected: device.buffer(max_outputs * config.hidden_size)?,
             selected_normed: device.buffer(max_outputs * config.hidden_size)?,
             logits: device.buffer(max_outputs * config.vocab_size)?,
-            positions: Vec::with_capacity(max_rows),
+            ids: device.ids(max_rows)?,
+            positions: device.ids(max_rows)?,
+            outputs: device.ids(max_outputs)?,
         })
     }
 
@@ -94,6 +99,6 @@ pub fn pass_row_bytes(config: &ModelConfig) -> usize {
 }
 
 /// Bytes that a pass of `rows` rows takes: its rows, and the activations inside a layer.
-pub fn pass_bytes(config: &ModelConfig, rows: usize) -> usize {
-    rows * pass_row_bytes(config) + rows.min(tile_rows(config)) * tile_width(config) * size_of::<f32>()
+pub fn pass_bytes(config: &ModelConfig, rows: usize, budget: &Budget) -> usize {
+    rows * pass_row_bytes(config) + rows.min(tile_rows(config, budget)) * tile_width(config) * size_of::<f32>()
 }

@@ -138,21 +138,21 @@ impl<D: Train> Adapter<D> {
     }
 
     /// The adapters as a calibration holds them.
-    pub(crate) fn finish(&self, device: &D) -> Adapters {
+    pub(crate) fn finish(&self, device: &D) -> Result<Adapters, DeviceError> {
         let AdapterShape { heads, kv_heads, features, .. } = self.shape;
         let mut maps = Vec::new();
-        device.download(&self.maps, 0..self.shape.numbers(), &mut maps);
+        device.download(&self.maps, 0..self.shape.numbers(), &mut maps)?;
         let (query, key) = maps.split_at(heads * self.shape.map());
         assert_eq!(key.len(), kv_heads * self.shape.map());
         let half = |maps: &[f32], second: usize| -> Vec<f32> {
             maps.chunks_exact(features / 2).skip(second).step_by(2).flatten().copied().collect()
         };
-        Adapters {
+        Ok(Adapters {
             features,
             query: [half(query, 0), half(query, 1)],
             key: [half(key, 0), half(key, 1)],
             gates: (0..heads).map(|head| self.gate(head)).collect(),
-        }
+        })
     }
 }
 

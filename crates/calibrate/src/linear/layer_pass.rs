@@ -135,7 +135,7 @@ impl<D: Train> LayerPass<D> {
                 self.key_gradient(device, adapter, kv_head, last.packed);
             }
         }
-        self.add_statistics(device, adapter, tiles, task.train, sums);
+        self.add_statistics(device, adapter, tiles, task.train, sums)?;
         Ok(())
     }
 
@@ -146,7 +146,7 @@ impl<D: Train> LayerPass<D> {
         let packed = tiles.tiles.last().map_or(0, |last| last.packed);
         device.write(&mut self.keys, 0, &attended.keys);
         device.missed_keys(layout, layer, &self.keys, packed.next_multiple_of(PAGE_TOKENS), &mut self.missed)?;
-        device.download(&self.missed, 0..packed * kv_heads * head_dim, &mut self.downloaded);
+        device.download(&self.missed, 0..packed * kv_heads * head_dim, &mut self.downloaded)?;
         let mut missed = vec![0.0; kv_heads];
         for (index, number) in self.downloaded.iter().enumerate() {
             missed[index / head_dim % kv_heads] += f64::from(*number).powi(2);
@@ -325,10 +325,17 @@ impl<D: Train> LayerPass<D> {
     }
 
     /// Adds up what the rows found, in their order.
-    fn add_statistics(&mut self, device: &D, adapter: &mut Adapter<D>, tiles: &Tiles, train: bool, sums: &mut Sums) {
+    fn add_statistics(
+        &mut self,
+        device: &D,
+        adapter: &mut Adapter<D>,
+        tiles: &Tiles,
+        train: bool,
+        sums: &mut Sums,
+    ) -> Result<(), DeviceError> {
         let shape = adapter.shape;
         let all = shape.heads * tiles.rows.len() * ROW_STATISTICS;
-        device.download(&self.statistics, 0..all, &mut self.downloaded);
+        device.download(&self.statistics, 0..all, &mut self.downloaded)?;
         let mut rows = self.downloaded.chunks_exact(ROW_STATISTICS);
         for kv_head in 0..shape.kv_heads {
             for tile in &tiles.tiles {
@@ -349,5 +356,6 @@ impl<D: Train> LayerPass<D> {
             }
         }
         sums.rows += tiles.rows.len();
+        Ok(())
     }
 }

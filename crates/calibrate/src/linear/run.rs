@@ -9,7 +9,7 @@ use super::trainer::Trainer;
 use super::training::{Measurement, Training};
 use crate::CalibrationError;
 use dibit_cache::Adapters;
-use dibit_device::Train;
+use dibit_device::{DeviceError, Train};
 use std::ops::ControlFlow;
 
 /// Measurements in the course of a training, about, besides the first.
@@ -60,7 +60,7 @@ pub(crate) fn train<D: Train>(
             }
             progressed.measured(&sums);
             if last {
-                return Ok(Some(finish(device, trainer, recipe, &sums, progressed)));
+                return Ok(Some(finish(device, trainer, recipe, &sums, progressed)?));
             }
         }
         trainer.clear();
@@ -119,7 +119,7 @@ fn finish<D: Train>(
     recipe: &Recipe,
     sums: &[Sums],
     progressed: &Progressed,
-) -> Outcome {
+) -> Result<Outcome, DeviceError> {
     let means = |own: &Sums, of: &Vec<f64>| -> Vec<f32> {
         of.iter().filter(|_| own.rows > 0).map(|sum| (sum / own.rows as f64) as f32).collect()
     };
@@ -130,13 +130,14 @@ fn finish<D: Train>(
         course: progressed.course.clone(),
     };
     let adapters = trainer.layers.iter().enumerate().map(|(layer, adapter)| {
-        let mut adapters = adapter.as_ref()?.finish(device);
+        let Some(adapter) = adapter else { return Ok(None) };
+        let mut adapters = adapter.finish(device)?;
         for (head, gate) in adapters.gates.iter_mut().enumerate() {
             if !training.improves(layer, head) {
                 *gate = 0.0;
             }
         }
-        Some(adapters)
+        Ok(Some(adapters))
     });
-    (adapters.collect(), training)
+    Ok((adapters.collect::<Result<_, DeviceError>>()?, training))
 }

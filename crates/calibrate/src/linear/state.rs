@@ -3,7 +3,7 @@
 use super::trainer::Trainer;
 use super::training::Measurement;
 use crate::file::{Array, Contents};
-use dibit_device::Train;
+use dibit_device::{DeviceError, Train};
 
 /// How far a training is, beside its adapters.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -21,7 +21,12 @@ fn name(layer: usize, part: &str) -> String {
 }
 
 /// Adds a training to a file.
-pub(crate) fn save<D: Train>(contents: &mut Contents, device: &D, trainer: &Trainer<D>, progressed: &Progressed) {
+pub(crate) fn save<D: Train>(
+    contents: &mut Contents,
+    device: &D,
+    trainer: &Trainer<D>,
+    progressed: &Progressed,
+) -> Result<(), DeviceError> {
     let mut add = |name: String, values: Vec<f32>| {
         contents.floats.push((name, Array { shape: vec![values.len()], values }));
     };
@@ -30,7 +35,7 @@ pub(crate) fn save<D: Train>(contents: &mut Contents, device: &D, trainer: &Trai
         let buffers = [("maps", &adapter.maps), ("first", &adapter.first), ("second", &adapter.second)];
         for (part, buffer) in buffers {
             let mut values = Vec::new();
-            device.download(buffer, 0..adapter.shape.numbers(), &mut values);
+            device.download(buffer, 0..adapter.shape.numbers(), &mut values)?;
             add(name(layer, part), values);
         }
         if let Some(gates) = &adapter.gates {
@@ -45,6 +50,7 @@ pub(crate) fn save<D: Train>(contents: &mut Contents, device: &D, trainer: &Trai
     };
     double("training.steps", vec![progressed.steps as f64]);
     double("training.losses", progressed.losses.to_vec());
+    Ok(())
 }
 
 /// Reads a training; `None` where the file has none yet.

@@ -43,7 +43,7 @@ pub fn dummy(num_key_value_heads: usize, seed: u64, changes: Value) -> Pretraine
         chat_template: None,
         weights: Vec::new(),
     };
-    Pretrained::load(&files, WeightSource::Dummy { seed }, None).unwrap()
+    Pretrained::load(&files, WeightSource::Dummy { seed, pooled: false }, None).unwrap()
 }
 
 /// Token ids that look random.

@@ -15,17 +15,18 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 /// The feature maps of a layer.
-pub(super) struct FeatureMaps {
-    features: usize,
+pub struct FeatureMaps {
+    /// D.
+    pub features: usize,
     head_dim: usize,
     /// Query heads of a KV head.
-    shared: usize,
+    pub shared: usize,
     /// `[query head][head_dim][D]`
-    query: Vec<f32>,
+    pub query: Vec<f32>,
     /// `[kv head][head_dim][D]`
-    key: Vec<f32>,
-    /// Of each query head.
-    gates: Vec<f32>,
+    pub key: Vec<f32>,
+    /// What each query head is multiplied by.
+    pub gates: Vec<f32>,
 }
 
 /// The state of a KV head, `S` and behind it `P`.
@@ -69,7 +70,8 @@ impl StateMut<'_> {
 }
 
 impl FeatureMaps {
-    pub(super) fn new(own: &Adapters, shape: CacheShape) -> Self {
+    /// Those of a layer's adapters.
+    pub fn new(own: &Adapters, shape: CacheShape) -> Self {
         let half = own.features / 2;
         FeatureMaps {
             features: own.features,

@@ -76,7 +76,7 @@ fn place(span: &Span, token: usize) -> Place {
 }
 
 /// Keys and values that leave the window while a sequence grows from `cached.start` to `cached.end` tokens.
-pub(super) fn leaving(layout: &CacheLayout, cached: Range<usize>) -> [Range<usize>; 2] {
+pub fn leaving(layout: &CacheLayout, cached: Range<usize>) -> [Range<usize>; 2] {
     let window = layout.window;
     [
         window.packed_keys(cached.start)..window.packed_keys(cached.end),
@@ -85,7 +85,7 @@ pub(super) fn leaving(layout: &CacheLayout, cached: Range<usize>) -> [Range<usiz
 }
 
 /// Blocks that these keys and values enter, in the order of their numbers, each with its class.
-pub(super) fn blocks(span: &Span, leaving: [Range<usize>; 2]) -> Vec<(u32, usize)> {
+pub fn blocks(span: &Span, leaving: [Range<usize>; 2]) -> Vec<(u32, usize)> {
     let places = leaving.into_iter().flatten().map(|token| place(span, token));
     let mut blocks: Vec<(u32, usize)> = places.map(|place| (place.block, place.class)).collect();
     blocks.sort_unstable();

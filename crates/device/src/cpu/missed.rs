@@ -21,7 +21,13 @@ struct Work<'a> {
 }
 
 /// [`crate::Device::missed_keys`] of all rows of `k`.
-pub(super) fn missed_keys(
+///
+/// # Errors
+/// As there.
+///
+/// # Panics
+/// As there.
+pub fn missed_keys(
     isa: Isa,
     layout: &CacheLayout,
     layer: usize,

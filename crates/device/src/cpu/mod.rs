@@ -34,14 +34,18 @@ mod train;
 
 use crate::blocks::with_blocks;
 use crate::tensor::Values;
-use crate::{Batch, Device, DeviceError, Mode, Output, Phase, Span, Tensor};
+use crate::{Batch, Device, DeviceError, Mode, Output, Phase, Span, Sweep, Tensor};
+pub use adapters::FeatureMaps;
+pub use append::{blocks, leaving};
 use attention::{Buffers, Call, Heads};
 use dibit_cache::{CacheLayout, Extras, Sees};
 use element::Element;
+pub use missed::missed_keys;
 use rayon::prelude::*;
 pub use simd::Isa;
+pub use sinks::Protected;
 use std::ops::Range;
-use store::CpuStore;
+pub use store::CpuStore;
 
 /// Tokens of a split of a long history. A constant: a result must not depend on the number of threads.
 const SPLIT_TOKENS: usize = 4096;
@@ -60,6 +64,14 @@ pub struct Cpu {
 pub struct CpuCache {
     store: CpuStore,
     buffers: Buffers,
+}
+
+impl CpuCache {
+    /// Bytes of a page, for tests of other devices.
+    #[doc(hidden)]
+    pub fn page_bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
+        self.store.page(class, block, layer, kv_head).to_vec()
+    }
 }
 
 impl Cpu {
@@ -84,11 +96,6 @@ impl Cpu {
         Ok(Cpu { isa: Isa::named(isa.name())?, ..self })
     }
 
-    /// Number of threads.
-    pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
-    }
-
     fn call<'a>(&self, store: &'a CpuStore, layer: usize, spans: &'a [Span], num_heads: usize) -> Call<'a> {
         let shape = store.layout().shape;
         let heads = Heads { num: num_heads, num_key_value: shape.num_key_value_heads, dim: shape.head_dim };
@@ -108,6 +115,7 @@ impl Device for Cpu {
     type Buffer = Vec<f32>;
     type Matrix = Tensor;
     type Store = CpuCache;
+    type Ids = Vec<u32>;
 
     fn describe(&self) -> String {
         format!("CPU, {} threads, {}", self.threads(), self.isa.name())
@@ -129,9 +137,29 @@ impl Device for Cpu {
         Ok(values.to_vec())
     }
 
-    fn download(&self, buffer: &Vec<f32>, range: Range<usize>, out: &mut Vec<f32>) {
+    fn download(&self, buffer: &Vec<f32>, range: Range<usize>, out: &mut Vec<f32>) -> Result<(), DeviceError> {
         out.clear();
         out.extend_from_slice(&buffer[range]);
+        Ok(())
+    }
+
+    fn ids(&self, capacity: usize) -> Result<Vec<u32>, DeviceError> {
+        Ok(Vec::with_capacity(capacity))
+    }
+
+    fn write_ids(&self, ids: &mut Vec<u32>, values: &[u32]) {
+        ids.clear();
+        ids.extend_from_slice(values);
+    }
+
+    fn pass<E: From<DeviceError> + Send>(
+        &self,
+        store: &mut CpuCache,
+        _: &Batch,
+        _: u64,
+        mut pass: impl FnMut(&mut CpuCache) -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        self.scope(|| pass(store))
     }
 
     fn matrix(&self, tensor: Tensor) -> Result<Tensor, DeviceError> {
@@ -149,9 +177,9 @@ impl Device for Cpu {
         Ok(CpuCache { store, buffers: Buffers::default() })
     }
 
-    fn embed(&self, table: &Tensor, ids: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &Tensor, ids: &Vec<u32>, count: usize, out: &mut Vec<f32>) {
         let values = table.values();
-        for (id, out) in ids.iter().zip(out.chunks_exact_mut(table.cols())) {
+        for (id, out) in ids[..count].iter().zip(out.chunks_exact_mut(table.cols())) {
             match values {
                 Values::F32(values) => widen_row(values, *id as usize, out),
                 Values::F16(values) => widen_row(values, *id as usize, out),
@@ -161,8 +189,9 @@ impl Device for Cpu {
         }
     }
 
-    fn copy_rows(&self, x: &Vec<f32>, rows: &[usize], width: usize, out: &mut Vec<f32>) {
-        for (row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+    fn copy_rows(&self, x: &Vec<f32>, rows: &Vec<u32>, count: usize, width: usize, out: &mut Vec<f32>) {
+        for (row, out) in rows[..count].iter().zip(out.chunks_exact_mut(width)) {
+            let row = *row as usize;
             out.copy_from_slice(&x[row * width..(row + 1) * width]);
         }
     }
@@ -215,9 +244,9 @@ impl Device for Cpu {
         }
     }
 
-    fn rope_table(&self, inv_freq: &[f32], positions: &[u32], out: &mut Vec<f32>) {
-        let half = inv_freq.len();
-        for (position, row) in positions.iter().zip(out.chunks_exact_mut(2 * half)) {
+    fn rope_table(&self, inv_freq: &Vec<f32>, half: usize, positions: &Vec<u32>, count: usize, out: &mut Vec<f32>) {
+        let inv_freq = &inv_freq[..half];
+        for (position, row) in positions[..count].iter().zip(out.chunks_exact_mut(2 * half)) {
             let (cosines, sines) = row.split_at_mut(half);
             for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(inv_freq) {
                 (*sine, *cosine) = (*position as f32 * frequency).sin_cos();
@@ -315,6 +344,15 @@ impl Device for Cpu {
         rows: usize,
         out: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        missed::missed_keys(self.isa, layout, layer, &k[..rows * layout.shape.row()], out)
+        missed_keys(self.isa, layout, layer, &k[..rows * layout.shape.row()], out)
+    }
+
+    fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    fn sweep(&self, bytes: usize) -> Result<Box<dyn Sweep>, DeviceError> {
+        let sweep = dibit_timing::Sweep::new(bytes);
+        Ok(Box::new(sweep.map_err(|_| DeviceError::OutOfMemory { what: "the sweep", bytes })?))
     }
 }

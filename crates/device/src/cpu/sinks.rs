@@ -9,7 +9,7 @@ const MASSIVE: f32 = 100.0;
 const MASSIVE_OVER_MEDIAN: f32 = 50.0;
 
 /// The protected tokens of one sequence.
-pub(super) struct Protected {
+pub struct Protected {
     /// Positions for each layer, in the order in which they were found: that of their slots.
     layers: Vec<Vec<u32>>,
     /// Pivots, once an earlier layer of this pass found them.
@@ -17,24 +17,25 @@ pub(super) struct Protected {
 }
 
 impl Protected {
-    pub(super) fn new(sinks: Sinks, num_layers: usize) -> Self {
+    /// Those of an empty sequence.
+    pub fn new(sinks: Sinks, num_layers: usize) -> Self {
         let first = if let Sinks::First(count) = sinks { count as u32 } else { 0 };
         Protected { layers: vec![(0..first).collect(); num_layers], pivots: None }
     }
 
     /// Positions that a layer protects.
-    pub(super) fn layer(&self, layer: usize) -> &[u32] {
+    pub fn layer(&self, layer: usize) -> &[u32] {
         &self.layers[layer]
     }
 
     /// Slot of a protected token.
-    pub(super) fn slot(&self, layer: usize, token: usize) -> Option<usize> {
+    pub fn slot(&self, layer: usize, token: usize) -> Option<usize> {
         self.layers[layer].iter().position(|position| *position as usize == token)
     }
 
     /// Chooses tokens of a prompt by the residual stream that enters `layer`: `hidden` has a row of `width` numbers
     /// for each token of `tokens`.
-    pub(super) fn choose(&mut self, sinks: Sinks, layer: usize, tokens: Range<usize>, hidden: &[f32], width: usize) {
+    pub fn choose(&mut self, sinks: Sinks, layer: usize, tokens: Range<usize>, hidden: &[f32], width: usize) {
         let begins = tokens.start == 0;
         match sinks {
             Sinks::None | Sinks::First(_) => {}

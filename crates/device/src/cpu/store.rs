@@ -68,7 +68,11 @@ fn map(what: &'static str, bytes: usize) -> Result<MmapMut, DeviceError> {
 }
 
 impl CpuStore {
-    pub(super) fn new(
+    /// Room for so many blocks and sequences, and for passes of up to `max_rows` rows.
+    ///
+    /// # Errors
+    /// As of [`crate::Device::store`].
+    pub fn new(
         isa: Isa,
         layout: &CacheLayout,
         num_blocks: usize,
@@ -109,7 +113,8 @@ impl CpuStore {
         })
     }
 
-    pub(super) fn layout(&self) -> &CacheLayout {
+    /// What it stores.
+    pub fn layout(&self) -> &CacheLayout {
         &self.layout
     }
 
@@ -118,7 +123,7 @@ impl CpuStore {
     }
 
     /// Bytes of the page of `block` that holds tokens of `class`.
-    pub(super) fn page(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> &[u8] {
+    pub fn page(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> &[u8] {
         let offset = self.layout.page_offset(class, block, layer, kv_head);
         &self.pages[offset..offset + self.layout.layer(class, layer).stride()]
     }
@@ -129,12 +134,12 @@ impl CpuStore {
     }
 
     /// Positions that a layer of a sequence protects, in the order of their slots.
-    pub(super) fn sinks(&self, span: &Span, layer: usize) -> &[u32] {
+    pub fn sinks(&self, span: &Span, layer: usize) -> &[u32] {
         self.sequences[span.slot as usize].protected.layer(layer)
     }
 
     /// Key and value of a protected token, by its slot.
-    pub(super) fn sink(&self, span: &Span, layer: usize, kv_head: usize, slot: usize) -> [&[f16]; 2] {
+    pub fn sink(&self, span: &Span, layer: usize, kv_head: usize, slot: usize) -> [&[f16]; 2] {
         [&self.keys, &self.values].map(|rows| rows.sinks.row(&self.layout, span.slot, layer, kv_head, slot))
     }
 
@@ -148,6 +153,13 @@ impl CpuStore {
             StateType::Fp32 => State::Fp32(bytemuck::cast_slice(bytes)),
             StateType::Fp16 => State::Fp16(bytemuck::cast_slice(bytes)),
         })
+    }
+
+    /// Where the states of a layer of a sequence lie among all, and their bytes; `None` where it has none.
+    pub fn state_bytes(&self, span: &Span, layer: usize) -> Option<(usize, &[u8])> {
+        let own = self.layout.layers[layer].states.as_ref()?;
+        let start = span.slot as usize * self.layout.state_bytes() + own.offset;
+        Some((start, &self.states[start..start + own.bytes()]))
     }
 
     /// What a sequence of `len` tokens holds beside pages and window.
@@ -168,7 +180,7 @@ impl CpuStore {
     }
 
     /// Lets a layer choose which tokens of prompts it protects.
-    pub(super) fn observe(&mut self, layer: usize, batch: &Batch, hidden: &[f32], width: usize) {
+    pub fn observe(&mut self, layer: usize, batch: &Batch, hidden: &[f32], width: usize) {
         for span in &batch.spans {
             // Tokens that are decoded one by one are never protected for their activations.
             if span.rows.len() > 1 || span.cached == 0 {
@@ -200,7 +212,11 @@ impl CpuStore {
         self.values.incoming(&self.layout, kv_head, rows)
     }
 
-    pub(super) fn write(
+    /// [`crate::Device::write_kv`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write(
         &mut self,
         layer: usize,
         batch: &Batch,
@@ -224,7 +240,10 @@ impl CpuStore {
     }
 
     /// Stores `rows` of a span as its tokens from `position` on. The pages that they fill are one chunk.
-    pub(super) fn append(
+    ///
+    /// # Errors
+    /// [`DeviceError::Quantize`].
+    pub fn append(
         &mut self,
         layer: usize,
         span: &Span,

@@ -1,11 +1,13 @@
-use super::{cpu, go_on, interrupt_flag};
+use super::{go_on, interrupt_flag};
 use crate::args::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
+use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table};
 use crate::text::{self, Document};
 use crate::{Outcome, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
 use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate};
+use dibit_device::Train;
 use dibit_model::Pretrained;
 use indicatif::ProgressBar;
 use std::io::{IsTerminal, Write};
@@ -25,8 +27,7 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     if !scheme.takes_calibration() {
         return Err(CalibrationError::NotNeeded(args.kv.clone()).into());
     }
-    let trains = scheme.linear().is_some();
-    if let Some(option) = args.training.given().filter(|_| !trains) {
+    if let Some(option) = args.training.given().filter(|_| scheme.linear().is_none()) {
         bail!("{option} is for training a linear correction, and scheme {} has none; leave it out", args.kv);
     }
     let documents = |paths: &[PathBuf]| -> Result<Vec<Document>> {
@@ -39,17 +40,27 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
         _ => Vec::new(),
     };
     check_place(args)?;
-    let pretrained = source::load(&args.run.model)?;
-    CacheLayout::new(&scheme, pretrained.config.cache_shape())?;
+    on_device!(&args.run.open_device()?, |device| run_on(device, args, &scheme, &texts, &held_out))
+}
+
+fn run_on<D: Train>(
+    device: &D,
+    args: &CalibrateArgs,
+    scheme: &Scheme,
+    texts: &[Document],
+    held_out: &[Document],
+) -> Result<Outcome> {
+    let trains = scheme.linear().is_some();
+    let pretrained = source::load(device, &args.run.model)?;
+    CacheLayout::new(scheme, pretrained.config.cache_shape())?;
     let text =
-        Text { documents: encode(&pretrained, &texts, !trains)?, held_out: encode(&pretrained, &held_out, !trains)? };
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
+        Text { documents: encode(&pretrained, texts, !trains)?, held_out: encode(&pretrained, held_out, !trains)? };
     let state = state_path(&args.out);
     let options = options(args, &pretrained, state.clone());
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
     let mut told = Told::default();
-    let artefact = calibrate(&cpu, &pretrained, &scheme, &text, &options, |progress| {
+    let artefact = calibrate(device, &pretrained, scheme, &text, &options, |progress| {
         told.tell(progress, &options, &state, &bar);
         go_on(&interrupted)
     })?;

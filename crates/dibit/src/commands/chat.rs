@@ -1,10 +1,11 @@
 use super::schemes;
-use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
+use super::{announce, cache_line, interrupt_flag, model_line, sampling};
 use crate::args::ChatArgs;
+use crate::device::on_device;
 use crate::output::{TextStream, note};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
-use dibit_device::{Cpu, Device};
+use dibit_device::Device;
 use dibit_engine::{Chat, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
@@ -16,21 +17,24 @@ const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /qu
 
 pub fn run(args: &ChatArgs) -> Result<Outcome> {
     schemes::check(&args.cache)?;
-    let mut pretrained = source::load(&args.run.model)?;
+    on_device!(&args.run.open_device()?, |device| run_on(device, args))
+}
+
+fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
+    let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let limit = pretrained.config.max_position_embeddings;
     let options = Options {
         context: args.cache.context.map_or(limit, |context| context as usize),
         sequences: 1,
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(&cpu, &mut pretrained, &scheme, options)?;
+    let mut engine = Engine::new(device, &mut pretrained, &scheme, options)?;
     let pretrained = engine.pretrained();
     let mut chat = Chat::new(&mut engine, args.system.as_deref())?;
-    note(&format!("{}\n{HELP}", model_line(pretrained, &cpu.describe())));
+    note(&format!("{}\n{HELP}", model_line(pretrained, &device.describe())));
 
     announce(&scheme, &pretrained.config)?;
     // The editor takes SIGINT for itself when it is made; an answer needs it.
@@ -71,9 +75,9 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn answer(
+fn answer<D: Device>(
     chat: &mut Chat,
-    engine: &mut Engine<'_, Cpu>,
+    engine: &mut Engine<'_, D>,
     line: &str,
     max_tokens: usize,
     sampling: Sampling,

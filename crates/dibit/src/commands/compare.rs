@@ -1,11 +1,12 @@
 use super::schemes::{attach_one, calibrated_schemes};
-use super::{announce, cpu, evaluation_progress, go_on, interrupt_flag, schemes};
+use super::{announce, evaluation_progress, go_on, interrupt_flag, prepare_report, schemes};
 use crate::args::CompareArgs;
+use crate::device::on_device;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
-use dibit_device::Cpu;
+use dibit_device::Device;
 use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{
@@ -14,7 +15,7 @@ use dibit_eval::{
 use dibit_model::{Pretrained, windows};
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 /// Contexts whose bits are shown beside those of the one that is run.
@@ -27,7 +28,7 @@ const STUDIED: usize = 1024;
 const TASKS: [Task; 4] = [Task::NiahSingle2, Task::NiahSingle3, Task::NiahMultikey1, Task::NiahMultiquery];
 
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
-    let (all, named): (Vec<String>, Vec<String>) = args.schemes.iter().cloned().partition(|name| name.trim() == "all");
+    let named: Vec<String> = args.schemes.iter().filter(|name| name.trim() != "all").cloned().collect();
     schemes(&named)?;
     let text = text::read(&args.text)?;
     let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
@@ -35,26 +36,36 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     for path in [&args.json, &args.csv].into_iter().flatten() {
         check_writable(path)?;
     }
-    let pretrained = source::load(&args.run.model)?;
-    let schemes = match all.is_empty() {
-        true => calibrated_schemes(&named, &args.calibration.calibration, &pretrained)?,
-        false => built_in(&named, &args.calibration.calibration, &pretrained)?,
+    on_device!(&args.run.open_device()?, |device| run_on(device, args, &named, &text, haystack, page))
+}
+
+fn run_on<D: Device>(
+    device: &D,
+    args: &CompareArgs,
+    named: &[String],
+    text: &str,
+    haystack: Option<Haystack>,
+    page: Option<PathBuf>,
+) -> Result<Outcome> {
+    let pretrained = source::load(device, &args.run.model)?;
+    let schemes = match named.len() == args.schemes.len() {
+        true => calibrated_schemes(named, &args.calibration.calibration, &pretrained)?,
+        false => built_in(named, &args.calibration.calibration, &pretrained)?,
     };
     let schemes = Scheme::with_reference(&schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let interrupted = interrupt_flag(true)?;
-    let ids = pretrained.tokenizer.encode(&text, false)?;
+    let ids = pretrained.tokenizer.encode(text, false)?;
     let prompts = prompts(args, &pretrained, haystack)?;
-    let Some(mut comparison) = measure(args, &cpu, &pretrained, &schemes, &ids, &interrupted)? else {
+    let Some(mut comparison) = measure(args, device, &pretrained, &schemes, &ids, &interrupted)? else {
         return Ok(stopped());
     };
     if comparison.windows < args.windows as usize {
         tracing::warn!("the text fills {} windows, fewer than the {} asked for", comparison.windows, args.windows);
     }
     comparison.text = args.text.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let studied = page.as_ref().map(|_| look(&cpu, &pretrained, &schemes, &ids, args.context)).transpose()?;
-    if !prompts.is_empty() && !retrieve(args, &cpu, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
+    let studied = page.as_ref().map(|_| look(device, &pretrained, &schemes, &ids, args.context)).transpose()?;
+    if !prompts.is_empty() && !retrieve(args, device, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
         return Ok(stopped());
     }
     write!(std::io::stdout(), "{}", render(&comparison)).context(STDOUT)?;
@@ -101,18 +112,10 @@ fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Res
     Ok(all)
 }
 
-/// The page that a report is written to; its directory is made.
-fn prepare_report(directory: &Path) -> Result<PathBuf> {
-    std::fs::create_dir_all(directory).with_context(|| format!("cannot make the directory {}", directory.display()))?;
-    let page = directory.join("index.html");
-    check_writable(&page)?;
-    Ok(page)
-}
-
 /// Perplexity, bits and time of every scheme; `None` where Ctrl-C came.
-fn measure(
+fn measure<D: Device>(
     args: &CompareArgs,
-    cpu: &Cpu,
+    device: &D,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     ids: &[u32],
@@ -120,10 +123,10 @@ fn measure(
 ) -> Result<Option<Comparison>> {
     let options = PerplexityOptions { context: args.context, windows: Some(args.windows as usize) };
     let bar = bar(0);
-    let figures = perplexity(cpu, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
+    let figures = perplexity(device, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
     let Some(figures) = figures else { return Ok(None) };
     bar.set_message("attention");
-    let times = attention_times(cpu, &pretrained.config, schemes, args.context)?;
+    let times = attention_times(device, &pretrained.config, schemes, args.context)?;
     bar.finish_and_clear();
     let mut rows = Vec::new();
     for ((scheme, own), time) in schemes.iter().zip(&figures.schemes).zip(times) {
@@ -160,13 +163,19 @@ fn measure(
 }
 
 /// What quantisation does to the keys and values of the beginning of the text, and what corrections do to attention.
-fn look(cpu: &Cpu, pretrained: &Pretrained, schemes: &[Scheme], ids: &[u32], context: usize) -> Result<study::Study> {
+fn look<D: Device>(
+    device: &D,
+    pretrained: &Pretrained,
+    schemes: &[Scheme],
+    ids: &[u32],
+    context: usize,
+) -> Result<study::Study> {
     let tokens = STUDIED.min(context).min(pretrained.config.max_position_embeddings);
     let Some(window) = windows(ids, pretrained.config.bos_token_id, tokens, Some(1)).pop() else {
         bail!("the text has {} tokens and the report's pictures need {tokens}; give a longer text", ids.len());
     };
-    let (shape, layers) = sample(cpu, pretrained, &window)?;
-    let corrections = study::corrections(cpu, &pretrained.config, schemes, shape, &layers)?;
+    let (shape, layers) = sample(device, pretrained, &window)?;
+    let corrections = study::corrections(device, &pretrained.config, schemes, shape, &layers)?;
     Ok(study::Study { corrections, ..study::study(shape, &layers)? })
 }
 
@@ -201,9 +210,9 @@ fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystac
 }
 
 /// Adds the retrieval accuracy of every scheme; false where Ctrl-C came.
-fn retrieve(
+fn retrieve<D: Device>(
     args: &CompareArgs,
-    cpu: &Cpu,
+    device: &D,
     pretrained: Pretrained,
     schemes: &[Scheme],
     prompts: &[Prompts],
@@ -215,10 +224,10 @@ fn retrieve(
     let mut loaded = Some(pretrained);
     let mut done = 0;
     for (scheme, row) in schemes.iter().zip(&mut comparison.rows) {
-        let mut pretrained = loaded.take().map_or_else(|| source::load(&args.run.model), Ok)?;
+        let mut pretrained = loaded.take().map_or_else(|| source::load(device, &args.run.model), Ok)?;
         let longest = prompts.iter().map(|prompts| prompts.context).max().unwrap_or(args.context);
         let options = Options { context: longest, sequences: 1, prefill_chunk: None };
-        let mut engine = Engine::new(cpu, &mut pretrained, scheme, options)?;
+        let mut engine = Engine::new(device, &mut pretrained, scheme, options)?;
         for Prompts { context, samples } in prompts {
             bar.set_message(format!("{}: retrieval at {context}", scheme.name));
             let answers = retrieval::run(&mut engine, samples, |begun| {

@@ -1,6 +1,7 @@
 use super::schemes;
-use super::{announce, cache_line, cpu, interrupt_flag, model_line, sampling};
+use super::{announce, cache_line, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
+use crate::device::on_device;
 use crate::output::{STDOUT, TextStream, bytes, note};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result, bail};
@@ -16,18 +17,21 @@ use std::time::{Duration, Instant};
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
     schemes::check(&args.cache)?;
-    let mut pretrained = source::load(&args.run.model)?;
+    on_device!(&args.run.open_device()?, |device| run_on(device, args, &prompts))
+}
+
+fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
+    let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
     sampling.validate()?;
-    let requests = requests(args, &pretrained, &prompts, sampling)?;
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
+    let requests = requests(args, &pretrained, prompts, sampling)?;
     let options = Options {
         context: context(args, &pretrained, &requests),
         sequences: requests.len().min(usize::from(args.parallel)),
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(&cpu, &mut pretrained, &scheme, options)?;
+    let mut engine = Engine::new(device, &mut pretrained, &scheme, options)?;
     let pretrained = engine.pretrained();
     for request in &requests {
         engine.check(request, 0)?;
@@ -62,7 +66,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
             writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     }
-    summary(pretrained, &cpu.describe(), &scheme.name, engine.plan(), options, sampling, &completions, elapsed);
+    summary(pretrained, &device.describe(), &scheme.name, engine.plan(), options, sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
 }

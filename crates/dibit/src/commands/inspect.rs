@@ -1,13 +1,14 @@
 use super::schemes;
-use crate::args::InspectArgs;
-use crate::output::{STDOUT, bytes, table};
+use crate::args::{InspectArgs, IsaArgs};
+use crate::device::{self, AnyDevice, DeviceChoice, on_device};
+use crate::output::{STDOUT, bytes, columns, table};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_device::DType;
+use dibit_device::{Budget, DType, Device};
 use dibit_engine::{MemoryPlan, Options};
 use dibit_model::{Checkpoint, ModelConfig, ModelFiles};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::io::Write;
 
 /// All that is shown.
@@ -19,9 +20,21 @@ struct Report {
     weights: usize,
     /// How they are stored.
     formats: String,
-    /// Bytes of memory that are free.
+    /// The device in words.
+    device: String,
+    /// Bytes of its memory that are free.
     available: usize,
     rows: Vec<Row>,
+    /// What was found of devices, where that is asked for.
+    found: Option<Found>,
+}
+
+/// Devices, and how operations run on the one that is planned for.
+struct Found {
+    /// What was looked for, and what was found.
+    parts: Vec<(String, String)>,
+    /// For each scheme, operations and how they run; none where there is no choice.
+    paths: Vec<(String, Vec<(String, String)>)>,
 }
 
 /// What one scheme takes.
@@ -40,20 +53,37 @@ struct Row {
     fitting_batch: usize,
 }
 
+/// What plans depend on.
+struct Machine {
+    name: String,
+    /// Bytes of memory that are free.
+    available: usize,
+    budget: Budget,
+}
+
+impl Machine {
+    fn of<D: Device>(device: &D) -> Self {
+        let available = device.memory().map_or_else(memory::available, |own| own.free);
+        Machine { name: device.describe(), available, budget: device.budget() }
+    }
+}
+
 pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
     let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
     let (weights, formats) = weights(args, &files, &config)?;
-    let available = memory::available();
+    let device = device::open(args.device.unwrap_or(DeviceChoice::Auto), None, &IsaArgs::default())?;
+    let Machine { name, available, budget } = on_device!(&device, |device| Machine::of(device));
     let options = Options {
         context: args.context.map_or(config.max_position_embeddings, |context| context as usize),
         sequences: args.batch as usize,
         prefill_chunk: None,
     };
     let free = available.saturating_sub(weights);
-    let rows = schemes.iter().map(|scheme| row(scheme, &config, options, free)).collect::<Result<Vec<_>>>()?;
-    let report = Report { files, config, options, weights, formats, available, rows };
+    let rows = schemes.iter().map(|scheme| row(scheme, &config, options, &budget, free)).collect::<Result<Vec<_>>>()?;
+    let found = args.device.map(|choice| found(choice, &device, &name, &schemes, &config)).transpose()?;
+    let report = Report { files, config, options, weights, formats, device: name, available, rows, found };
     let mut stdout = std::io::stdout().lock();
     if args.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&report.to_json())?).context(STDOUT)?;
@@ -61,6 +91,46 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
         write!(stdout, "{}", report.render()).context(STDOUT)?;
     }
     Ok(Outcome::Done)
+}
+
+fn found(
+    choice: DeviceChoice,
+    device: &AnyDevice,
+    name: &str,
+    schemes: &[Scheme],
+    config: &ModelConfig,
+) -> Result<Found> {
+    let mut parts = vec![("device".to_owned(), name.to_owned())];
+    if choice != DeviceChoice::Cpu {
+        parts.extend(dibit_cuda::probe().lines());
+    }
+    let mut paths = Vec::new();
+    if let AnyDevice::Cuda(cuda) = device {
+        for scheme in schemes {
+            let layout = CacheLayout::new(scheme, config.cache_shape())?;
+            paths.push((scheme.name.clone(), cuda.paths(&layout, config.num_attention_heads)));
+        }
+    }
+    Ok(Found { parts, paths })
+}
+
+impl Found {
+    fn render(&self) -> String {
+        let of_scheme = |(scheme, paths): &(String, Vec<(String, String)>)| {
+            let indented: Vec<_> = paths.iter().map(|(name, path)| (format!("  {name}"), path.clone())).collect();
+            format!("{scheme}\n{}", columns(&indented))
+        };
+        let paths: Vec<String> = self.paths.iter().map(of_scheme).collect();
+        format!("\n{}{}{}", columns(&self.parts), if paths.is_empty() { "" } else { "\n" }, paths.concat())
+    }
+
+    fn to_json(&self) -> Value {
+        let object = |rows: &[(String, String)]| -> Value {
+            rows.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect::<Map<_, _>>().into()
+        };
+        let paths: Map<_, _> = self.paths.iter().map(|(scheme, paths)| (scheme.clone(), object(paths))).collect();
+        json!({"found": object(&self.parts), "paths": paths})
+    }
 }
 
 /// Bytes of the weights, and how they are stored.
@@ -77,9 +147,9 @@ fn weights(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Resu
     })
 }
 
-fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> Result<Row> {
+fn row(scheme: &Scheme, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Result<Row> {
     let layout = CacheLayout::new(scheme, config.cache_shape())?;
-    let plan = MemoryPlan::new(config, &layout, options);
+    let plan = MemoryPlan::new(config, &layout, options, budget);
     let usage = layout.planned_usage(options.context);
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
     let fixed = layout.allocated_bytes(layout.blocks(0)) + plan.pass_bytes;
@@ -96,7 +166,7 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, free: usize) -> 
 
 impl Report {
     fn render(&self) -> String {
-        let Report { files, config, options, weights, formats, available, rows } = self;
+        let Report { files, config, options, weights, formats, device, available, rows, found } = self;
         let header = [
             "scheme",
             "per token",
@@ -128,7 +198,7 @@ impl Report {
         let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
         format!(
             "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
-         weights {} ({formats}); memory available {}; context {} tokens{beyond}, batch {}\n\n{}",
+         weights {} ({formats}); memory available {} on {device}; context {} tokens{beyond}, batch {}\n\n{}{}",
             files.origin,
             config.architecture.name(),
             config.num_hidden_layers,
@@ -140,12 +210,13 @@ impl Report {
             bytes(*available),
             options.context,
             options.sequences,
-            table(&header, &cells)
+            table(&header, &cells),
+            found.as_ref().map(Found::render).unwrap_or_default()
         )
     }
 
     fn to_json(&self) -> Value {
-        let Report { files, config, options, weights, formats, available, rows } = self;
+        let Report { files, config, options, weights, formats, device, available, rows, found } = self;
         let schemes: Vec<Value> = rows
             .iter()
             .map(|row| {
@@ -163,16 +234,21 @@ impl Report {
                 })
             })
             .collect();
-        json!({
+        let mut report = json!({
             "model": files.origin,
             "architecture": config.architecture.name(),
             "parameters": config.num_parameters(),
             "weights_bytes": weights,
             "weights_formats": formats,
+            "device": device,
             "available_bytes": available,
             "context": options.context,
             "batch": options.sequences,
             "schemes": schemes,
-        })
+        });
+        if let Some(found) = found {
+            report["devices"] = found.to_json();
+        }
+        report
     }
 }

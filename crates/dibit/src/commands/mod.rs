@@ -11,15 +11,15 @@ pub mod perplexity;
 pub mod ruler;
 pub mod schemes;
 
-use crate::args::{IsaArgs, SamplingArgs};
-use crate::output;
-use anyhow::Result;
+use crate::args::SamplingArgs;
+use crate::output::{self, check_writable};
+use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme, Usage};
-use dibit_device::Cpu;
 use dibit_engine::Sampling;
 use dibit_model::{GenerationConfig, ModelConfig, Pretrained};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -34,14 +34,6 @@ fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
         tracing::info!("{note}");
     }
     Ok(())
-}
-
-fn cpu(threads: Option<u16>, isa: &IsaArgs) -> Result<Cpu> {
-    let cpu = Cpu::new(threads.map(usize::from))?;
-    Ok(match isa.isa {
-        Some(isa) => cpu.with_isa(isa)?,
-        None => cpu,
-    })
 }
 
 /// What the user says, else what the model's makers say. As with Hugging Face, a model whose makers do not ask for
@@ -90,6 +82,14 @@ fn evaluation_progress<'a>(
         steps += 1;
         go_on(interrupted)
     }
+}
+
+/// The page that a report is written to; its directory is made.
+fn prepare_report(directory: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot make the directory {}", directory.display()))?;
+    let page = directory.join("index.html");
+    check_writable(&page)?;
+    Ok(page)
 }
 
 /// The model in a line.

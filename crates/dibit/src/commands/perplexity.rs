@@ -1,9 +1,11 @@
 use super::schemes::calibrated_schemes;
-use super::{announce, cpu, evaluation_progress, interrupt_flag, schemes};
+use super::{announce, evaluation_progress, interrupt_flag, schemes};
 use crate::args::PerplexityArgs;
+use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::{Outcome, source, text};
 use anyhow::{Context, Result};
+use dibit_device::Device;
 use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
 use std::io::Write;
 
@@ -12,15 +14,18 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
     let text = text::read(&args.text)?;
     args.json.as_deref().map(check_writable).transpose()?;
-    let pretrained = source::load(&args.run.model)?;
+    on_device!(&args.run.open_device()?, |device| run_on(device, args, &text))
+}
+
+fn run_on<D: Device>(device: &D, args: &PerplexityArgs, text: &str) -> Result<Outcome> {
+    let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
-    let ids = pretrained.tokenizer.encode(&text, false)?;
+    let ids = pretrained.tokenizer.encode(text, false)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
     let options = PerplexityOptions { context: args.context, windows: args.windows.map(|n| n as usize) };
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
-    let report = perplexity(&cpu, &pretrained, &schemes, &ids, options, evaluation_progress(&bar, &interrupted))?;
+    let report = perplexity(device, &pretrained, &schemes, &ids, options, evaluation_progress(&bar, &interrupted))?;
     bar.finish_and_clear();
     let Some(report) = report else {
         note("interrupted: no figures are shown or written");

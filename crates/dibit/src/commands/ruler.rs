@@ -1,12 +1,13 @@
 use super::schemes::calibrated_schemes;
-use super::{announce, cpu, go_on, interrupt_flag, schemes};
+use super::{announce, go_on, interrupt_flag, schemes};
 use crate::args::RulerArgs;
+use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
 use dibit_cache::Scheme;
-use dibit_device::Cpu;
+use dibit_device::Device;
 use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::csv_field;
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
@@ -37,7 +38,11 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
         check_writable(path)?;
     }
-    let pretrained = source::load(&args.run.model)?;
+    on_device!(&args.run.open_device()?, |device| run_on(device, args, &tasks, haystack))
+}
+
+fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: &[Task], haystack: Option<Haystack>) -> Result<Outcome> {
+    let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     check(args, &pretrained, &schemes)?;
     let name = pretrained.name.clone();
@@ -47,8 +52,7 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
             "without --haystack, RULER's noise sentences stand in for essays; that is easier than essays are"
         );
     }
-    let prompts = prompts(args, &pretrained, &tasks, &haystack.unwrap_or_else(Haystack::noise))?;
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
+    let prompts = prompts(args, &pretrained, tasks, &haystack.unwrap_or_else(Haystack::noise))?;
     let interrupted = interrupt_flag(true)?;
     if let Some(path) = &args.dump {
         write_complete(path, dump(&prompts).as_bytes())?;
@@ -62,9 +66,9 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
         if interrupted.load(Ordering::Relaxed) {
             break;
         }
-        let mut pretrained = loaded.take().map_or_else(|| source::load(&args.run.model), Ok)?;
+        let mut pretrained = loaded.take().map_or_else(|| source::load(device, &args.run.model), Ok)?;
         let done: usize = rows.iter().map(|row: &Row| row.answers.len()).sum();
-        rows.extend(run_scheme(args, &cpu, &mut pretrained, scheme, &prompts, |prompts, sample, before| {
+        rows.extend(run_scheme(args, device, &mut pretrained, scheme, &prompts, |prompts, sample, before| {
             bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
             bar.set_position((done + before) as u64);
             go_on(&interrupted)
@@ -74,13 +78,13 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
 
     let stopped = interrupted.load(Ordering::Relaxed);
     if let Some(path) = args.json.as_deref().filter(|_| !stopped) {
-        write_complete(path, serde_json::to_string(&to_json(args, &name, &tasks, &rows))?.as_bytes())?;
+        write_complete(path, serde_json::to_string(&to_json(args, &name, tasks, &rows))?.as_bytes())?;
     }
     if let Some(path) = args.csv.as_deref().filter(|_| !stopped) {
-        write_complete(path, to_csv(&tasks, &rows).as_bytes())?;
+        write_complete(path, to_csv(tasks, &rows).as_bytes())?;
     }
     if !rows.is_empty() {
-        write!(std::io::stdout(), "{}", render(args, &tasks, &rows, stand_in)).context(STDOUT)?;
+        write!(std::io::stdout(), "{}", render(args, tasks, &rows, stand_in)).context(STDOUT)?;
     }
     if stopped {
         note("interrupted: what was not finished is left out, and no figures are written to files");
@@ -130,9 +134,9 @@ fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: 
 
 /// Runs one scheme at all lengths. `progress` gets the prompt that is about to run, and how many have run before
 /// it; it says whether to go on. Lengths that were not finished are left out.
-fn run_scheme<'a>(
+fn run_scheme<'a, D: Device>(
     args: &RulerArgs,
-    cpu: &Cpu,
+    device: &D,
     pretrained: &mut Pretrained,
     scheme: &'a Scheme,
     prompts: &'a [Prompts],
@@ -143,7 +147,7 @@ fn run_scheme<'a>(
         sequences: usize::from(args.parallel).min(prompts[0].samples.len()),
         prefill_chunk: args.prefill_chunk.map(|tokens| tokens as usize),
     };
-    let mut engine = Engine::new(cpu, pretrained, scheme, options)?;
+    let mut engine = Engine::new(device, pretrained, scheme, options)?;
     let longest = prompts.iter().flat_map(|prompts| &prompts.samples).map(|sample| sample.prompt.len()).max();
     let pass_rows = engine.plan().pass_rows;
     if longest > Some(pass_rows) {

@@ -1,13 +1,12 @@
-//! Attention of a decoding step: one layer, one sequence, one new token.
+//! Attention of a decoding step: one layer, one new token of each sequence of a batch.
 
-use super::sweep;
 use crate::EvalError;
 use crate::made_up::calibrated;
 use crate::random_cache::{RandomCache, random};
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
-use dibit_device::{Cpu, Device};
+use dibit_device::{Device, Sweep};
 use dibit_model::{Rope, RopeScaling};
-use dibit_timing::{Samples, Spread, Sweep, rounds};
+use dibit_timing::{Samples, Spread, rounds};
 use serde::Serialize;
 use std::str::FromStr;
 use thiserror::Error;
@@ -65,15 +64,19 @@ impl FromStr for Heads {
     }
 }
 
-/// What is measured: every choice of heads at every context with every device.
+/// What is measured: every choice of heads at every batch and context with every device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttentionOptions {
     /// Query and KV heads.
     pub heads: Vec<Heads>,
     /// Channels of a head.
     pub head_dim: usize,
-    /// Cached tokens.
+    /// Sequences at once.
+    pub batches: Vec<usize>,
+    /// Cached tokens of each.
     pub contexts: Vec<usize>,
+    /// Layers that a step goes through, each with a cache of its own; figures are of one of them.
+    pub layers: usize,
     /// Rounds that are counted.
     pub rounds: usize,
     /// Bytes that are read in every round besides, to measure how fast that is and to evict caches.
@@ -85,6 +88,8 @@ pub struct AttentionOptions {
 pub struct AttentionBench {
     /// Channels of a head.
     pub head_dim: usize,
+    /// Layers that a step goes through; figures are of one of them.
+    pub layers: usize,
     /// Rounds that are counted.
     pub rounds: usize,
     /// Bytes of other memory that are read between two steps of a scheme, those of the other schemes not counted.
@@ -100,9 +105,11 @@ pub struct AttentionPoint {
     pub num_attention_heads: usize,
     /// KV heads.
     pub num_key_value_heads: usize,
-    /// Cached tokens.
+    /// Sequences at once.
+    pub batch: usize,
+    /// Cached tokens of each.
     pub context: usize,
-    /// Threads.
+    /// Threads of the host; 0 where a GPU computes.
     pub threads: usize,
     /// The device in words.
     pub device: String,
@@ -136,17 +143,16 @@ pub struct AttentionFigures {
 ///
 /// # Errors
 /// [`EvalError`]: a scheme that does not suit the heads, or a lack of memory.
-pub fn attention(
-    devices: &[Cpu],
+pub fn attention<D: Device>(
+    devices: &[D],
     schemes: &[Scheme],
     options: &AttentionOptions,
     mut begin: impl FnMut(String),
 ) -> Result<AttentionBench, EvalError> {
     let schemes = Scheme::with_reference(schemes)?;
-    let sweep = sweep(options.sweep_bytes)?;
     let layouts = |heads: &Heads| -> Result<Vec<CacheLayout>, EvalError> {
         let (num_key_value_heads, head_dim) = (heads.key_value, options.head_dim);
-        let shape = CacheShape { num_layers: 1, num_key_value_heads, head_dim };
+        let shape = CacheShape { num_layers: options.layers, num_key_value_heads, head_dim };
         let inv_freq = Rope { theta: 10_000.0, scaling: RopeScaling::Default }.inv_freq(head_dim);
         let layout = |scheme| {
             let scheme = calibrated(scheme, shape, heads.query);
@@ -158,33 +164,39 @@ pub fn attention(
     let layouts = options.heads.iter().map(layouts).collect::<Result<Vec<_>, _>>()?;
     // Caches are filled with the most threads, and are the same whoever fills them.
     let filler = devices.iter().max_by_key(|device| device.threads()).expect("a device");
+    let sweep = filler.sweep(options.sweep_bytes)?;
+    let sizes: Vec<(usize, usize)> =
+        options.batches.iter().flat_map(|batch| options.contexts.iter().map(|context| (*batch, *context))).collect();
     let mut points = Vec::new();
     for (heads, layouts) in options.heads.iter().zip(layouts) {
-        for &context in &options.contexts {
+        for &(batch, context) in &sizes {
             let mut caches = Vec::new();
             for layout in &layouts {
-                begin(format!("{}/{} heads, {context} tokens: {}", heads.query, heads.key_value, layout.scheme_name()));
-                let mut cache = RandomCache::new(filler, layout.clone(), context, 1)?;
+                let (query, key_value, name) = (heads.query, heads.key_value, layout.scheme_name());
+                begin(format!("{query}/{key_value} heads, batch {batch}, {context} tokens: {name}"));
+                let mut cache = RandomCache::new(filler, layout.clone(), batch, context, 1)?;
                 cache.write_next(filler)?;
                 caches.push(cache);
             }
             for device in devices {
-                points.push(point(device, *heads, &mut caches, &sweep, options.rounds)?);
+                points.push(point(device, *heads, &mut caches, &*sweep, options.rounds)?);
             }
         }
     }
-    let AttentionOptions { head_dim, rounds, .. } = *options;
-    Ok(AttentionBench { head_dim, rounds, sweep_bytes: sweep.bytes(), points })
+    let AttentionOptions { head_dim, layers, rounds, .. } = *options;
+    Ok(AttentionBench { head_dim, layers, rounds, sweep_bytes: sweep.bytes(), points })
 }
 
-fn point(
-    device: &Cpu,
+fn point<D: Device>(
+    device: &D,
     heads: Heads,
-    caches: &mut [RandomCache<Cpu>],
-    sweep: &Sweep,
+    caches: &mut [RandomCache<D>],
+    sweep: &dyn Sweep,
     count: usize,
 ) -> Result<AttentionPoint, EvalError> {
-    let width = heads.query * caches[0].manager.layout().shape.head_dim;
+    let layout = caches[0].manager.layout();
+    let (batch, layers) = (caches[0].batch().rows(), layout.layers.len());
+    let width = batch * heads.query * layout.shape.head_dim;
     let q = device.upload(&random(0, width))?;
     let mut out = device.buffer(width)?;
     let times = rounds(count, 1 + caches.len(), |contender| match contender.checked_sub(1) {
@@ -192,13 +204,15 @@ fn point(
         Some(scheme) => caches[scheme].attend(device, heads.query, &q, &mut out),
     })?;
     let (read, times) = times.split_first().expect("the sweep is timed");
+    let times: Vec<Samples> = times.iter().map(|own| own.map(|seconds| seconds / layers as f64)).collect();
     let read = read.map(|seconds| sweep.bytes() as f64 / seconds / 1e9);
-    let figures = |(cache, seconds): (&RandomCache<Cpu>, &Samples)| {
+    let figures = |(cache, seconds): (&RandomCache<D>, &Samples)| {
         let usage = cache.usage(device);
-        let speed = seconds.map(|seconds| usage.used_bytes as f64 / seconds / 1e9);
+        let bytes = usage.used_bytes / layers;
+        let speed = seconds.map(|seconds| bytes as f64 / seconds / 1e9);
         AttentionFigures {
             scheme: cache.manager.layout().scheme_name().to_owned(),
-            bytes: usage.used_bytes,
+            bytes,
             bits: usage.bits(),
             ms: seconds.map(|seconds| seconds * 1e3).spread(),
             gb_per_s: speed.spread(),
@@ -209,11 +223,12 @@ fn point(
     Ok(AttentionPoint {
         num_attention_heads: heads.query,
         num_key_value_heads: heads.key_value,
-        context: caches[0].sequence.len(),
+        batch,
+        context: caches[0].len(),
         threads: device.threads(),
         device: device.describe(),
         read_gb_per_s: read.spread(),
-        schemes: caches.iter().zip(times).map(figures).collect(),
+        schemes: caches.iter().zip(&times).map(figures).collect(),
     })
 }
 

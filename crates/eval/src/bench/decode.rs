@@ -1,13 +1,12 @@
 //! Decoding and prefill of a whole model.
 
-use super::sweep;
 use crate::EvalError;
 use crate::models::Models;
 use crate::random_cache::RandomCache;
 use dibit_cache::{CacheLayout, CacheManager, Scheme};
-use dibit_device::{Batch, Cpu, Device, Mode};
+use dibit_device::{Batch, Device, Mode, Sweep};
 use dibit_model::{Model, Pretrained, Workspace, argmax};
-use dibit_timing::{Samples, Spread, Sweep, rounds};
+use dibit_timing::{Samples, Spread, rounds};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,11 +16,13 @@ use std::time::{Duration, Instant};
 pub struct DecodeOptions {
     /// Cached tokens before the first one that is decoded; 0 is always there.
     pub depths: Vec<usize>,
+    /// Sequences that are decoded at once.
+    pub batch: usize,
     /// Tokens of the prompt whose prefill is timed; 0 leaves it out.
     pub prompt: usize,
     /// Tokens of it that run in one pass.
     pub pass_rows: usize,
-    /// Tokens that are decoded in a round.
+    /// Tokens of each sequence that are decoded in a round.
     pub tokens: usize,
     /// Rounds that are counted.
     pub rounds: usize,
@@ -48,15 +49,17 @@ pub struct DecodeBench {
     pub model: String,
     /// The device in words.
     pub device: String,
-    /// Threads.
+    /// Threads of the host; 0 where a GPU computes.
     pub threads: usize,
     /// Storage types of the weights.
     pub dtype: String,
-    /// Bytes of weights that decoding a token reads.
+    /// Bytes of weights that a decoding step reads.
     pub weight_bytes: usize,
+    /// Sequences that are decoded at once.
+    pub batch: usize,
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Tokens that are decoded in a round.
+    /// Tokens of each sequence that are decoded in a round.
     pub tokens: usize,
     /// Rounds that are counted.
     pub rounds: usize,
@@ -95,13 +98,13 @@ pub struct DecodePoint {
 pub struct DecodeFigures {
     /// Name of the scheme.
     pub scheme: String,
-    /// Decoded tokens per second.
+    /// Decoded tokens per second, those of all sequences together.
     pub tokens_per_s: Spread,
     /// The same, over that of the first scheme.
     pub over_first: Spread,
     /// The same, over that at depth 0.
     pub over_depth_0: Spread,
-    /// Bytes that the cached tokens take at this depth, all layers together; each token that is decoded reads them.
+    /// Bytes that the cached tokens take at this depth, all layers and sequences together; each decoding step reads them.
     pub cache_bytes: usize,
     /// 10^9 bytes of weights and cache read per second.
     pub gb_per_s: Spread,
@@ -114,8 +117,8 @@ pub struct DecodeFigures {
 ///
 /// # Errors
 /// [`EvalError`].
-pub fn decode(
-    device: &Cpu,
+pub fn decode<D: Device>(
+    device: &D,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     options: &DecodeOptions,
@@ -128,8 +131,8 @@ pub fn decode(
         let layout = config.cache_layout(scheme)?;
         layouts.push((models.get(&layout)?, layout));
     }
-    let sweep = sweep(options.sweep_bytes)?;
-    let workspace = Workspace::new(device, config, options.pass_rows, 1)?;
+    let sweep = device.sweep(options.sweep_bytes)?;
+    let workspace = Workspace::new(device, config, options.pass_rows.max(options.batch), options.batch)?;
     let mut run = Run { device, workspace, logits: Vec::new(), sweep };
     let mut prefill = Vec::new();
     if options.prompt > 0 {
@@ -144,12 +147,12 @@ pub fn decode(
     for &depth in &depths {
         for (model, layout) in &layouts {
             begin(format!("filling {} with {depth} tokens", layout.scheme_name()));
-            let cache = RandomCache::new(device, layout.clone(), depth, options.growth())?;
+            let cache = RandomCache::new(device, layout.clone(), options.batch, depth, options.growth())?;
             decoders.push(Decoder {
                 model: model.clone(),
                 cache_bytes: cache.usage(device).used_bytes,
                 cache,
-                next: 0,
+                next: vec![0; options.batch],
             });
         }
     }
@@ -161,11 +164,12 @@ pub fn decode(
     let weight_bytes = pretrained.weights.bytes_per_token();
     let (read, seconds) = seconds.split_first().expect("the sweep is timed");
     let read = read.map(|seconds| run.sweep.bytes() as f64 / seconds / 1e9);
-    let speeds: Vec<Samples> = seconds.iter().map(|own| own.map(|seconds| options.tokens as f64 / seconds)).collect();
+    let speeds: Vec<Samples> =
+        seconds.iter().map(|own| own.map(|seconds| (options.batch * options.tokens) as f64 / seconds)).collect();
     let figures = |index: usize| {
         let (own, scheme) = (&decoders[index], index % schemes.len());
         let bytes = (weight_bytes + own.cache_bytes) as f64;
-        let gb = speeds[index].map(|speed| speed * bytes / 1e9);
+        let gb = speeds[index].map(|speed| speed / options.batch as f64 * bytes / 1e9);
         DecodeFigures {
             scheme: schemes[scheme].name.clone(),
             tokens_per_s: speeds[index].spread(),
@@ -186,6 +190,7 @@ pub fn decode(
         threads: device.threads(),
         dtype: pretrained.weights.formats(),
         weight_bytes,
+        batch: options.batch,
         prompt: options.prompt,
         tokens: options.tokens,
         rounds: options.rounds,
@@ -197,43 +202,45 @@ pub fn decode(
 }
 
 /// What all contenders use in their turns.
-struct Run<'a> {
-    device: &'a Cpu,
-    workspace: Workspace<Cpu>,
+struct Run<'a, D: Device> {
+    device: &'a D,
+    workspace: Workspace<D>,
     logits: Vec<f32>,
-    sweep: Sweep,
+    sweep: Box<dyn Sweep>,
 }
 
-/// A model in the middle of a text.
-struct Decoder {
-    model: Arc<Model<Cpu>>,
-    cache: RandomCache<Cpu>,
+/// A model in the middle of some texts.
+struct Decoder<D: Device> {
+    model: Arc<Model<D>>,
+    cache: RandomCache<D>,
     cache_bytes: usize,
-    /// The token that comes next.
-    next: u32,
+    /// The token of each that comes next.
+    next: Vec<u32>,
 }
 
-impl Run<'_> {
+impl<D: Device> Run<'_, D> {
     fn read(&self) -> Duration {
         self.device.scope(|| self.sweep.read())
     }
 
-    fn decode(&mut self, own: &mut Decoder, tokens: usize) -> Result<Duration, EvalError> {
+    fn decode(&mut self, own: &mut Decoder<D>, tokens: usize) -> Result<Duration, EvalError> {
+        let rows: Vec<usize> = (0..own.next.len()).collect();
+        self.device.synchronize();
         let start = Instant::now();
         for _ in 0..tokens {
-            let (batch, store) = (own.cache.batch(1), &mut own.cache.store);
-            own.model.forward(self.device, &mut self.workspace, store, &batch, &[own.next])?;
-            own.model.logits(self.device, &mut self.workspace, &[0], &mut self.logits)?;
-            own.next = argmax(&self.logits) as u32;
-            let len = own.cache.sequence.len() + 1;
-            own.cache.manager.advance(&mut own.cache.sequence, len);
+            let (batch, store) = (own.cache.batch(), &mut own.cache.store);
+            own.model.forward(self.device, &mut self.workspace, store, &batch, &own.next)?;
+            own.model.logits(self.device, &mut self.workspace, &rows, &mut self.logits)?;
+            let logits = self.logits.chunks_exact(own.model.config().vocab_size);
+            own.next = logits.map(|logits| argmax(logits) as u32).collect();
+            own.cache.advance(1);
         }
         Ok(start.elapsed())
     }
 
     fn prefill(
         &mut self,
-        layouts: &[(Arc<Model<Cpu>>, CacheLayout)],
+        layouts: &[(Arc<Model<D>>, CacheLayout)],
         options: &DecodeOptions,
     ) -> Result<Vec<PrefillFigures>, EvalError> {
         let mut caches = Vec::new();
@@ -249,6 +256,7 @@ impl Run<'_> {
             let ids: Vec<u32> = (0..options.prompt).map(|token| (token % vocab_size) as u32).collect();
             let mut sequence = manager.open()?;
             manager.reserve(&mut sequence, options.prompt)?;
+            self.device.synchronize();
             let start = Instant::now();
             for ids in ids.chunks(options.pass_rows) {
                 let mut batch = Batch::new(Mode::Chunk);

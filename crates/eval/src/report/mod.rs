@@ -1,4 +1,5 @@
-//! A comparison of schemes as one page to read: HTML with inline SVG, without scripts and without other files.
+//! Pages to read, of a comparison of schemes and of their throughput: HTML with inline SVG, without scripts and without
+//! other files.
 
 mod ablation;
 mod bands;
@@ -19,6 +20,7 @@ mod sheet;
 mod strips;
 mod svg;
 mod table;
+mod throughput;
 mod tradeoff;
 
 use crate::study::Study;
@@ -27,6 +29,7 @@ use number::count;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use svg::escape;
+pub use throughput::{throughput_html, throughput_svg};
 
 /// The page: the table of schemes, what they cost in accuracy and save in bits, what the linear correction does where
 /// schemes have one (tables 3 and 4 and figures 5 and 6 of the KVLinC paper), and what quantisation does to the keys and

@@ -79,6 +79,11 @@ impl Svg {
         self.text(middle, frame.bottom + 36.0, Anchor::Middle, "axis", &escape(label));
     }
 
+    /// The markup so far, to be put into another picture.
+    pub fn inner(&self) -> &str {
+        &self.body
+    }
+
     /// The picture, with a description for those who do not see it.
     pub fn finish(self, description: &str) -> String {
         format!(

@@ -132,7 +132,7 @@ fn missed<D: Device>(device: &D, layout: &CacheLayout, layer: usize, tensor: &[f
     let mut out = device.buffer(rows * row)?;
     device.missed_keys(layout, layer, &device.upload(&tensor[..rows * row])?, rows, &mut out)?;
     let mut missed = Vec::new();
-    device.download(&out, 0..rows * row, &mut missed);
+    device.download(&out, 0..rows * row, &mut missed)?;
     missed.resize(tensor.len(), 0.0);
     Ok(missed)
 }

@@ -1,28 +1,47 @@
 use crate::Outcome;
 use crate::args::AttentionBenchArgs;
-use crate::commands::{cpu, schemes};
+use crate::commands::schemes;
+use crate::device::{self, AnyDevice};
 use crate::output::{bar, bytes, table};
 use anyhow::Result;
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_device::Device;
 use dibit_eval::bench::{AttentionBench, AttentionFigures, AttentionOptions, AttentionPoint, attention};
 
 pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
-    args.measure.check(cache_bytes(args, &schemes)?)?;
-    let mut threads: Vec<Option<u16>> = args.threads.iter().copied().map(Some).collect();
-    if threads.is_empty() {
-        threads.push(None);
+    let (mut cpus, mut gpus) = (Vec::new(), Vec::new());
+    for device in devices(args)? {
+        match device {
+            AnyDevice::Cpu(cpu) => cpus.push(cpu),
+            AnyDevice::Cuda(cuda) => gpus.push(cuda),
+        }
     }
-    let devices = threads.into_iter().map(|threads| cpu(threads, &args.isa)).collect::<Result<Vec<_>, _>>()?;
+    if gpus.is_empty() { run_on(&cpus, args, &schemes) } else { run_on(&gpus, args, &schemes) }
+}
+
+/// One for each number of threads.
+fn devices(args: &AttentionBenchArgs) -> Result<Vec<AnyDevice>> {
+    let open = |threads| device::open(args.device.device, threads, &args.device.isa);
+    match args.threads.as_slice() {
+        [] => Ok(vec![open(None)?]),
+        all => all.iter().map(|threads| open(Some(*threads))).collect(),
+    }
+}
+
+fn run_on<D: Device>(devices: &[D], args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<Outcome> {
+    args.measure.check(&devices[0], cache_bytes(args, schemes)?)?;
     let options = AttentionOptions {
         heads: args.heads.clone(),
         head_dim: args.head_dim,
+        batches: args.batch.clone(),
         contexts: args.context.clone(),
+        layers: args.layers,
         rounds: args.repeat,
         sweep_bytes: args.measure.sweep_bytes(),
     };
     let bar = bar(0);
-    let figures = attention(&devices, &schemes, &options, |what| bar.set_message(what))?;
+    let figures = attention(devices, schemes, &options, |what| bar.set_message(what))?;
     bar.finish_and_clear();
     args.measure.show(&serde_json::to_value(&figures)?, &render(&figures))?;
     Ok(Outcome::Done)
@@ -32,11 +51,13 @@ pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
 fn cache_bytes(args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<usize> {
     let mut most = 0;
     for heads in &args.heads {
-        let shape = CacheShape { num_layers: 1, num_key_value_heads: heads.key_value, head_dim: args.head_dim };
+        let shape =
+            CacheShape { num_layers: args.layers, num_key_value_heads: heads.key_value, head_dim: args.head_dim };
         let longest = args.context.iter().max().copied().unwrap_or(0);
+        let batch = args.batch.iter().max().copied().unwrap_or(1);
         let mut all = 0;
         for scheme in Scheme::with_reference(schemes)? {
-            all += CacheLayout::new(&scheme, shape)?.planned_bytes(longest + 1);
+            all += batch * CacheLayout::new(&scheme, shape)?.planned_bytes(longest + 1);
         }
         most = most.max(all);
     }
@@ -61,10 +82,11 @@ fn render(figures: &AttentionBench) -> String {
     };
     let part = |point: &AttentionPoint| {
         format!(
-            "{} query heads on {} KV heads of {}, {} tokens; {}; memory is read at {:.1} GB/s\n{}\n",
+            "{} query heads on {} KV heads of {}, {}{} tokens; {}; memory is read at {:.1} GB/s\n{}\n",
             point.num_attention_heads,
             point.num_key_value_heads,
             figures.head_dim,
+            if point.batch == 1 { String::new() } else { format!("{} sequences of ", point.batch) },
             point.context,
             point.device,
             point.read_gb_per_s,

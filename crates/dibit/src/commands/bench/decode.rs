@@ -1,34 +1,41 @@
-use crate::args::{DecodeBenchArgs, LoadFormat};
+use super::check_context;
+use crate::args::DecodeBenchArgs;
 use crate::commands::schemes::calibrated_schemes;
-use crate::commands::{announce, cpu, model_line, schemes};
+use crate::commands::{announce, model_line, schemes};
+use crate::device::on_device;
 use crate::output::{bar, bytes, table};
 use crate::{Outcome, memory, source};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dibit_cache::Scheme;
+use dibit_device::Device;
 use dibit_engine::{MemoryPlan, Options};
 use dibit_eval::bench::{DecodeBench, DecodeFigures, DecodeOptions, DecodePoint, PrefillFigures, decode};
 use dibit_model::Pretrained;
 
 pub fn run(args: &DecodeBenchArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
-    let pretrained = source::load(&args.run.model)?;
+    on_device!(&args.run.open_device()?, |device| run_on(device, args))
+}
+
+fn run_on<D: Device>(device: &D, args: &DecodeBenchArgs) -> Result<Outcome> {
+    let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let layout = pretrained.config.cache_layout(&schemes[0])?;
     let prompt = Options { context: args.prompt, sequences: 1, prefill_chunk: None };
     let options = DecodeOptions {
         depths: args.depth.clone(),
+        batch: args.batch,
         prompt: args.prompt,
-        pass_rows: MemoryPlan::new(&pretrained.config, &layout, prompt).pass_rows,
+        pass_rows: MemoryPlan::new(&pretrained.config, &layout, prompt, &device.budget()).pass_rows,
         tokens: args.tokens,
         rounds: args.repeat,
         sweep_bytes: args.measure.sweep_bytes(),
     };
-    check_context(args, &pretrained, &options)?;
-    args.measure.check(cache_bytes(&pretrained, &schemes, &options)?)?;
-    let cpu = cpu(args.run.threads, &args.run.isa)?;
+    check_context(options.longest(), &pretrained, args.run.model.load_format)?;
+    args.measure.check(device, cache_bytes(&pretrained, &schemes, &options)?)?;
     let bar = bar(0);
-    let figures = decode(&cpu, &pretrained, &schemes, &options, |what| bar.set_message(what))?;
+    let figures = decode(device, &pretrained, &schemes, &options, |what| bar.set_message(what))?;
     bar.finish_and_clear();
     let peak = memory::peak();
     let mut value = serde_json::to_value(&figures)?;
@@ -38,25 +45,13 @@ pub fn run(args: &DecodeBenchArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// A trained model has learned its positions, and is not run beyond them; made-up weights know none.
-fn check_context(args: &DecodeBenchArgs, pretrained: &Pretrained, options: &DecodeOptions) -> Result<()> {
-    let (longest, limit) = (options.longest(), pretrained.config.max_position_embeddings);
-    if longest > limit && args.run.model.load_format == LoadFormat::Auto {
-        bail!(
-            "this run reaches {longest} tokens, and the model supports {limit}; choose a smaller --depth, --prompt or \
-             --tokens, or measure the shape alone with --load-format dummy"
-        );
-    }
-    Ok(())
-}
-
 /// Bytes of the caches of all schemes at all depths.
 fn cache_bytes(pretrained: &Pretrained, schemes: &[Scheme], options: &DecodeOptions) -> Result<usize> {
     let (mut decoding, mut prompts) = (0, 0);
     for scheme in schemes {
         let layout = pretrained.config.cache_layout(scheme)?;
         let depths = options.depths.iter().copied().filter(|depth| *depth > 0).chain([0]);
-        decoding += depths.map(|depth| layout.planned_bytes(depth + options.growth())).sum::<usize>();
+        decoding += options.batch * depths.map(|depth| layout.planned_bytes(depth + options.growth())).sum::<usize>();
         prompts += layout.planned_bytes(options.prompt);
     }
     Ok(decoding.max(prompts))
@@ -64,7 +59,7 @@ fn cache_bytes(pretrained: &Pretrained, schemes: &[Scheme], options: &DecodeOpti
 
 fn render(figures: &DecodeBench, peak: Option<usize>) -> String {
     let mut text = format!(
-        "weights read for a token {}; memory is read at {:.1} GB/s\n\n",
+        "weights read for a step {}; memory is read at {:.1} GB/s\n\n",
         bytes(figures.weight_bytes),
         figures.read_gb_per_s
     );
@@ -94,9 +89,10 @@ fn render(figures: &DecodeBench, peak: Option<usize>) -> String {
     let header = ["depth", "scheme", "tokens/s", &first, "times depth 0", "cache", "GB/s", "of read speed"];
     let peak = peak.map_or_else(|| "unknown".to_owned(), bytes);
     text += &format!(
-        "decoding {} tokens in each round\n{}\nmedians (and quartiles) of {} rounds; times: how many times faster, in the \
+        "decoding {} tokens{} in each round\n{}\nmedians (and quartiles) of {} rounds; times: how many times faster, in the \
          same round\nGB/s of weights and cache; peak memory of the whole run, {} of sweep included: {peak}\n",
         figures.tokens,
+        if figures.batch == 1 { String::new() } else { format!(" of each of {} sequences", figures.batch) },
         table(&header, &rows),
         figures.rounds,
         bytes(figures.sweep_bytes)

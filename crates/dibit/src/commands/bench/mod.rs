@@ -2,19 +2,24 @@
 
 mod attention;
 mod decode;
+mod throughput;
 
 use crate::Outcome;
-use crate::args::{Bench, BenchArgs, MeasureArgs};
+use crate::args::{Bench, BenchArgs, LoadFormat, MeasureArgs};
 use crate::memory;
 use crate::output::{STDOUT, bytes, check_writable, write_complete};
 use anyhow::{Context, Result, bail};
+use dibit_device::Device;
+use dibit_model::Pretrained;
 use serde_json::Value;
 use std::io::Write;
+use std::path::PathBuf;
 
 pub fn run(args: &BenchArgs) -> Result<Outcome> {
     match &args.what {
         Bench::Attention(args) => attention::run(args),
         Bench::Decode(args) => decode::run(args),
+        Bench::Throughput(args) => throughput::run(args),
     }
 }
 
@@ -33,10 +38,10 @@ impl MeasureArgs {
     }
 
     /// What would fail after long work: a file that cannot be written, caches that do not fit beside the sweep.
-    fn check(&self, cache_bytes: usize) -> Result<()> {
+    fn check<D: Device>(&self, device: &D, cache_bytes: usize) -> Result<()> {
         self.json.iter().flatten().try_for_each(|path| check_writable(path))?;
         warn_of_load();
-        let (sweep, available) = (self.sweep_bytes(), memory::available());
+        let (sweep, available) = (self.sweep_bytes(), device.memory().map_or_else(memory::available, |own| own.free));
         if cache_bytes.saturating_add(sweep) > available {
             bail!(
                 "caches take {}, the sweep {}, and {} of memory are free; measure fewer tokens or a smaller --sweep",
@@ -48,14 +53,30 @@ impl MeasureArgs {
         Ok(())
     }
 
-    /// Shows the figures as the user wants them.
     fn show(&self, figures: &Value, text: &str) -> Result<()> {
-        let mut stdout = std::io::stdout();
-        match &self.json {
-            Some(None) => return writeln!(stdout, "{figures:#}").context(STDOUT),
-            Some(Some(path)) => write_complete(path, format!("{figures:#}\n").as_bytes())?,
-            None => {}
-        }
-        write!(stdout, "{text}").context(STDOUT)
+        show(&self.json, figures, text)
     }
+}
+
+/// A trained model has learned its positions, and is not run beyond them; made-up weights know none.
+fn check_context(longest: usize, pretrained: &Pretrained, format: LoadFormat) -> Result<()> {
+    let limit = pretrained.config.max_position_embeddings;
+    if longest > limit && format == LoadFormat::Auto {
+        bail!(
+            "this run reaches {longest} tokens, and the model supports {limit}; measure fewer, or the shape alone with \
+             --load-format dummy"
+        );
+    }
+    Ok(())
+}
+
+/// Shows figures as the user wants them: `json` is what `--json` says.
+fn show(json: &Option<Option<PathBuf>>, figures: &Value, text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    match json {
+        Some(None) => return writeln!(stdout, "{figures:#}").context(STDOUT),
+        Some(Some(path)) => write_complete(path, format!("{figures:#}\n").as_bytes())?,
+        None => {}
+    }
+    write!(stdout, "{text}").context(STDOUT)
 }

@@ -1,0 +1,286 @@
+//! Attention over a cache.
+//!
+//! Three kernels compute the parts of a row's attention. `packed` reads two-bit codes as they lie, for single tokens;
+//! `tiles` takes tiles of tokens of nearly any form to tensor cores; `exact` computes in f32 whatever the form. A part is
+//! a largest logit, a normaliser and weighted values; one kernel joins them.
+
+pub(crate) mod exact;
+mod packed;
+mod tiles;
+
+use crate::device::Buffer;
+use crate::gpu::Gpu;
+use crate::kernel::{Grid, launch};
+use crate::memory::Memory;
+use crate::store::{CudaStore, ROWS};
+use crate::{Cuda, CudaError, abi};
+use dibit_cache::{CacheLayout, Sees};
+use dibit_device::{Batch, DeviceError, Mode, Phase};
+use packed::Packed;
+use std::ops::Range;
+use std::sync::Arc;
+use tiles::Tiles;
+
+/// Rows of a block of `correct`, and threads of one of `correct_row`.
+const CORRECTED_ROWS: usize = 8;
+const ROW_THREADS: usize = 512;
+
+/// The kernels that suit a layer, besides the one that suits all.
+pub(crate) struct Kernels {
+    packed: Option<Packed>,
+    tiles: Option<Tiles>,
+}
+
+impl Kernels {
+    /// Those of a layer, compiled where that has not been done.
+    pub(crate) fn new(c: &Cuda, layout: &CacheLayout, index: usize) -> Result<Self, CudaError> {
+        Ok(Kernels { packed: Packed::new(&c.gpu, layout, index)?, tiles: Tiles::new(&c.gpu, layout, index)? })
+    }
+}
+
+/// Which kernel computes the parts of rows.
+enum Path<'a> {
+    Packed(&'a Packed),
+    Tiles(&'a Tiles),
+    Exact,
+}
+
+/// How attention of passes of a phase is computed, in words.
+pub(crate) fn describe(c: &Cuda, layout: &CacheLayout, phase: Phase) -> String {
+    let exact = "f32, pages of any form expanded in shared memory";
+    if c.is_exact() {
+        return format!("{exact} (the weights are f32)");
+    }
+    let is_packed = |index: usize| phase == Phase::Decode && Packed::suits(layout, index).is_some();
+    let all = 0..layout.layers.len();
+    let of_layer = |index: usize| match () {
+        () if is_packed(index) => "tensor cores, on two-bit codes as they lie",
+        () if Tiles::suits(layout, index) => "tensor cores, on tiles in fp16",
+        () => exact,
+    };
+    let mut paths: Vec<&str> = all.map(of_layer).collect();
+    paths.sort_unstable();
+    paths.dedup();
+    paths.join("; in other layers: ")
+}
+
+/// Rows of staged spans that attend.
+struct Call<'a> {
+    layer: usize,
+    phase: Phase,
+    /// Rows of the batch.
+    rows: Range<usize>,
+    /// The row with which `q` and `out` begin.
+    first: usize,
+    num_heads: usize,
+    /// Whether the pass in flight is seen.
+    incoming: bool,
+    q: &'a Buffer,
+    out: &'a Buffer,
+}
+
+/// What a kernel that computes parts needs to know.
+struct Parts {
+    layer: usize,
+    rows: Range<usize>,
+    heads: usize,
+    spans: usize,
+    splits: usize,
+    for_kernels: abi::Attention,
+}
+
+impl Parts {
+    /// Tiles of so many rows, at most: one more than whole ones for each span.
+    fn tiles(&self, tile_rows: usize) -> usize {
+        self.rows.len().div_ceil(tile_rows) + self.spans - 1
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention(
+    c: &Cuda,
+    store: &mut CudaStore,
+    layer: usize,
+    batch: &Batch,
+    rows: Range<usize>,
+    num_heads: usize,
+    q: &Buffer,
+    out: &mut Buffer,
+) -> Result<(), DeviceError> {
+    let width = num_heads * store.layout.shape.head_dim;
+    assert!(rows.len() * width <= q.len.min(out.len), "queries of rows");
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let call = |phase: Phase, rows: Range<usize>, first: usize, incoming: bool| Call {
+        layer,
+        phase,
+        rows,
+        first,
+        num_heads,
+        incoming,
+        q,
+        out: &*out,
+    };
+    if !store.is_stepwise(batch) {
+        store.stage_alone(batch)?;
+        return attend(c, store, call(batch.phase(), rows.clone(), rows.start, true));
+    }
+    let stored = store.layout.sees == Sees::Stored;
+    for span in &batch.spans {
+        let mut one = span.clone();
+        for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
+            one.rows = row..row + 1;
+            one.cached = span.cached + row - span.rows.start;
+            store.stage_spans(std::slice::from_ref(&one), true)?;
+            if stored {
+                store.append(c, layer, std::slice::from_ref(&one))?;
+                one.cached += 1;
+                store.stage_spans(std::slice::from_ref(&one), false)?;
+            }
+            attend(c, store, call(Phase::Decode, row..row + 1, rows.start, !stored))?;
+            if !stored {
+                store.append(c, layer, std::slice::from_ref(&one))?;
+            }
+        }
+    }
+    debug_assert!(stored || batch.mode == Mode::Streaming);
+    Ok(())
+}
+
+fn attend(c: &Cuda, store: &mut CudaStore, call: Call) -> Result<(), DeviceError> {
+    let gpu = &c.gpu;
+    let shape = store.layout.shape;
+    let (heads, kv_heads, d) = (call.num_heads, shape.num_key_value_heads, shape.head_dim);
+    let (shared, rows) = (heads / kv_heads, call.rows.len());
+    let number = size_of::<f32>();
+    let at = (call.rows.start - call.first) * heads * d * number;
+    let (given, out) = (call.q.memory.at(at), call.out.memory.at(at));
+    let mut q = given;
+    let keys = &store.layers[call.layer].keys;
+    if !keys.is_none() {
+        let rotation = keys.for_kernels();
+        let rotated = room(gpu, &mut store.scratch.queries, "queries", rows * heads * d * number)?;
+        let grid = rotation_grid(rows, heads, d);
+        launch!(gpu, store.kernels.rotate_rows, grid, q, rotated, rotation, rows as i32, d as i32, shared as i32);
+        q = rotated;
+    }
+    let own = if c.is_exact() { None } else { Some(store.attention(c, call.layer)?) };
+    let path = match own.as_deref() {
+        Some(Kernels { packed: Some(packed), .. }) if call.phase == Phase::Decode => Path::Packed(packed),
+        Some(Kernels { tiles: Some(tiles), .. }) => Path::Tiles(tiles),
+        _ => Path::Exact,
+    };
+    let longest = store.staged.shape.longest;
+    let splits = match path {
+        // Passes of single rows are recorded, by the shape that is rounded up.
+        Path::Packed(_) if store.staged.most_rows == 1 => packed::splits(&store.layout, longest, 1),
+        Path::Packed(_) => packed::splits(&store.layout, store.staged.farthest, store.staged.most_rows),
+        Path::Tiles(_) => tiles::splits(longest),
+        Path::Exact => exact::splits(longest),
+    };
+    let bytes = rows * heads * splits * (d + 2) * number;
+    let partials = room(gpu, &mut store.scratch.partials, "partial results", bytes)?;
+    let spans = store.staged.shape.spans;
+    let for_kernels = abi::Attention {
+        cache: store.cache(call.layer),
+        spans: store.staged.spans(),
+        span_count: spans as i32,
+        padding: 0,
+        tables: store.staged.tables(),
+        q,
+        heads: heads as i32,
+        first_row: call.rows.start as i32,
+        row_count: rows as i32,
+        incoming: call.incoming.into(),
+        split_tokens: 0,
+        splits: splits as i32,
+        partials,
+    };
+    let parts = Parts { layer: call.layer, rows: call.rows.clone(), heads, spans, splits, for_kernels };
+    match path {
+        Path::Packed(packed) => packed.attend(c, store, &parts),
+        Path::Tiles(tiles) => tiles.attend(c, store, &parts)?,
+        Path::Exact => exact::attend(c, store, &parts),
+    }
+    let corrections = correct(c, store, &parts, given)?;
+    launch!(
+        gpu,
+        store.kernels.join_splits,
+        Grid::new([heads, rows, 1], 128),
+        partials,
+        splits as i32,
+        corrections,
+        out
+    );
+    let values = &store.layers[call.layer].values;
+    if !values.is_none() {
+        let (rotation, grid) = (values.for_kernels().inverse(), rotation_grid(rows, heads, d));
+        launch!(gpu, store.kernels.rotate_rows, grid, out, out, rotation, rows as i32, d as i32, shared as i32);
+    }
+    Ok(())
+}
+
+fn rotation_grid(rows: usize, heads: usize, head_dim: usize) -> Grid {
+    Grid::new([rows.div_ceil(ROWS), heads, 1], 128).shared(2 * ROWS * head_dim * size_of::<f32>())
+}
+
+/// What the linear correction adds to rows of queries; null where there is none.
+fn correct(c: &Cuda, store: &mut CudaStore, parts: &Parts, queries: u64) -> Result<u64, DeviceError> {
+    let Some(correction) = store.correction(parts.layer) else { return Ok(0) };
+    let d = store.layout.shape.head_dim;
+    let number = size_of::<f32>();
+    let bytes = parts.rows.len() * parts.heads * (d + 1) * number;
+    let corrections = room(&c.gpu, &mut store.scratch.corrections, "corrections", bytes)?;
+    let (width, d_argument) = (correction.features as usize, d as i32);
+    let abi::Attention { spans, span_count, first_row, row_count, heads, .. } = parts.for_kernels;
+    if store.staged.most_rows == 1 {
+        let grid =
+            Grid::new([parts.rows.len(), parts.heads, 1], ROW_THREADS).shared((d + width + ROW_THREADS) * number);
+        launch!(
+            c.gpu,
+            store.kernels.correct_row,
+            grid,
+            correction,
+            spans,
+            span_count,
+            queries,
+            first_row,
+            heads,
+            d_argument,
+            corrections,
+        );
+        return Ok(corrections);
+    }
+    let shared_bytes = CORRECTED_ROWS * (d + width) * number;
+    let grid = Grid::new([parts.tiles(CORRECTED_ROWS), parts.heads, 1], 128).shared(shared_bytes);
+    launch!(
+        c.gpu,
+        store.kernels.correct,
+        grid,
+        correction,
+        spans,
+        span_count,
+        queries,
+        first_row,
+        row_count,
+        heads,
+        d_argument,
+        corrections,
+    );
+    Ok(corrections)
+}
+
+/// Makes sure that a buffer has so many bytes; returns its address.
+pub(crate) fn room(
+    gpu: &Arc<Gpu>,
+    buffer: &mut Option<Memory>,
+    what: &'static str,
+    bytes: usize,
+) -> Result<u64, DeviceError> {
+    if buffer.as_ref().is_none_or(|own| own.bytes() < bytes) {
+        *buffer = None;
+        *buffer = Some(Memory::new(gpu, what, bytes)?);
+    }
+    Ok(buffer.as_ref().expect("a buffer").at(0))
+}

@@ -1,0 +1,229 @@
+//! The cache on a GPU against the CPU: attention of every row, and every byte of every page.
+#![cfg(feature = "gpu-tests")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod fast;
+mod graphs;
+mod made_up;
+mod missed;
+mod random;
+mod schemes;
+mod sequences;
+
+use common::cuda;
+use dibit_cache::{CacheLayout, CacheManager, CacheShape, Calibration, Pivots, Scheme, Sequence, Sinks};
+use dibit_cuda::{Cuda, CudaStore};
+use dibit_device::{Batch, Cpu, CpuCache, Device, DeviceError, Mode};
+use made_up::{calibration, noise};
+use std::sync::Arc;
+
+const LAYER: usize = 1;
+
+/// How far outputs may be from the CPU's, as a share of their root mean square: its weights of packed codes have 16 bits.
+const TOLERANCE: f64 = 6e-3;
+
+/// The same where nothing is packed.
+const EXACT: f64 = 1e-4;
+
+pub(crate) struct Case {
+    scheme: Scheme,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    /// Tokens that the layer is made to protect where the scheme looks for massive activations.
+    sinks: Vec<usize>,
+    /// Classes of the tokens.
+    classes: Vec<u8>,
+}
+
+/// Queries, keys and values.
+type Data = [Vec<f32>; 3];
+
+/// Stores whose pages can be looked at.
+trait Pages {
+    fn bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8>;
+}
+
+impl Pages for CpuCache {
+    fn bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
+        self.page_bytes(class, block, layer, kv_head)
+    }
+}
+
+impl Pages for CudaStore {
+    fn bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
+        self.page_bytes(class, block, layer, kv_head)
+    }
+}
+
+impl Case {
+    fn new(mut scheme: Scheme, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim };
+        if scheme.takes_calibration() {
+            let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * head_dim;
+            scheme.calibration =
+                Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
+        }
+        Case { scheme, heads, kv_heads, head_dim, sinks: Vec::new(), classes: Vec::new() }.protecting(&[0, 5, 133, 260])
+    }
+
+    /// Makes schemes that look for massive activations find these tokens.
+    fn protecting(mut self, tokens: &[usize]) -> Self {
+        self.sinks = tokens.to_vec();
+        match &mut self.scheme.sinks {
+            Sinks::Massive(count) | Sinks::Pivots(Pivots { count, .. }) => *count = tokens.len(),
+            Sinks::None | Sinks::First(_) => {}
+        }
+        self
+    }
+
+    fn layout(&self) -> CacheLayout {
+        let shape = CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim };
+        let inv_freq = (0..self.head_dim / 2).map(|c| 10000f32.powf(-2.0 * c as f32 / self.head_dim as f32)).collect();
+        CacheLayout::new(&self.scheme, shape).unwrap().with_tables(inv_freq).unwrap()
+    }
+
+    fn manager(&self, len: usize, sequences: usize) -> CacheManager {
+        let layout = self.layout();
+        let blocks = sequences * layout.blocks(len);
+        CacheManager::new(layout, blocks, sequences)
+    }
+
+    fn widths(&self) -> [usize; 3] {
+        [self.heads, self.kv_heads, self.kv_heads].map(|heads| heads * self.head_dim)
+    }
+
+    fn data(&self, seed: usize, tokens: usize) -> Data {
+        let widths = self.widths();
+        std::array::from_fn(|i| noise(10 * seed + i + 1, tokens * widths[i], self.head_dim))
+    }
+}
+
+/// A cache on a device, with sequences in it.
+struct Machine<'a, D: Device> {
+    device: &'a D,
+    case: &'a Case,
+    manager: CacheManager,
+    store: D::Store,
+}
+
+impl<'a, D: Device> Machine<'a, D> {
+    fn new(device: &'a D, case: &'a Case, len: usize, sequences: usize, max_rows: usize) -> Self {
+        let manager = case.manager(len, sequences);
+        let store = device.store(manager.layout(), manager.num_blocks(), sequences, max_rows).unwrap();
+        Machine { device, case, manager, store }
+    }
+
+    /// One pass of some tokens of some sequences, whose data begins with their first token; returns the outputs.
+    fn pass(&mut self, sequences: &mut [(&mut Sequence, usize, &Data)], mode: Mode) -> Result<Vec<f32>, DeviceError> {
+        let Machine { device, case, manager, store } = self;
+        let mut batch = Batch::new(mode);
+        let mut data: Data = Default::default();
+        for (sequence, rows, own) in sequences.iter_mut() {
+            let new = sequence.len()..sequence.len() + *rows;
+            for ((all, own), width) in data.iter_mut().zip(own.iter()).zip(case.widths()) {
+                all.extend_from_slice(&own[new.start * width..new.end * width]);
+            }
+            manager.classify(sequence, case.classes.get(new.clone()).unwrap_or_default()).unwrap();
+            manager.reserve(sequence, new.end).unwrap();
+            batch.push(sequence, *rows, case.scheme.window);
+        }
+        let rows = batch.rows();
+        let large = |position: u32| if case.sinks.contains(&(position as usize)) { 1000.0 } else { 1.0 };
+        let hidden: Vec<f32> = batch.positions().map(large).collect();
+        let hidden = device.upload(&hidden)?;
+        let [q, k, v] = data.map(|numbers| device.upload(&numbers).unwrap());
+        let len = rows * case.widths()[0];
+        let mut out = device.upload(&vec![f32::NAN; len])?;
+        device.pass(store, &batch, 1, |store| {
+            for layer in 0..=LAYER {
+                device.observe(store, layer, &batch, &hidden, 1);
+            }
+            device.write_kv(store, LAYER, &batch, 0..rows, &k, &v)?;
+            device.attention(store, LAYER, &batch, 0..rows, case.heads, &q, &mut out)?;
+            device.commit(store, LAYER, &batch)
+        })?;
+        for (sequence, rows, _) in sequences.iter_mut() {
+            manager.advance(sequence, sequence.len() + *rows);
+        }
+        let mut outputs = Vec::new();
+        device.download(&out, 0..len, &mut outputs)?;
+        Ok(outputs)
+    }
+
+    /// Passes of a sequence of its own; returns all outputs.
+    fn run(&mut self, sequence: &mut Sequence, mode: Mode, passes: &[usize], data: &Data) -> Vec<f32> {
+        passes.iter().flat_map(|rows| self.pass(&mut [(&mut *sequence, *rows, data)], mode).unwrap()).collect()
+    }
+
+    fn pages(&self, sequence: &Sequence) -> Vec<Vec<u8>>
+    where
+        D::Store: Pages,
+    {
+        let classes = sequence.class_tokens(0);
+        let plain = sequence.blocks().iter().map(|block| (0, *block));
+        let of_classes =
+            classes.iter().enumerate().flat_map(|(class, own)| own.blocks.iter().map(move |b| (class, *b)));
+        let heads =
+            |(class, block)| (0..self.case.kv_heads).map(move |head| self.store.bytes(class, block, LAYER, head));
+        plain.chain(of_classes).flat_map(heads).collect()
+    }
+}
+
+fn close(what: &str, tolerance: f64, got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let squares: f64 = expected.iter().map(|x| f64::from(*x).powi(2)).sum();
+    let scale = (squares / expected.len() as f64).sqrt();
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let difference = (f64::from(*got) - f64::from(*expected)).abs();
+        assert!(difference <= tolerance * scale, "{what}, number {i}: {got} instead of {expected}");
+    }
+}
+
+/// Runs passes on both devices and compares all that can be seen.
+fn compare(cuda: &Cuda, what: &str, case: &Case, mode: Mode, passes: &[usize]) {
+    compare_within([EXACT, TOLERANCE], cuda, what, case, mode, passes);
+}
+
+/// The same with tolerances of one's own, for what is seen exactly and for what is packed.
+fn compare_within([exact, packed]: [f64; 2], cuda: &Cuda, what: &str, case: &Case, mode: Mode, passes: &[usize]) {
+    let tokens: usize = passes.iter().sum();
+    let cpu = Cpu::new(Some(2)).unwrap();
+    let data = case.data(0, tokens);
+    let rows = *passes.iter().max().unwrap();
+    let mut reference = Machine::new(&cpu, case, tokens, 1, rows);
+    let mut machine = Machine::new(cuda, case, tokens, 1, rows);
+    let mut sequences = [reference.manager.open().unwrap(), machine.manager.open().unwrap()];
+    let expected = reference.run(&mut sequences[0], mode, passes, &data);
+    let got = machine.run(&mut sequences[1], mode, passes, &data);
+    let tolerance = if case.scheme.is_exact() { exact } else { packed };
+    let width = case.widths()[0];
+    let mut first = 0;
+    for rows in passes {
+        let own = first * width..(first + rows) * width;
+        // What is seen exactly is computed exactly.
+        let whole = case.scheme.sees == dibit_cache::Sees::Exact && mode == Mode::Chunk && first == 0;
+        let tolerance = if whole { exact } else { tolerance };
+        close(
+            &format!("{what}, {mode:?} {passes:?}, rows from {first} on"),
+            tolerance,
+            &got[own.clone()],
+            &expected[own],
+        );
+        first += rows;
+    }
+    for (index, (got, expected)) in machine.pages(&sequences[1]).iter().zip(reference.pages(&sequences[0])).enumerate()
+    {
+        if let Some(at) = (0..got.len()).find(|at| got[*at] != expected[*at]) {
+            let layout = case.layout();
+            let page = &layout.layers[LAYER].pages[index % case.kv_heads];
+            panic!(
+                "{what}, {mode:?} {passes:?}: byte {at} of page {index} is {} and not {}: {page:?}",
+                got[at], expected[at]
+            );
+        }
+    }
+    let extras = [cpu.extras(&reference.store, 0, tokens), cuda.extras(&machine.store, 0, tokens)];
+    assert_eq!(extras[0], extras[1], "{what}");
+}

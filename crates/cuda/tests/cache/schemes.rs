@@ -1,0 +1,58 @@
+//! Every scheme.
+
+use super::*;
+use made_up::{corrected, custom, own, scheme};
+
+/// Built-in schemes, and others that choose what those do not.
+fn all() -> Vec<Scheme> {
+    let mut schemes: Vec<Scheme> = Scheme::built_in().map(scheme).collect();
+    schemes.extend([
+        custom(4, 2, 32, "tokens = 100\nschedule = \"guaranteed\""),
+        custom(16, 8, 64, "tokens = 256\nschedule = \"kivi\""),
+        custom(2, 16, 64, "tokens = 0\nschedule = \"guaranteed\""),
+        custom(3, 3, 32, "tokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4"),
+        custom(16, 4, 32, ""),
+        own("correction = \"linear\"", "bits = 2\ntransform = \"hadamard\"", "bits = 4\ntransform = \"basis\""),
+        own(
+            "correction = { kind = \"linear+bias\", features = 64, states = \"fp16\" }",
+            "bits = \"planes\"",
+            "bits = 2",
+        ),
+        own("correction = \"linear\"", "bits = 2\naxis = \"token\"", "bits = 16"),
+        own("correction = \"bias\"", "bits = 3\ngroup = 32", "bits = 2"),
+        corrected("[window]\ntokens = 128\nschedule = \"kivi\"", "channel"),
+        corrected("", "token"),
+        own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
+        own(
+            "",
+            "bits = 2\nlow_rank = 2\noutliers = 0.02\nhigh_precision = 0.07",
+            "bits = 4\ntransform = \"basis\"\noutliers = 0.02",
+        ),
+        own("correction = \"linear\"", "bits = 2\noutliers = 0.02", "bits = 2\nlow_rank = 3"),
+        own("", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
+    ]);
+    let only = std::env::var("DIBIT_TEST_SCHEME").unwrap_or_default();
+    schemes.retain(|scheme| scheme.origin.contains(&only));
+    schemes
+}
+
+#[test]
+fn every_scheme_equals_the_cpu() {
+    let Some(cuda) = cuda() else { return };
+    for scheme in all() {
+        let case = Case::new(scheme, 4, 2, 64);
+        println!("{}", case.scheme.origin);
+        compare(cuda, &case.scheme.origin, &case, Mode::Chunk, &[300, 37, 1]);
+    }
+}
+
+#[test]
+fn sanitized_heads_of_any_size_equal_the_cpu() {
+    let Some(cuda) = cuda() else { return };
+    for name in ["kvlinc", "kivi", "rotatekv-window", "gear"] {
+        for head_dim in [80, 96, 128, 256] {
+            let case = Case::new(scheme(name), 3, 1, head_dim);
+            compare(cuda, &format!("{name} {head_dim}"), &case, Mode::Chunk, &[150, 1]);
+        }
+    }
+}

@@ -1,0 +1,19 @@
+use std::ops::Range;
+
+/// Memory that a forward pass may take on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Budget {
+    /// Rows that go through a layer together, at least and at most.
+    pub tile_rows: Range<usize>,
+    /// Bytes that the activations inside a layer may take.
+    pub tile_bytes: usize,
+    /// Bytes that the rows of a pass may take. Prompts are prefilled exactly in passes of as many tokens as fit.
+    pub pass_bytes: usize,
+    /// Rows of a pass at least, however wide the model is.
+    pub pass_rows: usize,
+}
+
+impl Budget {
+    /// What suits the caches of a processor.
+    pub const HOST: Budget = Budget { tile_rows: 16..128, tile_bytes: 24 << 20, pass_bytes: 20 << 20, pass_rows: 256 };
+}
