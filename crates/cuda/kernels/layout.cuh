@@ -110,8 +110,8 @@ struct Attention {
     int first_row, row_count;
     /// Whether the pass in flight is seen. Where it is not, its tokens are stored already.
     int incoming;
-    /// Tokens of a split, a multiple of 128, and the largest number of splits of any span.
-    int split_tokens, splits;
+    /// The largest number of splits of any span.
+    int splits;
     /// [row][head][split][head_dim + 2]: largest logit, normaliser, weighted values in the frame of that logit. Splits that
     /// a row does not have hold -inf, 0 and anything.
     float* partials;

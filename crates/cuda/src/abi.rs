@@ -117,8 +117,8 @@ pub(crate) struct Attention {
     pub first_row: i32,
     pub row_count: i32,
     pub incoming: i32,
-    pub split_tokens: i32,
     pub splits: i32,
+    pub padding_2: i32,
     pub partials: u64,
 }
 

@@ -193,8 +193,8 @@ fn attend(c: &Cuda, store: &mut CudaStore, call: Call) -> Result<(), DeviceError
         first_row: call.rows.start as i32,
         row_count: rows as i32,
         incoming: call.incoming.into(),
-        split_tokens: 0,
         splits: splits as i32,
+        padding_2: 0,
         partials,
     };
     let parts = Parts { layer: call.layer, rows: call.rows.clone(), heads, spans, splits, for_kernels };

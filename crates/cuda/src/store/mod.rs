@@ -339,18 +339,7 @@ impl CudaStore {
 
     pub(crate) fn extras(&self, sequence: u32, len: usize) -> Extras {
         let state = &self.sequences[sequence as usize];
-        let packed = self.layout.window.packed_keys(len);
-        let own =
-            |layer: usize| state.protected.layer(layer).iter().filter(|token| (**token as usize) < packed).count();
-        let blocks = packed / PAGE_TOKENS;
-        let begins = |(block, first): (usize, &u32)| block == *first as usize;
-        Extras {
-            sinks: (0..self.layout.layers.len()).map(own).sum(),
-            chunks: match self.layout.chunk_bytes() {
-                0 => 0,
-                _ => state.chunks.iter().take(blocks).enumerate().filter(|block| begins(*block)).count(),
-            },
-        }
+        host::extras(&self.layout, &state.protected, &state.chunks, len)
     }
 
     pub(crate) fn write(

@@ -5,6 +5,7 @@
 mod common;
 mod fast;
 mod graphs;
+#[path = "../../../device/src/cpu/tests/made_up.rs"]
 mod made_up;
 mod missed;
 mod random;

@@ -45,7 +45,7 @@ use rayon::prelude::*;
 pub use simd::Isa;
 pub use sinks::Protected;
 use std::ops::Range;
-pub use store::CpuStore;
+pub use store::{CpuStore, extras};
 
 /// Tokens of a split of a long history. A constant: a result must not depend on the number of threads.
 const SPLIT_TOKENS: usize = 4096;

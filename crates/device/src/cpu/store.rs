@@ -165,18 +165,7 @@ impl CpuStore {
     /// What a sequence of `len` tokens holds beside pages and window.
     pub(super) fn extras(&self, sequence: u32, len: usize) -> Extras {
         let state = &self.sequences[sequence as usize];
-        let packed = self.layout.window.packed_keys(len);
-        let own =
-            |layer: usize| state.protected.layer(layer).iter().filter(|token| (**token as usize) < packed).count();
-        let blocks = packed / PAGE_TOKENS;
-        let begins = |(block, first): (usize, &u32)| block == *first as usize;
-        Extras {
-            sinks: (0..self.layout.layers.len()).map(own).sum(),
-            chunks: match self.layout.chunk_bytes() {
-                0 => 0,
-                _ => state.chunks.iter().take(blocks).enumerate().filter(|block| begins(*block)).count(),
-            },
-        }
+        extras(&self.layout, &state.protected, &state.chunks, len)
     }
 
     /// Lets a layer choose which tokens of prompts it protects.
@@ -296,6 +285,21 @@ impl CpuStore {
             scratch,
         };
         scratch.iter_mut().take(count).enumerate().map(frame).collect()
+    }
+}
+
+/// What a sequence of `len` tokens holds beside pages and window: of each layer the protected tokens that are packed, and
+/// the chunks that its blocks begin, `chunks` having for each block the first one of its chunk.
+pub fn extras(layout: &CacheLayout, protected: &Protected, chunks: &[u32], len: usize) -> Extras {
+    let packed = layout.window.packed_keys(len);
+    let own = |layer: usize| protected.layer(layer).iter().filter(|token| (**token as usize) < packed).count();
+    let begins = |(block, first): (usize, &u32)| block == *first as usize;
+    Extras {
+        sinks: (0..layout.layers.len()).map(own).sum(),
+        chunks: match layout.chunk_bytes() {
+            0 => 0,
+            _ => chunks.iter().take(packed / PAGE_TOKENS).enumerate().filter(|block| begins(*block)).count(),
+        },
     }
 }
 

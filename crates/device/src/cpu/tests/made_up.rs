@@ -4,7 +4,7 @@ use dibit_cache::{Adapters, CacheShape, LayerCalibration, Linear, Scheme};
 use half::f16;
 
 /// fp16-representable numbers with outlier channels.
-pub(super) fn noise(seed: usize, len: usize, width: usize) -> Vec<f32> {
+pub(crate) fn noise(seed: usize, len: usize, width: usize) -> Vec<f32> {
     let mut state = seed as u64 * 0x9e37_79b9_7f4a_7c15 + 1;
     (0..len)
         .map(|i| {
@@ -17,7 +17,7 @@ pub(super) fn noise(seed: usize, len: usize, width: usize) -> Vec<f32> {
 }
 
 /// A made-up calibration: channels of each frame in another order, and reflections as bases.
-pub(super) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize, frame: usize) -> LayerCalibration {
+pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize, frame: usize) -> LayerCalibration {
     let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
     let adapters = scheme.linear().map(|Linear { features, .. }| {
         let maps = |seed: usize, heads: usize| {
@@ -49,11 +49,11 @@ pub(super) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
     }
 }
 
-pub(super) fn scheme(name: &str) -> Scheme {
+pub(crate) fn scheme(name: &str) -> Scheme {
     Scheme::load(name).unwrap()
 }
 
-pub(super) fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> Scheme {
+pub(crate) fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> Scheme {
     let side = |bits| if bits == 16 { "bits = 16".to_owned() } else { format!("bits = {bits}\ngroup = {group}") };
     let window = if window.is_empty() { String::new() } else { format!("[window]\n{window}\n") };
     let (keys, values) = (side(key_bits), side(value_bits));
@@ -62,14 +62,14 @@ pub(super) fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str)
 }
 
 /// A scheme with the usual window and one sink.
-pub(super) fn own(correction: &str, keys: &str, values: &str) -> Scheme {
+pub(crate) fn own(correction: &str, keys: &str, values: &str) -> Scheme {
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 1";
     let text = format!("name = \"own\"\n{correction}\n[keys]\n{keys}\n[values]\n{values}\n{window}");
     Scheme::parse(&text, &format!("own: {correction} {keys}")).unwrap()
 }
 
 /// A linear correction under another schedule, or none.
-pub(super) fn corrected(window: &str, axis: &str) -> Scheme {
+pub(crate) fn corrected(window: &str, axis: &str) -> Scheme {
     let keys = format!("[keys]\nbits = 2\naxis = \"{axis}\"");
     let text = format!("name = \"own\"\ncorrection = \"linear\"\n{keys}\n[values]\nbits = 2\n{window}");
     Scheme::parse(&text, "corrected").unwrap()
