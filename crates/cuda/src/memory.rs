@@ -98,18 +98,6 @@ impl Memory {
         check(result, || format!("cuMemcpyHtoDAsync of {} bytes", bytes.len()))
     }
 
-    /// Fills page-locked memory with the first bytes once everything before is done.
-    pub(crate) fn read_pinned(&self, to: &mut Pinned) -> Result<(), CudaError> {
-        assert!(to.bytes <= self.bytes);
-        let _turn = self.gpu.bind()?;
-        // SAFETY: both ranges are valid, and the copy is waited for.
-        let result = unsafe {
-            sys::cuMemcpyDtoHAsync_v2(to.address.cast::<c_void>(), self.address, to.bytes, self.gpu.stream())
-        };
-        check(result, || format!("cuMemcpyDtoHAsync of {} bytes", to.bytes))?;
-        self.gpu.synchronize()
-    }
-
     /// Copies bytes to the host once everything before is done.
     pub(crate) fn read(&self, offset: usize, out: &mut [u8]) -> Result<(), CudaError> {
         assert!(offset + out.len() <= self.bytes, "bytes {offset} to {} of {}", offset + out.len(), self.bytes);
@@ -156,6 +144,11 @@ impl Pinned {
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: so many bytes were allocated and set.
         unsafe { std::slice::from_raw_parts(self.address, self.bytes) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: so many bytes were allocated and set, and nobody else has them.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
     }
 }
 

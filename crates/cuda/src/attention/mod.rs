@@ -15,7 +15,7 @@ use crate::memory::Memory;
 use crate::store::{CudaStore, ROWS};
 use crate::{Cuda, CudaError, abi};
 use dibit_cache::{CacheLayout, Sees};
-use dibit_device::{Batch, DeviceError, Mode, Phase};
+use dibit_device::{Batch, DeviceError, Phase};
 use packed::Packed;
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,10 +53,14 @@ pub(crate) fn describe(c: &Cuda, layout: &CacheLayout, phase: Phase) -> String {
     }
     let is_packed = |index: usize| phase == Phase::Decode && Packed::suits(layout, index).is_some();
     let all = 0..layout.layers.len();
-    let of_layer = |index: usize| match () {
-        () if is_packed(index) => "tensor cores, on two-bit codes as they lie",
-        () if Tiles::suits(layout, index) => "tensor cores, on tiles in fp16",
-        () => exact,
+    let of_layer = |index: usize| {
+        if is_packed(index) {
+            "tensor cores, on two-bit codes as they lie"
+        } else if Tiles::suits(layout, index) {
+            "tensor cores, on tiles in fp16"
+        } else {
+            exact
+        }
     };
     let mut paths: Vec<&str> = all.map(of_layer).collect();
     paths.sort_unstable();
@@ -144,7 +148,6 @@ pub(crate) fn attention(
             }
         }
     }
-    debug_assert!(stored || batch.mode == Mode::Streaming);
     Ok(())
 }
 

@@ -27,7 +27,7 @@ impl ErrorRecord {
 
     /// The first error of a batch, which is forgotten.
     pub(super) fn take(&mut self, batch: &Batch) -> Result<(), DeviceError> {
-        self.memory.read_pinned(&mut self.host)?;
+        self.memory.read(0, self.host.bytes_mut())?;
         let found: Errors = bytemuck::pod_read_unaligned(self.host.bytes());
         if found == Errors::NONE {
             return Ok(());

@@ -67,7 +67,6 @@ pub struct CudaStore {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct PassShape {
     model: u64,
-    rows: usize,
     /// Whether attention computes in f32.
     exact: bool,
     staged: StagedShape,
@@ -172,11 +171,7 @@ impl CudaStore {
             host_packing: host_packing.transpose()?,
             layout: layout.clone(),
         };
-        for layer in 0..shape.num_layers {
-            for slot in 0..num_sequences {
-                store.upload_sinks(layer, slot)?;
-            }
-        }
+        store.upload_first_sinks()?;
         Ok(store)
     }
 
@@ -190,7 +185,7 @@ impl CudaStore {
         self.in_pass = true;
         let result = self.stage(batch).map_err(E::from).and_then(|()| match c.records && self.repeats(batch) {
             true => {
-                let shape = PassShape { model, rows: batch.rows(), exact: c.is_exact(), staged: self.staged.shape };
+                let shape = PassShape { model, exact: c.is_exact(), staged: self.staged.shape };
                 let mut graphs = std::mem::replace(&mut self.graphs, Graphs::new());
                 let result = graphs.run(&c.gpu, shape, self.scratch.addresses(), || pass(self));
                 self.graphs = graphs;
@@ -327,6 +322,22 @@ impl CudaStore {
             host.observe(layer, batch, hidden, width)?;
         }
         Ok(())
+    }
+
+    /// What is protected in sequences that nothing has been seen of.
+    fn upload_first_sinks(&self) -> Result<(), CudaError> {
+        let capacity = self.layout.sinks.capacity();
+        let (mut counts, mut positions) = (Vec::<i32>::new(), Vec::<i32>::new());
+        for layer in 0..self.layers.len() {
+            for sequence in &self.sequences {
+                let own = sequence.protected.layer(layer);
+                counts.push(own.len() as i32);
+                positions.extend(own.iter().map(|at| *at as i32));
+                positions.resize(counts.len() * capacity, 0);
+            }
+        }
+        self.sink_counts.write(0, bytemuck::cast_slice(&counts))?;
+        self.sink_positions.write(0, bytemuck::cast_slice(&positions))
     }
 
     fn upload_sinks(&self, layer: usize, slot: usize) -> Result<(), CudaError> {
