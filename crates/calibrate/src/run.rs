@@ -162,7 +162,7 @@ pub fn calibrate<D: Train>(
     }
     let layout = CacheLayout::new(scheme, config.cache_shape())?;
     let linear = scheme.linear();
-    let sequences = Sequences::new(text, config.bos_token_id, options, linear.is_some())?;
+    let sequences = Sequences::new(text, pretrained.window_bos, options, linear.is_some())?;
     let recipe = linear.map(|_| &options.recipe);
     let kept = Kept {
         path: options.state.clone(),

@@ -2,9 +2,16 @@
 
 mod bench;
 mod calibrate;
+mod conversation;
+mod escapes;
+mod generate;
+mod sampling;
 
 pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureArgs, ThroughputBenchArgs};
 pub use calibrate::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
+pub use conversation::ConversationArgs;
+pub use generate::GenerateArgs;
+pub use sampling::{SamplingArgs, Seed};
 
 use crate::device::{self, AnyDevice, DeviceChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -144,26 +151,20 @@ impl RunArgs {
     }
 }
 
+/// What windows of a text begin with.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+pub enum WindowBos {
+    /// BOS, if the model has one
+    Always,
+    /// BOS where the tokenizer begins a text with it
+    Auto,
+}
+
 #[derive(Args)]
-pub struct SamplingArgs {
-    /// Divisor of the logits; 0 is greedy [default: the model's]
-    #[arg(long, allow_negative_numbers = true)]
-    pub temperature: Option<f32>,
-    /// Sample from the most likely tokens that hold this probability [default: the model's]
-    #[arg(long, allow_negative_numbers = true)]
-    pub top_p: Option<f32>,
-    /// Sample from this many most likely tokens, 0 for all [default: the model's]
-    #[arg(long, allow_negative_numbers = true)]
-    pub top_k: Option<usize>,
-    /// Leave out tokens less likely than this share of the most likely one [default: the model's]
-    #[arg(long, allow_negative_numbers = true)]
-    pub min_p: Option<f32>,
-    /// Divide the logits of tokens that have occurred, 1 for none [default: the model's]
-    #[arg(long, allow_negative_numbers = true)]
-    pub repetition_penalty: Option<f32>,
-    /// Seed of the random numbers [default: from the clock]
-    #[arg(long, allow_negative_numbers = true)]
-    pub seed: Option<u64>,
+pub struct WindowArgs {
+    /// What each window of the text begins with
+    #[arg(long, value_enum, default_value = "always")]
+    pub window_bos: WindowBos,
 }
 
 #[derive(Args)]
@@ -205,51 +206,12 @@ pub struct CacheArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Examples:
-  dibit generate \"Once upon a time\"
-  dibit generate --model ./Llama-3.2-1B --kv kivi --temperature 0 --max-tokens 64 \"The capital of France is\"
-  cat long.txt | dibit generate --json
-  dibit generate --prompts prompts.txt --temperature 0")]
-pub struct GenerateArgs {
-    /// The prompt; read from stdin where it is left out
-    #[arg(conflicts_with = "prompts")]
-    pub prompt: Option<String>,
-    /// A file of prompts, one a line, run together
-    #[arg(long, value_name = "FILE")]
-    pub prompts: Option<PathBuf>,
-    /// Prompts of --prompts that run at once
-    #[arg(
-        long,
-        default_value = "8",
-        requires = "prompts",
-        conflicts_with = "prompt",
-        value_parser = clap::value_parser!(u16).range(1..=1024)
-    )]
-    pub parallel: u16,
-    #[command(flatten)]
-    pub run: RunArgs,
-    #[command(flatten)]
-    pub cache: CacheArgs,
-    /// Tokens to generate at most
-    #[arg(short = 'n', long, default_value = "256")]
-    pub max_tokens: usize,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-    /// End the text where this string appears; may be repeated
-    #[arg(long, value_name = "STRING")]
-    pub stop: Vec<String>,
-    /// Print one JSON object (an array with --prompts) and nothing else to stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Args)]
-#[command(after_help = "\
 Within the conversation: /reset forgets it, /stats shows the cache, /quit ends. Ctrl-C stops an answer.
 
 Examples:
   dibit chat --model Qwen/Qwen3-0.6B
-  dibit chat --model ./Qwen2.5-1.5B-Instruct --system \"Answer in one sentence.\" --context 16384")]
+  dibit chat --model ./Qwen2.5-1.5B-Instruct --system \"Answer in one sentence.\" --context 16384
+  dibit chat --model Qwen/Qwen3-0.6B --template-arg enable_thinking=false --context-shift")]
 pub struct ChatArgs {
     #[command(flatten)]
     pub run: RunArgs,
@@ -258,9 +220,14 @@ pub struct ChatArgs {
     /// System message
     #[arg(long)]
     pub system: Option<String>,
-    /// Tokens of an answer at most
-    #[arg(short = 'n', long, default_value = "1024")]
+    /// Tokens of an answer at most, -1 for as many as the context holds
+    #[arg(short = 'n', long, default_value = "1024", allow_negative_numbers = true, value_parser = generate::max_tokens)]
     pub max_tokens: usize,
+    /// Drop the oldest turns where the conversation outgrows the context, which is said
+    #[arg(long)]
+    pub context_shift: bool,
+    #[command(flatten)]
+    pub conversation: ConversationArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
@@ -283,6 +250,8 @@ pub struct PerplexityArgs {
     pub kv: Vec<String>,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub window: WindowArgs,
     /// Tokens of a window
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
@@ -317,6 +286,8 @@ pub struct CompareArgs {
     pub schemes: Vec<String>,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub window: WindowArgs,
     /// Tokens of a window
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
@@ -391,6 +362,8 @@ pub struct RulerArgs {
     /// Put prompts into the model's chat template; without it the text is continued as it is
     #[arg(long)]
     pub chat: bool,
+    #[command(flatten)]
+    pub conversation: ConversationArgs,
     /// Prompts that run at once
     #[arg(long, default_value = "4", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub parallel: u16,

@@ -1,10 +1,11 @@
 //! Retrieval accuracy: prompts of RULER for a model, and its answers.
 
+use crate::text;
 use anyhow::{Context, Result, bail};
 use dibit_device::Device;
 use dibit_engine::{Engine, FinishReason, Request, Sampling};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task, score};
-use dibit_model::{ChatTemplate, Message, ModelError, Pretrained};
+use dibit_model::{ChatFormat, Message, ModelError, Pretrained};
 use std::ops::ControlFlow;
 use std::path::Path;
 use tracing::subscriber::NoSubscriber;
@@ -20,9 +21,7 @@ pub struct Answer {
 /// Reads essays from a file: a text, or the field "text" of a `.json`.
 pub fn haystack(path: &Path) -> Result<Haystack> {
     let name = path.display();
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read the haystack {name}"))?;
-    let text =
-        String::from_utf8(bytes).with_context(|| format!("the haystack {name} is not UTF-8 text; convert it first"))?;
+    let text = text::read_named("haystack", path)?;
     let text = if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
         let mut json: serde_json::Value =
             serde_json::from_str(&text).with_context(|| format!("the haystack {name} is malformed"))?;
@@ -36,20 +35,16 @@ pub fn haystack(path: &Path) -> Result<Haystack> {
     Haystack::essay(&text).with_context(|| name.to_string())
 }
 
-/// Makes the prompts of some tasks for a model, in their order. With `chat` the question is a turn of the user, and
+/// Makes the prompts of some tasks for a model, in their order. With a `format` the question is a turn of the user, and
 /// the answer's beginning one of the assistant.
 pub fn samples(
     pretrained: &Pretrained,
     tasks: &[Task],
     options: SampleOptions,
     haystack: &Haystack,
-    chat: bool,
+    format: Option<&ChatFormat>,
 ) -> Result<Vec<Sample>> {
-    let template = if chat { pretrained.chat_template()? } else { None };
-    if chat && template.is_none() {
-        bail!("{} has no chat template; leave --chat out", pretrained.name);
-    }
-    let encode = |input: &str, prefix: &str| encode(pretrained, template.as_ref(), input, prefix);
+    let encode = |input: &str, prefix: &str| encode(pretrained, format, input, prefix);
     let mut all = Vec::new();
     for &task in tasks {
         all.extend(dibit_eval::ruler::samples(task, options, haystack, encode)?);
@@ -59,13 +54,14 @@ pub fn samples(
 
 fn encode(
     pretrained: &Pretrained,
-    template: Option<&ChatTemplate>,
+    format: Option<&ChatFormat>,
     input: &str,
     prefix: &str,
 ) -> Result<Vec<u32>, ModelError> {
-    let Some(template) = template else { return pretrained.tokenizer.encode(&format!("{input}{prefix}"), true) };
+    let Some(format) = format else { return pretrained.tokenizer.encode(&format!("{input}{prefix}"), true) };
     let message = Message { role: "user".to_owned(), content: input.to_owned() };
-    pretrained.tokenizer.encode(&(template.render(&[message], true)? + prefix), false)
+    let tokenizer = &pretrained.tokenizer;
+    tokenizer.encode_rendered(&(format.render(tokenizer, &[message], true)? + prefix))
 }
 
 /// Answers prompts by greedy decoding, several at once where the engine has room. `progress` gets the number of
@@ -79,8 +75,10 @@ pub fn run<D: Device>(
         prompt: sample.prompt.clone(),
         history: Vec::new(),
         max_tokens: sample.task.max_new_tokens(),
-        sampling: Sampling::GREEDY,
+        sampling: Sampling::greedy(),
+        stream: 0,
         stop: Vec::new(),
+        logprobs: None,
     };
     let requests: Vec<Request> = samples.iter().map(request).collect();
     let mut begun = 0;

@@ -1,14 +1,34 @@
 //! Texts that the user gives.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use dibit_model::{ChatTemplate, Message};
 use serde_json::Value;
 use std::path::Path;
 
 /// A text file, UTF-8.
 pub fn read(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read the text {}", path.display()))?;
-    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text; convert it first", path.display()))
+    read_named("text", path)
+}
+
+/// The same; `what` it is, for errors.
+pub fn read_named(what: &str, path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display()))?;
+    decode(bytes, &path.display().to_string())
+}
+
+/// A text of UTF-8 as programs of other systems write it: without its byte order mark, and with line feeds alone at the ends
+/// of lines, which is said. `name` names it in errors.
+pub fn decode(bytes: Vec<u8>, name: &str) -> Result<String> {
+    if let [0xff, 0xfe, ..] | [0xfe, 0xff, ..] = bytes[..] {
+        bail!("{name} is UTF-16 and not UTF-8 text; convert it first, as in `iconv -f UTF-16 -t UTF-8`");
+    }
+    let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8 text; convert it first"))?;
+    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
+    if !text.contains("\r\n") {
+        return Ok(text);
+    }
+    tracing::info!("{name} has line ends of Windows (CR LF), which are read as LF");
+    Ok(text.replace("\r\n", "\n"))
 }
 
 /// One text of several.
@@ -21,20 +41,35 @@ pub enum Document {
 }
 
 /// What an entry of a file may be.
-const FORMS: &str = "{\"text\": \"...\"}, {\"messages\": [{\"role\": \"...\", \"content\": \"...\"}, ...]} or \
-                     {\"instruction\": \"...\", \"input\": \"...\", \"output\": \"...\"}";
+const FORMS: &str = "{\"text\": \"...\"}, {\"messages\": [{\"role\": \"...\", \"content\": \"...\"}, ...]}, {\"conversations\": \
+                     [{\"from\": \"human\", \"value\": \"...\"}, ...]} or {\"instruction\": \"...\", \"input\": \"...\", \
+                     \"output\": \"...\"}";
 
 impl Document {
-    /// An entry of a file: a text, a conversation, or a sample of Alpaca; `None` for anything else.
-    fn parse(value: &Value) -> Option<Self> {
+    /// An entry of a file: a text, a conversation as OpenAI or ShareGPT write it, or a sample of Alpaca.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn parse(value: &Value) -> Result<Self, String> {
         let string = |key: &str| value.get(key).and_then(Value::as_str);
-        if let Some(text) = string("text") {
-            return Some(Document::Text(text.to_owned()));
+        if let Some(text) = value.get("text") {
+            return text.as_str().map(|text| Document::Text(text.to_owned())).ok_or("its \"text\" is no text".into());
         }
-        if let Some(messages) = value.get("messages") {
-            return Some(Document::Messages(serde_json::from_value(messages.clone()).ok()?));
+        for (list, role, content) in [("messages", "role", "content"), ("conversations", "from", "value")] {
+            if let Some(messages) = value.get(list) {
+                let all = messages.as_array().ok_or_else(|| format!("its \"{list}\" is no list"))?;
+                let read = |(index, own): (usize, &Value)| {
+                    message(own, role, content).map_err(|reason| format!("message {} {reason}", index + 1))
+                };
+                return Ok(Document::Messages(all.iter().enumerate().map(read).collect::<Result<_, _>>()?));
+            }
         }
-        Some(Document::Text(alpaca(string("instruction")?, string("input").unwrap_or_default(), string("output")?)))
+        match (string("instruction"), string("output")) {
+            (Some(instruction), Some(output)) => {
+                Ok(Document::Text(alpaca(instruction, string("input").unwrap_or_default(), output)))
+            }
+            _ => Err(format!("it is none of {FORMS}")),
+        }
     }
 
     /// The text; of a conversation, what the model's template makes of it, or else its parts one after the other.
@@ -48,6 +83,34 @@ impl Document {
             }
         }
     }
+}
+
+/// A message of a conversation. Null for a content is none; of several parts, those of text are put together.
+fn message(value: &Value, role: &str, content: &str) -> Result<Message, String> {
+    let name = value.get(role).and_then(Value::as_str).ok_or_else(|| format!("has no \"{role}\""))?;
+    // ShareGPT's names.
+    let name = match name {
+        "human" => "user",
+        "gpt" | "bing" | "chatgpt" | "bard" => "assistant",
+        other => other,
+    };
+    let part = |part: &Value| match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str))
+    {
+        (Some("text") | None, Some(text)) => Ok(text.to_owned()),
+        (Some(kind), _) => Err(format!("has a part of type \"{kind}\"; only parts of text can be read")),
+        (None, None) => Err("has a part without a type; only parts of text can be read".to_owned()),
+    };
+    let content = match value.get(content) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
+        None | Some(Value::Null) if value.get("tool_calls").is_some_and(|calls| !calls.is_null()) => {
+            return Err("calls tools, which cannot be read here; leave the conversation out".to_owned());
+        }
+        Some(Value::Null) => String::new(),
+        None => return Err(format!("has no \"{content}\"")),
+        Some(_) => return Err(format!("has a \"{content}\" that is neither a text nor a list of parts")),
+    };
+    Ok(Message { role: name.to_owned(), content })
 }
 
 /// A sample as the makers of Alpaca lay it out for a model to learn from.
@@ -71,10 +134,8 @@ pub fn read_documents(path: &Path) -> Result<Vec<Document>> {
         let entries: Vec<Value> = serde_json::from_str(&text)
             .with_context(|| format!("{} is not a list in JSON; it must hold entries as {FORMS}", path.display()))?;
         let document = |(index, entry)| {
-            let Some(document) = Document::parse(entry) else {
-                bail!("entry {} of {} is not {FORMS}", index + 1, path.display());
-            };
-            Ok(document)
+            Document::parse(entry)
+                .map_err(|reason| anyhow!("entry {} of {} cannot be read: {reason}", index + 1, path.display()))
         };
         return entries.iter().enumerate().map(document).collect();
     }
@@ -85,10 +146,8 @@ pub fn read_documents(path: &Path) -> Result<Vec<Document>> {
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let place = || format!("line {} of {}", index + 1, path.display());
         let value: Value = serde_json::from_str(line).with_context(|| format!("{} is not JSON", place()))?;
-        match Document::parse(&value) {
-            Some(document) => documents.push(document),
-            None => bail!("{} has no \"text\"; every line must be an object as {FORMS}", place()),
-        }
+        let document = Document::parse(&value);
+        documents.push(document.map_err(|reason| anyhow!("{} cannot be read: {reason}", place()))?);
     }
     Ok(documents)
 }
@@ -112,8 +171,46 @@ mod tests {
         assert!(sample.ends_with("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3"), "{sample}");
         let sample = text(json!({"instruction": "Sing.", "input": "", "output": "La"}));
         assert!(sample.ends_with("request.\n\n### Instruction:\nSing.\n\n### Response:\nLa"), "{sample}");
-        for other in [json!(null), json!(["text"]), json!({"text": 3}), json!({"messages": [{"role": "user"}]})] {
-            assert_eq!(Document::parse(&other), None, "{other}");
+    }
+
+    #[test]
+    fn conversations_of_others_are_read() {
+        let read = |value: Value| Document::parse(&value).unwrap();
+        let expected = |pairs: &[(&str, &str)]| {
+            let message = |(role, content): &(&str, &str)| Message { role: (*role).into(), content: (*content).into() };
+            Document::Messages(pairs.iter().map(message).collect())
+        };
+        let share = json!({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]});
+        assert_eq!(read(share), expected(&[("system", "s"), ("user", "a"), ("assistant", "b")]));
+        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+        let parts = json!({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": null}]});
+        assert_eq!(read(parts), expected(&[("user", "ab"), ("assistant", "")]));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_said_with_its_reason() {
+        let user = |content: Value| json!({"messages": [{"role": "user", "content": content}]});
+        for (value, reason) in [
+            (json!(null), "it is none of {\"text\""),
+            (json!(["text"]), "it is none of {\"text\""),
+            (json!({"text": 3}), "\"text\" is no text"),
+            (json!({"messages": "a"}), "\"messages\" is no list"),
+            (json!({"messages": [{"role": "user"}]}), "message 1 has no \"content\""),
+            (json!({"conversations": [{"from": "gpt", "value": ""}, {"value": "x"}]}), "message 2 has no \"from\""),
+            (user(json!([{"type": "image_url", "image_url": {}}])), "message 1 has a part of type \"image_url\""),
+            (user(json!(3)), "neither a text nor a list of parts"),
+            (json!({"messages": [{"role": "assistant", "content": null, "tool_calls": [{}]}]}), "calls tools"),
+        ] {
+            let error = Document::parse(&value).unwrap_err();
+            assert!(error.contains(reason), "{error}");
         }
+    }
+
+    #[test]
+    fn marks_and_line_ends_of_other_systems_are_no_text() {
+        assert_eq!(decode(b"\xef\xbb\xbfa\r\nb\rc\n".to_vec(), "t").unwrap(), "a\nb\rc\n");
+        let error = decode(b"\xff\xfea\0".to_vec(), "t").unwrap_err().to_string();
+        assert!(error.contains("t is UTF-16"), "{error}");
+        assert!(decode(b"\xff".to_vec(), "t").unwrap_err().to_string().contains("t is not UTF-8"));
     }
 }

@@ -43,10 +43,12 @@ fn a_prompt_must_fit_the_context() {
     let prompt = words(40);
     generate(&["--json", "--context", "16", &prompt]).fails_with(&["the context is 16", "shorten the prompt"]);
     let long = words(1200);
-    generate(&["--json", &long]).fails_with(&["the context is 1024", "shorten the prompt"]);
+    let beyond = generate(&["--json", &long]);
+    beyond.fails_with(&["the model supports 1024", "shorten the prompt"]);
+    assert!(!beyond.stderr.contains("--context"), "{}", beyond.stderr);
     let folder = Folder::new();
     let file = folder.write("prompts.txt", format!("Hello\n{long}\n"));
-    generate(&["--prompts", &file]).fails_with(&["the context is 1024", "shorten the prompt"]);
+    generate(&["--prompts", &file]).fails_with(&["the model supports 1024", "shorten the prompt"]);
 }
 
 #[test]
@@ -124,7 +126,7 @@ fn command_lines_that_make_no_sense_are_refused() {
         (&["generate", "--threads", "many", "Hello"], "--threads"),
         (&["generate", "--context", "0", "Hello"], "--context"),
         (&["generate", "--prefill-chunk", "0", "Hello"], "--prefill-chunk"),
-        (&["generate", "--max-tokens=-1", "Hello"], "--max-tokens"),
+        (&["generate", "--max-tokens=-2", "Hello"], "--max-tokens"),
         (&["generate", "--temperature", "hot", "Hello"], "--temperature"),
         (&["generate", "--dtype", "int8", "Hello"], "bf16"),
         (&["generate", "--load-format", "pickle", "Hello"], "dummy"),

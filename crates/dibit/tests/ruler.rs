@@ -207,8 +207,11 @@ fn with_chat_the_question_is_a_turn() {
     let (raw, chat) = (of(&[]), of(&["--chat"]));
     assert!(raw != chat && raw.max(chat) <= 1024 - 128, "{raw} {chat}");
     let model = fixture("llama2-linear-f16");
-    run(&["ruler", "--kv=kivi", "--context=1024", "--model", &model, "--chat"])
-        .fails_with(&["has no chat template", "leave --chat out"]);
+    run(&["ruler", "--kv=kivi", "--context=1024", "--model", &model, "--chat"]).fails_with(&[
+        "has no chat template",
+        "leave --chat out",
+        "--chat-template",
+    ]);
 }
 
 #[test]

@@ -3,12 +3,23 @@
 use crate::{Completion, Engine, EngineError, FinishReason, Request, Sampling};
 use dibit_cache::{Sequence, Usage};
 use dibit_device::Device;
-use dibit_model::{ChatTemplate, Message};
+use dibit_model::{ChatFormat, Message};
 use std::ops::ControlFlow;
+
+/// What a conversation is held with.
+pub struct ChatOptions {
+    /// How messages are put to the model.
+    pub format: ChatFormat,
+    /// A system message.
+    pub system: Option<String>,
+    /// Whether the oldest turns are dropped where the conversation outgrows the context.
+    pub context_shift: bool,
+}
 
 /// A conversation. Each turn feeds only what is new: earlier turns are attended to in the packed cache.
 pub struct Chat {
-    template: ChatTemplate,
+    format: ChatFormat,
+    context_shift: bool,
     messages: Vec<Message>,
     sequence: Sequence,
     /// The text that the cache, together with `pending`, stands for.
@@ -19,29 +30,34 @@ pub struct Chat {
     history: Vec<u32>,
 }
 
+/// What a turn feeds.
+struct Prompt {
+    /// The whole conversation as text.
+    text: String,
+    ids: Vec<u32>,
+    /// Whether the sequence begins anew with it.
+    fresh: bool,
+}
+
 impl Chat {
-    /// Begins a conversation, with a system message if one is given.
+    /// Begins a conversation.
     ///
     /// # Errors
-    /// [`EngineError::NoChatTemplate`], or no free sequence.
-    pub fn new<D: Device>(engine: &mut Engine<'_, D>, system: Option<&str>) -> Result<Self, EngineError> {
-        let pretrained = engine.pretrained();
-        let template =
-            pretrained.chat_template()?.ok_or_else(|| EngineError::NoChatTemplate(pretrained.name.clone()))?;
+    /// [`EngineError::Cache`] where no sequence is free.
+    pub fn new<D: Device>(engine: &mut Engine<'_, D>, options: ChatOptions) -> Result<Self, EngineError> {
         let sequence = engine.open()?;
-        let mut chat = Chat {
-            template,
-            messages: Vec::new(),
+        Ok(Chat {
+            format: options.format,
+            context_shift: options.context_shift,
+            messages: options.system.map(|content| message("system", &content)).into_iter().collect(),
             sequence,
             rendered: String::new(),
             pending: Vec::new(),
             history: Vec::new(),
-        };
-        chat.messages.extend(system.map(|content| message("system", content)));
-        Ok(chat)
+        })
     }
 
-    /// The conversation so far.
+    /// The conversation so far, without turns that were dropped.
     pub fn messages(&self) -> &[Message] {
         &self.messages
     }
@@ -66,15 +82,17 @@ impl Chat {
     /// token, or of no tokens, it is as if nothing had been asked.
     ///
     /// # Errors
-    /// Those of [`Engine::check`] and of the template. The conversation is then as it was before.
+    /// Those of [`Engine::check`] and of the template, and [`EngineError::ConversationTooLong`]. The conversation is then as it
+    /// was before.
     pub fn answer<D: Device>(
         &mut self,
         engine: &mut Engine<'_, D>,
         user: &str,
         max_tokens: usize,
-        sampling: Sampling,
+        sampling: &Sampling,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Completion, EngineError> {
+        let before = self.messages.clone();
         self.messages.push(message("user", user));
         let result = self.run(engine, max_tokens, sampling, on_text);
         match &result {
@@ -82,9 +100,7 @@ impl Chat {
                 self.messages.push(message("assistant", &completion.text));
             }
             // Nothing was answered, so nothing was asked.
-            _ => {
-                self.messages.pop();
-            }
+            _ => self.messages = before,
         }
         result
     }
@@ -93,21 +109,24 @@ impl Chat {
         &mut self,
         engine: &mut Engine<'_, D>,
         max_tokens: usize,
-        sampling: Sampling,
+        sampling: &Sampling,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Completion, EngineError> {
-        let full = self.template.render(&self.messages, true)?;
-        let encode = |text: &str| engine.pretrained().tokenizer.encode(text, false);
-        let known = full.strip_prefix(&self.rendered).filter(|_| !self.sequence.is_empty());
-        let (prompt, fresh) = match known {
-            Some(new) => ([self.pending.clone(), encode(new)?].concat(), false),
-            None => (encode(&full)?, true),
-        };
+        let Prompt { text, ids, fresh } = self.fitting_prompt(engine, max_tokens)?;
         let history = if fresh { Vec::new() } else { self.history.clone() };
-        let request = Request { prompt, history, max_tokens, sampling, stop: Vec::new() };
+        let request = Request {
+            prompt: ids,
+            history,
+            max_tokens,
+            sampling: sampling.clone(),
+            // Answers of one conversation are streams of one seed.
+            stream: self.messages.len() as u64,
+            stop: Vec::new(),
+            logprobs: None,
+        };
         engine.check(&request, if fresh { 0 } else { self.sequence.len() })?;
         if fresh && !self.sequence.is_empty() {
-            tracing::info!("the template rewrote earlier turns; the conversation is read again");
+            tracing::info!("earlier turns are not as they were; the conversation is read again");
         }
         if fresh {
             self.forget(engine);
@@ -121,15 +140,75 @@ impl Chat {
                 return other;
             }
         };
-        self.rendered = full + &completion.text;
+        self.rendered = text + &completion.text;
         self.history.extend(request.prompt.iter().chain(&completion.tokens));
-        let ended = completion.tokens.last().is_some_and(|id| engine.pretrained().eos_token_ids().contains(id));
+        let ended = completion.tokens.last().is_some_and(|id| engine.pretrained().stop_token_ids.contains(id));
         self.pending = match completion.tokens.last() {
             Some(&id) if !ended => vec![id],
             _ => Vec::new(),
         };
         debug_assert!(ended || completion.finish != FinishReason::Stop);
         Ok(completion)
+    }
+
+    /// What the turn feeds, with room for an answer: the oldest turns go where that is allowed.
+    fn fitting_prompt<D: Device>(&mut self, engine: &Engine<'_, D>, max_tokens: usize) -> Result<Prompt, EngineError> {
+        let context = engine.context();
+        // A turn that leaves no room for its answer is of no use, and one that leaves a quarter need not go for more.
+        let room = if self.context_shift { max_tokens.min(context / 4) } else { 0 };
+        let mut dropped = 0;
+        loop {
+            let prompt = self.prompt(engine)?;
+            let tokens = prompt.ids.len() + if prompt.fresh { 0 } else { self.sequence.len() };
+            if tokens + room <= context {
+                if dropped > 0 {
+                    tracing::info!("the conversation outgrew the context: its oldest {dropped} messages are dropped");
+                }
+                return Ok(prompt);
+            }
+            match self.drop_oldest_turn() {
+                0 if tokens <= context => return Ok(prompt),
+                0 => return Err(self.too_long(tokens, context, engine)),
+                count => dropped += count,
+            }
+        }
+    }
+
+    fn too_long<D: Device>(&self, prompt: usize, context: usize, engine: &Engine<'_, D>) -> EngineError {
+        let could_grow = context < engine.pretrained().config.max_position_embeddings;
+        let advice = match (self.context_shift, could_grow) {
+            (true, true) => ": its last message alone is too long; shorten it, or plan more with --context",
+            (true, false) => ": its last message alone is too long; shorten it",
+            (false, true) => ": /reset begins anew, --context-shift drops the oldest turns, --context plans more",
+            (false, false) => {
+                ", the most that the model supports: /reset begins anew, --context-shift drops the oldest turns"
+            }
+        };
+        EngineError::ConversationTooLong { prompt, context, advice }
+    }
+
+    /// Drops the oldest messages up to the second one of the user, where that is allowed and leaves the last; says how many.
+    fn drop_oldest_turn(&mut self) -> usize {
+        let is_user = |message: &Message| message.role == "user";
+        let first = self.messages.iter().position(|message| message.role != "system").unwrap_or(0);
+        let next = self.messages.iter().skip(first + 1).position(is_user);
+        match next.filter(|_| self.context_shift) {
+            Some(next) => self.messages.drain(first..first + 1 + next).count(),
+            None => 0,
+        }
+    }
+
+    fn prompt<D: Device>(&self, engine: &Engine<'_, D>) -> Result<Prompt, EngineError> {
+        let tokenizer = &engine.pretrained().tokenizer;
+        let text = self.format.render(tokenizer, &self.messages, true)?;
+        let known = text.strip_prefix(&self.rendered).filter(|_| !self.sequence.is_empty());
+        Ok(match known {
+            Some(new) => {
+                let ids = [&self.pending[..], &tokenizer.encode_rendered(new)?].concat();
+                Prompt { ids, fresh: false, text }
+            }
+            None => Prompt { ids: tokenizer.encode_rendered(&text)?, fresh: true, text },
+        })
     }
 
     fn forget<D: Device>(&mut self, engine: &mut Engine<'_, D>) {

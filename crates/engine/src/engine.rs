@@ -1,7 +1,8 @@
 //! The engine: a model, its cache and the sequences that run on them.
 
+use crate::logprobs::logprob;
 use crate::{Completion, EngineError, FinishReason, MemoryPlan, Options, Request, Sampler, StopFilter, Timings};
-use dibit_cache::{CacheManager, Scheme, Sequence, Usage};
+use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence, Usage};
 use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Model, Pretrained, TextStream, Workspace};
 use std::borrow::BorrowMut;
@@ -26,9 +27,13 @@ pub struct Engine<'a, D: Device> {
 struct Active<'a, S> {
     index: usize,
     sequence: S,
-    sampler: Sampler,
+    sampler: Sampler<'a>,
     stream: TextStream<'a>,
     stop: StopFilter,
+    /// Stop strings that are special tokens.
+    stop_ids: Vec<u32>,
+    /// How many of the most likely tokens are told beside each.
+    logprobs: Option<usize>,
     max_tokens: usize,
     /// Whether the text has ended, for the reason that `done` has.
     ended: bool,
@@ -110,6 +115,11 @@ impl<'a, D: Device> Engine<'a, D> {
     /// The planned memory.
     pub fn plan(&self) -> &MemoryPlan {
         &self.plan
+    }
+
+    /// The layout of the cache.
+    pub fn layout(&self) -> &CacheLayout {
+        self.manager.layout()
     }
 
     /// The planned context in tokens.
@@ -228,28 +238,43 @@ impl<'a, D: Device> Engine<'a, D> {
     /// Checks a request for a sequence that holds `cached` tokens.
     ///
     /// # Errors
-    /// [`EngineError::EmptyPrompt`], [`EngineError::PromptTooLong`], [`EngineError::Sampling`].
+    /// [`EngineError::EmptyPrompt`], [`EngineError::PromptTooLong`], [`EngineError::PromptBeyondModel`],
+    /// [`EngineError::Sampling`], [`EngineError::Bias`].
     pub fn check(&self, request: &Request, cached: usize) -> Result<(), EngineError> {
-        request.sampling.validate()?;
+        request.sampling.validate(self.pretrained.config.vocab_size)?;
         if request.prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
         }
         let (prompt, context) = (cached + request.prompt.len(), self.options.context);
-        if prompt > context { Err(EngineError::PromptTooLong { prompt, context }) } else { Ok(()) }
+        let limit = self.pretrained.config.max_position_embeddings;
+        if prompt > limit {
+            Err(EngineError::PromptBeyondModel { prompt, limit })
+        } else if prompt > context {
+            Err(EngineError::PromptTooLong { prompt, context })
+        } else {
+            Ok(())
+        }
     }
 
     fn activate<S>(&self, index: usize, sequence: S, request: &Request) -> Active<'a, S> {
+        let tokenizer = &self.pretrained.tokenizer;
+        let breakers = request.sampling.dry.breakers.clone();
+        let breaks = move |id| tokenizer.decode(&[id]).is_ok_and(|text| breakers.iter().any(|b| text.contains(b)));
+        let context = [&request.history[..], &request.prompt].concat();
         Active {
             index,
             sequence,
-            sampler: Sampler::new(request.sampling, request.history.iter().chain(&request.prompt).copied()),
-            stream: self.pretrained.tokenizer.stream(&request.prompt),
+            sampler: Sampler::new(request.sampling.clone(), request.stream, &context, breaks),
+            stream: tokenizer.stream(&request.prompt),
             stop: StopFilter::new(&request.stop),
+            stop_ids: request.stop.iter().filter_map(|stop| tokenizer.special_token(stop)).collect(),
+            logprobs: request.logprobs,
             max_tokens: request.max_tokens,
             ended: false,
             done: Completion {
                 text: String::new(),
                 tokens: Vec::new(),
+                logprobs: Vec::new(),
                 finish: FinishReason::Cancelled,
                 prompt_tokens: request.prompt.len(),
                 timings: Timings::default(),
@@ -328,16 +353,21 @@ impl<'a, D: Device> Engine<'a, D> {
         running: &mut [&mut Active<'a, S>],
         rows: &[usize],
     ) -> Result<Vec<u32>, EngineError> {
-        let chosen: Vec<Option<u32>> = if running.iter().all(|active| active.sampler.is_greedy()) {
-            self.model.most_likely(self.device, &mut self.workspace, rows)?
-        } else {
-            self.model.logits(self.device, &mut self.workspace, rows, &mut self.logits)?;
-            let logits = self.logits.chunks_exact(self.pretrained.config.vocab_size);
-            let sample = |(active, logits): (&mut &mut Active<'a, S>, &[f32])| {
-                logits.iter().all(|logit| logit.is_finite()).then(|| active.sampler.sample(logits))
+        let chosen: Vec<Option<u32>> =
+            if running.iter().all(|active| active.sampler.is_greedy() && active.logprobs.is_none()) {
+                self.model.most_likely(self.device, &mut self.workspace, rows)?
+            } else {
+                self.model.logits(self.device, &mut self.workspace, rows, &mut self.logits)?;
+                let logits = self.logits.chunks_exact(self.pretrained.config.vocab_size);
+                let sample = |(active, logits): (&mut &mut Active<'a, S>, &[f32])| {
+                    logits.iter().all(|logit| logit.is_finite()).then(|| {
+                        let id = active.sampler.sample(logits);
+                        active.done.logprobs.extend(active.logprobs.map(|count| logprob(logits, id, count)));
+                        id
+                    })
+                };
+                running.iter_mut().zip(logits).map(sample).collect()
             };
-            running.iter_mut().zip(logits).map(sample).collect()
-        };
         let number = |(active, id): (&&mut Active<'a, S>, Option<u32>)| {
             id.ok_or_else(|| EngineError::NotFinite { position: active.sequence.borrow().len() })
         };
@@ -369,7 +399,7 @@ impl<'a, D: Device> Engine<'a, D> {
         on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
         active.done.tokens.push(id);
-        if self.pretrained.eos_token_ids().contains(&id) {
+        if self.pretrained.stop_token_ids.contains(&id) || active.stop_ids.contains(&id) {
             return active.end(FinishReason::Stop, on_text);
         }
         let piece = active.stream.push(id)?;

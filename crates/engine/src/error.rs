@@ -19,6 +19,26 @@ pub enum EngineError {
         /// Planned context in tokens.
         context: usize,
     },
+    /// The prompt does not fit any context of the model.
+    #[error(
+        "the prompt has {prompt} tokens and the model supports {limit} (max_position_embeddings); shorten the prompt"
+    )]
+    PromptBeyondModel {
+        /// Tokens of the prompt, those already cached included.
+        prompt: usize,
+        /// The model's limit.
+        limit: usize,
+    },
+    /// A conversation does not fit.
+    #[error("the conversation has {prompt} tokens, and the context is {context}{advice}")]
+    ConversationTooLong {
+        /// Tokens of the conversation with the new message.
+        prompt: usize,
+        /// Planned context in tokens.
+        context: usize,
+        /// What can be done.
+        advice: &'static str,
+    },
     /// The context exceeds what the model was made for.
     #[error("a context of {context} tokens exceeds the {limit} that the model supports (max_position_embeddings)")]
     ContextTooLong {
@@ -37,6 +57,16 @@ pub enum EngineError {
         /// What it may be.
         range: &'static str,
     },
+    /// A bias is for no token, or out of range.
+    #[error("the bias of token {id} is {bias}; ids go up to {}, biases from -100 to 100", vocab_size - 1)]
+    Bias {
+        /// The token.
+        id: u32,
+        /// Its bias.
+        bias: f32,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
     /// The model computed something that is no number.
     #[error("the logits after {position} tokens are not finite; the weights are damaged, or need --dtype f32")]
     NotFinite {
@@ -44,7 +74,9 @@ pub enum EngineError {
         position: usize,
     },
     /// The model has no chat template.
-    #[error("{0} has no chat template; use `generate`, or a model made for conversations")]
+    #[error(
+        "{0} has no chat template; give one with --chat-template, or leave --chat out (`dibit generate` continues plain text)"
+    )]
     NoChatTemplate(String),
     /// The model failed.
     #[error(transparent)]

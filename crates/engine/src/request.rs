@@ -9,14 +9,30 @@ use std::time::Duration;
 pub struct Request {
     /// Token ids of the prompt.
     pub prompt: Vec<u32>,
-    /// Token ids that the sequence already holds; only a repetition penalty looks at them.
+    /// Token ids that the sequence already holds; only penalties look at them.
     pub history: Vec<u32>,
     /// Tokens to generate at most.
     pub max_tokens: usize,
     /// How they are chosen.
     pub sampling: Sampling,
-    /// Strings that end the text.
+    /// Which stream of the seed its random numbers are: requests of one seed differ by it.
+    pub stream: u64,
+    /// Strings that end the text, and are no part of it. One that is a special token of the vocabulary is that token.
     pub stop: Vec<String>,
+    /// How many of the most likely tokens to tell beside each generated one, with their log-probabilities; `None` for no
+    /// log-probabilities.
+    pub logprobs: Option<usize>,
+}
+
+/// A generated token with its log-probability: the log-softmax of the model's logits, before bias, penalties and temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// The most likely tokens with theirs, in falling order; of equal ones, the lower id first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Why a text ended.
@@ -60,6 +76,8 @@ pub struct Completion {
     pub text: String,
     /// The generated ids, the one that ended the text included.
     pub tokens: Vec<u32>,
+    /// One for each id, where log-probabilities were asked for.
+    pub logprobs: Vec<TokenLogprob>,
     /// Why the text ended.
     pub finish: FinishReason,
     /// Tokens of the prompt.

@@ -1,99 +1,55 @@
 //! Choosing the next token.
 
-use crate::EngineError;
+use crate::Sampling;
+use crate::penalties::Penalties;
 use dibit_model::argmax;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use std::collections::HashSet;
-
-/// How tokens are chosen: repetition penalty, temperature, top-k, top-p and min-p, in this order, as Hugging Face
-/// does.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sampling {
-    /// Divisor of the logits; 0 takes the most likely token.
-    pub temperature: f32,
-    /// Probability mass that is sampled from, in (0, 1].
-    pub top_p: f32,
-    /// Number of tokens that are sampled from; 0 for all.
-    pub top_k: usize,
-    /// Tokens less likely than this share of the most likely one are not sampled, in [0, 1].
-    pub min_p: f32,
-    /// Logits of tokens that have occurred are divided by it where positive and multiplied where negative; 1 for none.
-    pub repetition_penalty: f32,
-    /// Seed of the random numbers.
-    pub seed: u64,
-}
-
-impl Sampling {
-    /// The most likely token, always.
-    pub const GREEDY: Sampling =
-        Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
-
-    /// Checks the ranges.
-    ///
-    /// # Errors
-    /// [`EngineError::Sampling`].
-    pub fn validate(&self) -> Result<(), EngineError> {
-        let Sampling { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
-        for (name, value, good, range) in [
-            ("temperature", temperature, (0.0..=100.0).contains(&temperature), "between 0 (greedy) and 100"),
-            ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1"),
-            ("min_p", min_p, (0.0..=1.0).contains(&min_p), "between 0 and 1"),
-            ("repetition_penalty", penalty, penalty > 0.0 && penalty <= 100.0, "above 0 and at most 100"),
-        ] {
-            if !good {
-                return Err(EngineError::Sampling { name, value, range });
-            }
-        }
-        Ok(())
-    }
-}
 
 /// Chooses the tokens of one sequence.
-pub struct Sampler {
+pub struct Sampler<'a> {
     sampling: Sampling,
     random: ChaCha8Rng,
-    /// Tokens that have occurred, where there is a penalty on them.
-    seen: HashSet<u32>,
+    /// Where there are any.
+    penalties: Option<Penalties>,
+    /// Whether a token ends a repetition.
+    breaks: Box<dyn Fn(u32) -> bool + 'a>,
     logits: Vec<f32>,
     /// Candidates with their logits, then their weights.
     candidates: Vec<(f32, u32)>,
 }
 
-impl Sampler {
-    /// A sampler that begins its random numbers, for a sequence in which the tokens `seen` have occurred.
-    pub fn new(sampling: Sampling, seen: impl IntoIterator<Item = u32>) -> Self {
-        Sampler {
-            sampling,
-            random: ChaCha8Rng::seed_from_u64(sampling.seed),
-            seen: if sampling.repetition_penalty == 1.0 { HashSet::new() } else { seen.into_iter().collect() },
-            logits: Vec::new(),
-            candidates: Vec::new(),
-        }
+impl<'a> Sampler<'a> {
+    /// A sampler that begins its random numbers, those of one `stream` of the seed, for a sequence that holds the tokens
+    /// `context`. `breaks` says which tokens end a repetition ([`crate::Dry`]).
+    pub fn new(sampling: Sampling, stream: u64, context: &[u32], breaks: impl Fn(u32) -> bool + 'a) -> Self {
+        let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
+        random.set_stream(stream);
+        let penalties = sampling.changes_logits().then(|| Penalties::new(&sampling, context, &breaks));
+        Sampler { sampling, random, penalties, breaks: Box::new(breaks), logits: Vec::new(), candidates: Vec::new() }
     }
 
     /// Whether the most likely token is chosen, whatever came before.
     pub fn is_greedy(&self) -> bool {
-        self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0
+        self.sampling.temperature == 0.0 && self.penalties.is_none()
     }
 
     /// Chooses from the finite logits of all tokens, of which there is at least one.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
-        let penalty = self.sampling.repetition_penalty;
-        if penalty == 1.0 {
-            return self.choose(logits);
-        }
-        let mut penalised = std::mem::take(&mut self.logits);
-        penalised.clear();
-        penalised.extend_from_slice(logits);
-        for &id in &self.seen {
-            if let Some(logit) = penalised.get_mut(id as usize) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        let Some(mut penalties) = self.penalties.take() else { return self.choose(logits) };
+        let mut changed = std::mem::take(&mut self.logits);
+        changed.clear();
+        changed.extend_from_slice(logits);
+        for &(id, bias) in &self.sampling.logit_bias {
+            if let Some(logit) = changed.get_mut(id as usize) {
+                *logit += bias;
             }
         }
-        let id = self.choose(&penalised);
-        self.logits = penalised;
-        self.seen.insert(id);
+        penalties.apply(&mut changed);
+        let id = self.choose(&changed);
+        penalties.push(id, &self.breaks);
+        self.penalties = Some(penalties);
+        self.logits = changed;
         id
     }
 
@@ -148,8 +104,12 @@ mod tests {
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
 
+    fn sampler(sampling: Sampling, stream: u64, context: &[u32]) -> Sampler<'static> {
+        Sampler::new(sampling, stream, context, |_| false)
+    }
+
     fn counts(sampling: Sampling, draws: usize) -> [usize; 5] {
-        let mut sampler = Sampler::new(sampling, []);
+        let mut sampler = sampler(sampling, 0, &[]);
         let mut counts = [0; 5];
         for _ in 0..draws {
             counts[sampler.sample(&LOGITS) as usize] += 1;
@@ -159,12 +119,12 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
-        assert_eq!(counts(Sampling::GREEDY, 3), [0, 3, 0, 0, 0]);
+        assert_eq!(counts(Sampling::greedy(), 3), [0, 3, 0, 0, 0]);
     }
 
     #[test]
     fn frequencies_follow_the_softmax() {
-        let counts = counts(Sampling { temperature: 1.0, seed: 1, ..Sampling::GREEDY }, 100_000);
+        let counts = counts(Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy() }, 100_000);
         let total: f64 = LOGITS.iter().map(|x| f64::from(*x).exp()).sum();
         for (count, logit) in counts.into_iter().zip(LOGITS) {
             assert!((count as f64 / 1e5 - f64::from(logit).exp() / total).abs() < 5e-3);
@@ -173,66 +133,60 @@ mod tests {
 
     #[test]
     fn top_k_and_top_p_cut_the_tail() {
-        let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::GREEDY };
-        let top_k = counts(Sampling { top_k: 3, ..sampling }, 2000);
+        let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy() };
+        let top_k = counts(Sampling { top_k: 3, ..sampling.clone() }, 2000);
         assert!(top_k[0] == 0 && top_k[4] == 0 && top_k[2] > 0);
         // The two largest hold 0.8 of the mass.
-        let top_p = counts(Sampling { top_p: 0.75, ..sampling }, 2000);
+        let top_p = counts(Sampling { top_p: 0.75, ..sampling.clone() }, 2000);
         assert!(top_p[1] > 0 && top_p[3] > 0 && top_p[1] + top_p[3] == 2000);
-        assert_eq!(counts(Sampling { top_k: 1, ..sampling }, 10)[1], 10);
-        assert_eq!(counts(Sampling { top_k: 50, top_p: 1e-6, ..sampling }, 10)[1], 10);
+        assert_eq!(counts(Sampling { top_k: 1, ..sampling.clone() }, 10)[1], 10);
+        assert_eq!(counts(Sampling { top_k: 50, top_p: 1e-6, ..sampling.clone() }, 10)[1], 10);
     }
 
     #[test]
     fn min_p_is_a_share_of_the_most_likely() {
         // Relative to the largest, the weights are 0.14, 1, 0.37, 1 and 0.02.
-        let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::GREEDY };
-        let cut = counts(Sampling { min_p: 0.3, ..sampling }, 2000);
+        let sampling = Sampling { temperature: 1.0, seed: 1, ..Sampling::greedy() };
+        let cut = counts(Sampling { min_p: 0.3, ..sampling.clone() }, 2000);
         assert!(cut[0] == 0 && cut[4] == 0 && cut[2] > 0);
-        assert_eq!(counts(Sampling { min_p: 1.0, ..sampling }, 500)[2], 0);
+        assert_eq!(counts(Sampling { min_p: 1.0, ..sampling.clone() }, 500)[2], 0);
     }
 
     #[test]
     fn a_penalty_turns_away_from_what_has_occurred() {
-        let greedy = Sampling { repetition_penalty: 2.0, ..Sampling::GREEDY };
-        let mut sampler = Sampler::new(greedy, [1]);
+        let greedy = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
+        let mut one = sampler(greedy.clone(), 0, &[1]);
         // 3 becomes 1.5 for token 1; after token 3 it does for that, too, and 2 is the largest.
-        assert_eq!([sampler.sample(&LOGITS), sampler.sample(&LOGITS), sampler.sample(&LOGITS)], [3, 2, 1]);
-        assert_eq!(Sampler::new(greedy, []).sample(&[-1.0, -1.5]), 0);
-        assert_eq!(Sampler::new(greedy, [0]).sample(&[-1.0, -1.5]), 1);
+        assert_eq!([one.sample(&LOGITS), one.sample(&LOGITS), one.sample(&LOGITS)], [3, 2, 1]);
+        assert_eq!(sampler(greedy.clone(), 0, &[]).sample(&[-1.0, -1.5]), 0);
+        assert_eq!(sampler(greedy, 0, &[0]).sample(&[-1.0, -1.5]), 1);
     }
 
     #[test]
     fn a_temperature_close_to_zero_is_greedy() {
         for temperature in [1e-39, f32::MIN_POSITIVE, 1e-3] {
-            let counts = counts(Sampling { temperature, seed: 5, ..Sampling::GREEDY }, 20);
+            let counts = counts(Sampling { temperature, seed: 5, ..Sampling::greedy() }, 20);
             assert_eq!(counts[1] + counts[3], 20);
         }
     }
 
     #[test]
-    fn a_seed_repeats_its_tokens() {
-        let sampling = Sampling { temperature: 2.0, seed: 7, ..Sampling::GREEDY };
-        let draw = |sampling| {
-            let mut sampler = Sampler::new(sampling, []);
+    fn a_seed_repeats_its_tokens_and_its_streams_differ() {
+        let sampling = Sampling { temperature: 2.0, seed: 7, ..Sampling::greedy() };
+        let draw = |sampling: &Sampling, stream| {
+            let mut sampler = sampler(sampling.clone(), stream, &[]);
             (0..50).map(|_| sampler.sample(&LOGITS)).collect::<Vec<_>>()
         };
-        assert_eq!(draw(sampling), draw(sampling));
-        assert_ne!(draw(sampling), draw(Sampling { seed: 8, ..sampling }));
+        assert_eq!(draw(&sampling, 0), draw(&sampling, 0));
+        assert_ne!(draw(&sampling, 0), draw(&Sampling { seed: 8, ..sampling.clone() }, 0));
+        assert_ne!(draw(&sampling, 0), draw(&sampling, 1));
+        assert_eq!(draw(&sampling, 3), draw(&sampling, 3));
     }
 
     #[test]
-    fn ranges_are_checked() {
-        for bad in [
-            Sampling { temperature: -0.1, ..Sampling::GREEDY },
-            Sampling { temperature: f32::NAN, ..Sampling::GREEDY },
-            Sampling { top_p: 0.0, ..Sampling::GREEDY },
-            Sampling { top_p: 1.1, ..Sampling::GREEDY },
-            Sampling { min_p: -0.1, ..Sampling::GREEDY },
-            Sampling { repetition_penalty: 0.0, ..Sampling::GREEDY },
-        ] {
-            assert!(bad.validate().is_err());
-        }
-        assert!(Sampling::GREEDY.validate().is_ok());
+    fn a_bias_is_added_to_its_tokens() {
+        let bias = |logit_bias| counts(Sampling { logit_bias, ..Sampling::greedy() }, 1);
+        assert_eq!(bias(vec![(4, 5.0)]), [0, 0, 0, 0, 1]);
+        assert_eq!(bias(vec![(1, -100.0), (3, -100.0)]), [0, 0, 1, 0, 0]);
     }
 }

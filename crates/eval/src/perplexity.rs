@@ -33,6 +33,8 @@ pub struct Perplexity {
     pub context: usize,
     /// Number of windows.
     pub windows: usize,
+    /// The token that begins each window, if one does.
+    pub bos: Option<u32>,
     /// Scored tokens.
     pub tokens: usize,
     /// One entry for each scheme; the reference comes first.
@@ -106,9 +108,9 @@ pub fn perplexity<D: Device>(
     if !(2..=limit).contains(&context) {
         return Err(EvalError::Context { context, limit });
     }
-    let windows = windows(ids, config.bos_token_id, context, options.windows);
+    let windows = windows(ids, pretrained.window_bos, context, options.windows);
     if windows.is_empty() {
-        let needed = context - config.bos_token_id.iter().len();
+        let needed = context - pretrained.window_bos.iter().len();
         return Err(EvalError::TextTooShort { tokens: ids.len(), needed });
     }
     let mut runners = runners(device, pretrained, schemes, context)?;
@@ -139,6 +141,7 @@ pub fn perplexity<D: Device>(
     Ok(Some(Perplexity {
         context,
         windows: windows.len(),
+        bos: pretrained.window_bos,
         tokens: windows.len() * (context - 1),
         schemes: runners.into_iter().map(|runner| runner.result(device, context)).collect(),
     }))

@@ -17,6 +17,15 @@ pub struct Message {
     pub content: String,
 }
 
+/// How a conversation is rendered.
+#[derive(Debug, Clone, Default)]
+pub struct RenderOptions {
+    /// Whether the text ends where the assistant's answer begins.
+    pub add_generation_prompt: bool,
+    /// Variables for the template by name.
+    pub arguments: serde_json::Map<String, serde_json::Value>,
+}
+
 /// A compiled chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -74,6 +83,16 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME).map_err(|error| template_error(&error))?;
         let special = Value::from_serialize(&self.special_tokens);
         template.render(context! { messages, add_generation_prompt, ..special }).map_err(|error| template_error(&error))
+    }
+}
+
+impl ChatTemplate {
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// [`ModelError::Template`].
+    pub fn render_with(&self, messages: &[Message], options: &RenderOptions) -> Result<String, ModelError> {
+        self.render(messages, options.add_generation_prompt)
     }
 }
 

@@ -57,15 +57,18 @@ pub enum ModelError {
         /// Shape by the configuration.
         expected: Vec<usize>,
     },
-    /// Tokenizer and model disagree.
+    /// A text takes a token that the tokenizer has and the model has not.
     #[error(
-        "the tokenizer has token ids up to {tokenizer} but the model's vocabulary ends at {model}: tokenizer.json belongs to another model"
+        "the text takes the token '{token}' of id {id}, and the model has embeddings for {vocab_size} ids only; leave it out, or use \
+         the tokenizer that the model was trained with"
     )]
-    Vocabulary {
-        /// Largest token id of the tokenizer.
-        tokenizer: usize,
+    NoEmbedding {
+        /// The token.
+        token: String,
+        /// Its id.
+        id: u32,
         /// Size of the model's vocabulary.
-        model: usize,
+        vocab_size: usize,
     },
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]

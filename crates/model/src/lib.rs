@@ -3,6 +3,7 @@
 //! A model is defined once, over [`dibit_device::Device`], and runs on any device.
 
 mod chat;
+mod chat_format;
 mod checkpoint;
 mod config;
 mod distribution;
@@ -18,12 +19,14 @@ mod model;
 mod pretrained;
 mod rope;
 mod rotation;
+mod stop_tokens;
 mod tokenizer;
 mod weights;
 mod windows;
 mod workspace;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatTemplate, Message, RenderOptions};
+pub use chat_format::{ChatFormat, SpecialTokens};
 pub use checkpoint::Checkpoint;
 pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
 pub use distribution::Distribution;
@@ -36,7 +39,7 @@ pub use hub::download;
 pub use model::{Model, Observation, Observer, argmax};
 pub use pretrained::Pretrained;
 pub use rope::{Rope, RopeScaling};
-pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer::{TextStream, Tokenizer, TokenizerSettings};
 pub use weights::{LayerWeights, LinearWeights, WeightSource, Weights};
 pub use windows::windows;
 pub use workspace::{Workspace, pass_bytes, pass_row_bytes};

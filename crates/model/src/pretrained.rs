@@ -1,4 +1,8 @@
-use crate::{ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, Tokenizer, WeightSource, Weights};
+use crate::stop_tokens::stop_token_ids;
+use crate::{
+    ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, Tokenizer, TokenizerSettings, WeightSource,
+    Weights,
+};
 use dibit_device::DType;
 use std::borrow::Cow;
 
@@ -20,6 +24,10 @@ pub struct Pretrained {
     chat_template: Option<Cow<'static, str>>,
     /// Sampling defaults.
     pub generation_config: GenerationConfig,
+    /// Ids that end a text or a turn, in rising order.
+    pub stop_token_ids: Vec<u32>,
+    /// The token that begins each window of a text that is measured or calibrated on: BOS, if the model has one.
+    pub window_bos: Option<u32>,
 }
 
 impl Pretrained {
@@ -30,8 +38,14 @@ impl Pretrained {
     pub fn load(files: &ModelFiles, source: WeightSource, dtype: Option<DType>) -> Result<Self, ModelError> {
         let path = |name: &str| format!("{name} of {}", files.origin);
         let config = ModelConfig::parse(&files.config, &path("config.json"))?;
+        let settings = files
+            .tokenizer_config
+            .as_deref()
+            .map(|text| TokenizerSettings::parse(text, &path("tokenizer_config.json")))
+            .transpose()?
+            .unwrap_or_default();
         let tokenizer = match (&files.tokenizer, source) {
-            (Some(bytes), _) => Tokenizer::parse(bytes, config.vocab_size, &path("tokenizer.json"))?,
+            (Some(bytes), _) => Tokenizer::with_settings(bytes, &settings, config.vocab_size, &path("tokenizer.json"))?,
             (None, WeightSource::Dummy { .. }) => Tokenizer::bytes(config.vocab_size),
             (None, WeightSource::Checkpoint) => {
                 return Err(ModelError::NotFound {
@@ -49,6 +63,8 @@ impl Pretrained {
         Ok(Pretrained {
             name: files.origin.clone(),
             weights: Weights::load(files, &config, source, dtype)?,
+            stop_token_ids: stop_token_ids(&config, &generation_config, &settings, &tokenizer),
+            window_bos: config.bos_token_id.or_else(|| tokenizer.id(settings.bos_token.as_deref()?)),
             config,
             tokenizer,
             tokenizer_is_stand_in: files.tokenizer.is_none(),
@@ -58,17 +74,12 @@ impl Pretrained {
         })
     }
 
-    /// The chat template, if the model has one.
+    /// The chat template: `source`, or else the model's, if it has one. Special tokens are the model's either way.
     ///
     /// # Errors
     /// Those of [`ChatTemplate::parse`].
-    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
-        ChatTemplate::parse(self.tokenizer_config.as_deref(), self.chat_template.as_deref(), &self.name)
-    }
-
-    /// Tokens that end a text: those of `generation_config.json`, or else of `config.json`.
-    pub fn eos_token_ids(&self) -> &[u32] {
-        let own = &self.generation_config.eos_token_ids;
-        if own.is_empty() { &self.config.eos_token_ids } else { own }
+    pub fn chat_template(&self, source: Option<&str>) -> Result<Option<ChatTemplate>, ModelError> {
+        let source = source.or(self.chat_template.as_deref());
+        ChatTemplate::parse(self.tokenizer_config.as_deref(), source, &self.name)
     }
 }

@@ -1,6 +1,6 @@
 //! Options of `dibit calibrate`.
 
-use super::RunArgs;
+use super::{RunArgs, WindowArgs};
 use clap::{Args, ValueEnum};
 use dibit_cache::Scheme;
 use dibit_calibrate::{RateSchedule, Start};
@@ -41,6 +41,8 @@ pub struct CalibrateArgs {
         help = "Tokens of it [default: 131072]; of a training, how many its steps take"
     )]
     pub tokens: Option<usize>,
+    #[command(flatten)]
+    pub window: WindowArgs,
     /// Tokens of a sequence [default: 2048, or what the model supports; of the paper's recipe 3072]
     #[arg(short, long)]
     pub context: Option<usize>,

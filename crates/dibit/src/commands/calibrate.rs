@@ -1,4 +1,4 @@
-use super::{go_on, interrupt_flag};
+use super::{begin_windows, go_on, interrupt_flag};
 use crate::args::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table};
@@ -51,7 +51,8 @@ fn run_on<D: Train>(
     held_out: &[Document],
 ) -> Result<Outcome> {
     let trains = scheme.linear().is_some();
-    let pretrained = source::load(device, &args.run.model)?;
+    let mut pretrained = source::load(device, &args.run.model)?;
+    begin_windows(&args.window, &mut pretrained);
     CacheLayout::new(scheme, pretrained.config.cache_shape())?;
     let text =
         Text { documents: encode(&pretrained, texts, !trains)?, held_out: encode(&pretrained, held_out, !trains)? };
@@ -88,7 +89,7 @@ fn run_on<D: Train>(
 
 /// Token ids of documents; all `joined` to one where documents play no part.
 fn encode(pretrained: &Pretrained, documents: &[Document], joined: bool) -> Result<Vec<Vec<u32>>> {
-    let template = pretrained.chat_template()?;
+    let template = pretrained.chat_template(None)?;
     let texts = documents.iter().map(|document| document.render(template.as_ref())).collect::<Result<Vec<_>>>()?;
     let texts = if joined { vec![texts.join("\n\n")] } else { texts };
     texts.iter().map(|text| Ok(pretrained.tokenizer.encode(text, false)?)).collect()

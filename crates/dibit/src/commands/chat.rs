@@ -6,7 +6,7 @@ use crate::output::{TextStream, note};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
 use dibit_device::Device;
-use dibit_engine::{Chat, Completion, Engine, FinishReason, Options, Sampling};
+use dibit_engine::{Chat, ChatOptions, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
 use rustyline::{Config, Editor};
@@ -24,7 +24,7 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
-    sampling.validate()?;
+    sampling.validate(pretrained.config.vocab_size)?;
     let limit = pretrained.config.max_position_embeddings;
     let options = Options {
         context: args.cache.context.map_or(limit, |context| context as usize),
@@ -33,7 +33,12 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     };
     let mut engine = Engine::new(device, &mut pretrained, &scheme, options)?;
     let pretrained = engine.pretrained();
-    let mut chat = Chat::new(&mut engine, args.system.as_deref())?;
+    let chat_options = ChatOptions {
+        format: args.conversation.format(pretrained)?,
+        system: args.system.clone(),
+        context_shift: args.context_shift,
+    };
+    let mut chat = Chat::new(&mut engine, chat_options)?;
     note(&format!("{}\n{HELP}", model_line(pretrained, &device.describe())));
 
     announce(&scheme, &pretrained.config)?;
@@ -57,11 +62,10 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
             "/stats" => {
                 let usage = chat.usage(&engine);
                 let (turns, context) = (chat.messages().len(), engine.context());
-                let cache = cache_line(&scheme.name, &usage);
+                let cache = cache_line(&scheme.name, &usage, engine.layout());
                 note(&format!("{turns} messages, {} of {context} tokens\n{cache}", usage.tokens));
             }
-            command if command.starts_with('/') => note(&format!("unknown command; {HELP}")),
-            _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, sampling, &interrupted) {
+            _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, &sampling, &interrupted) {
                 Ok(done) => note(&turn_line(&done)),
                 // The conversation is as it was: a person can go on, or /reset.
                 Err(error) if std::io::stdin().is_terminal() && error.downcast_ref::<std::io::Error>().is_none() => {
@@ -80,7 +84,7 @@ fn answer<D: Device>(
     engine: &mut Engine<'_, D>,
     line: &str,
     max_tokens: usize,
-    sampling: Sampling,
+    sampling: &Sampling,
     interrupted: &AtomicBool,
 ) -> Result<Completion> {
     interrupted.store(false, Ordering::Relaxed);
@@ -94,7 +98,7 @@ fn turn_line(done: &Completion) -> String {
     let end = match done.finish {
         FinishReason::Stop => "",
         FinishReason::Length => ", cut at --max-tokens",
-        FinishReason::Context => ", the context is full: /reset",
+        FinishReason::Context => ", the context is full",
         FinishReason::Cancelled => ", stopped",
     };
     format!(

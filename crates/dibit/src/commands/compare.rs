@@ -1,5 +1,7 @@
 use super::schemes::{attach_one, calibrated_schemes};
-use super::{announce, evaluation_progress, go_on, interrupt_flag, prepare_report, schemes};
+use super::{
+    announce, begin_windows, evaluation_progress, go_on, interrupt_flag, prepare_report, schemes, window_begin,
+};
 use crate::args::CompareArgs;
 use crate::device::on_device;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
@@ -47,7 +49,8 @@ fn run_on<D: Device>(
     haystack: Option<Haystack>,
     page: Option<PathBuf>,
 ) -> Result<Outcome> {
-    let pretrained = source::load(device, &args.run.model)?;
+    let mut pretrained = source::load(device, &args.run.model)?;
+    begin_windows(&args.window, &mut pretrained);
     let schemes = match named.len() == args.schemes.len() {
         true => calibrated_schemes(named, &args.calibration.calibration, &pretrained)?,
         false => built_in(named, &args.calibration.calibration, &pretrained)?,
@@ -55,6 +58,7 @@ fn run_on<D: Device>(
     let schemes = Scheme::with_reference(&schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let interrupted = interrupt_flag(true)?;
+    let begin = window_begin(&pretrained, pretrained.window_bos);
     let ids = pretrained.tokenizer.encode(text, false)?;
     let prompts = prompts(args, &pretrained, haystack)?;
     let Some(mut comparison) = measure(args, device, &pretrained, &schemes, &ids, &interrupted)? else {
@@ -68,7 +72,7 @@ fn run_on<D: Device>(
     if !prompts.is_empty() && !retrieve(args, device, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
         return Ok(stopped());
     }
-    write!(std::io::stdout(), "{}", render(&comparison)).context(STDOUT)?;
+    write!(std::io::stdout(), "{}", render(&comparison, &begin)).context(STDOUT)?;
     if let Some(path) = &args.json {
         let value = serde_json::json!({"comparison": comparison, "study": studied});
         write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
@@ -171,7 +175,7 @@ fn look<D: Device>(
     context: usize,
 ) -> Result<study::Study> {
     let tokens = STUDIED.min(context).min(pretrained.config.max_position_embeddings);
-    let Some(window) = windows(ids, pretrained.config.bos_token_id, tokens, Some(1)).pop() else {
+    let Some(window) = windows(ids, pretrained.window_bos, tokens, Some(1)).pop() else {
         bail!("the text has {} tokens and the report's pictures need {tokens}; give a longer text", ids.len());
     };
     let (shape, layers) = sample(device, pretrained, &window)?;
@@ -203,7 +207,7 @@ fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystac
     }
     let of_length = |context: usize| {
         let options = SampleOptions { length: context, count: args.samples as usize, seed: args.seed };
-        let samples = retrieval::samples(pretrained, &TASKS, options, &haystack, false);
+        let samples = retrieval::samples(pretrained, &TASKS, options, &haystack, None);
         Ok(Prompts { context, samples: samples.context("--samples 0 leaves retrieval out")? })
     };
     lengths.into_iter().map(of_length).collect()
@@ -250,7 +254,7 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     values.sum::<f64>() / count as f64
 }
 
-fn render(comparison: &Comparison) -> String {
+fn render(comparison: &Comparison, begin: &str) -> String {
     let contexts: Vec<usize> = LONGER.into_iter().filter(|context| *context > comparison.context).collect();
     let names: Vec<String> = contexts.iter().map(|context| format!("at {}k", context / 1024)).collect();
     let mut header = vec!["scheme", "bits"];
@@ -286,7 +290,7 @@ fn render(comparison: &Comparison) -> String {
     };
     let rows: Vec<Vec<String>> = comparison.sorted().iter().map(cells).collect();
     format!(
-        "{}{} tokens in {} windows of {}; KL in nats against fp16; bits per cached scalar; attention of one decoding step, all \
+        "{}{} tokens in {} windows of {}, {begin}; KL in nats against fp16; bits per cached scalar; attention of one decoding step, all \
          layers\n",
         table(&header, &rows),
         comparison.tokens,

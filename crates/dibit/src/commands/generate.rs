@@ -3,12 +3,16 @@ use super::{announce, cache_line, interrupt_flag, model_line, sampling};
 use crate::args::GenerateArgs;
 use crate::device::on_device;
 use crate::output::{STDOUT, TextStream, bytes, note};
-use crate::{Outcome, memory, source};
+use crate::{Outcome, memory, source, text};
 use anyhow::{Context, Result, bail};
+use dibit_cache::Usage;
 use dibit_device::Device;
-use dibit_engine::{Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling};
-use dibit_model::Pretrained;
+use dibit_engine::{
+    Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling, TokenLogprob,
+};
+use dibit_model::{Message, Pretrained, Tokenizer};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
@@ -24,8 +28,8 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
     let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config);
-    sampling.validate()?;
-    let requests = requests(args, &pretrained, prompts, sampling)?;
+    sampling.validate(pretrained.config.vocab_size)?;
+    let requests = requests(args, &pretrained, prompts, &sampling)?;
     let options = Options {
         context: context(args, &pretrained, &requests),
         sequences: requests.len().min(usize::from(args.parallel)),
@@ -40,15 +44,18 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
 
     let interrupted = interrupt_flag(true)?;
     let start = Instant::now();
-    let completions = if args.json || args.prompts.is_some() {
+    let many = args.prompts.is_some() || requests.len() > 1;
+    let completions = if args.json || many {
         engine.generate(&requests, |_, _| match interrupted.load(Ordering::Relaxed) {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         })?
     } else {
         let mut stream = TextStream::new(&interrupted);
-        // Where this fails, the first piece of the answer finds out.
-        let _ = stream.push(&prompts[0]);
+        if !args.chat {
+            // Where this fails, the first piece of the answer finds out.
+            let _ = stream.push(&prompts[0]);
+        }
         let completions = engine.generate(&requests, |_, text| stream.push(text))?;
         stream.finish()?;
         completions
@@ -57,30 +64,35 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
     let elapsed = start.elapsed();
     let mut stdout = std::io::stdout().lock();
     if args.json {
-        let all: Vec<Value> =
-            prompts.iter().zip(&completions).map(|(p, c)| to_json(p, c, pretrained, &scheme.name, sampling)).collect();
-        let value = if args.prompts.is_some() { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
+        let texts = each_prompt(args, prompts).zip(&requests).zip(&completions);
+        let all: Vec<Value> = texts.map(|((p, request), c)| to_json(p, request, c, pretrained, &scheme.name)).collect();
+        let value = if many { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
         writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
-    } else if args.prompts.is_some() {
-        for (index, (prompt, completion)) in prompts.iter().zip(&completions).enumerate() {
-            writeln!(stdout, "[{}] {prompt}{}\n", index + 1, completion.text).context(STDOUT)?;
+    } else if many {
+        for (index, (prompt, completion)) in each_prompt(args, prompts).zip(&completions).enumerate() {
+            let separator = if args.chat { "\n" } else { "" };
+            writeln!(stdout, "[{}] {prompt}{separator}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     }
-    summary(pretrained, &device.describe(), &scheme.name, engine.plan(), options, sampling, &completions, elapsed);
+    let cache = cache_line(&scheme.name, &used(&completions), engine.layout());
+    summary(pretrained, &device.describe(), &cache, engine.plan(), options, &sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
 }
 
 fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
+    if let Some(option) = args.conversation.given().filter(|_| !args.chat) {
+        bail!("{option} is for messages; add --chat, or leave it out");
+    }
     let prompts = if let Some(path) = &args.prompts {
-        let text = std::fs::read(path).with_context(|| format!("cannot read the prompts {}", path.display()))?;
-        let text = String::from_utf8(text)
-            .with_context(|| format!("{} is not UTF-8 text; convert it first", path.display()))?;
+        let text = text::read_named("prompts", path)?;
         let prompts: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
         if prompts.is_empty() {
             bail!("{} holds no prompts; write one a line", path.display());
         }
         prompts
+    } else if let Some(path) = &args.prompt_file {
+        vec![without_last_line_end(text::read_named("prompt", path)?)]
     } else if let Some(prompt) = &args.prompt {
         vec![prompt.clone()]
     } else {
@@ -89,9 +101,7 @@ fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
         }
         let mut bytes = Vec::new();
         std::io::stdin().read_to_end(&mut bytes).context("cannot read the prompt from stdin")?;
-        let prompt = String::from_utf8(bytes).context("the prompt on stdin is not UTF-8 text; convert it first")?;
-        // The line's end belongs to `echo`, not to the prompt.
-        vec![prompt.strip_suffix('\n').map(str::to_owned).unwrap_or(prompt)]
+        vec![without_last_line_end(text::decode(bytes, "the prompt on stdin")?)]
     };
     if prompts.iter().any(String::is_empty) {
         return Err(EngineError::EmptyPrompt.into());
@@ -99,17 +109,44 @@ fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
+/// The line's end belongs to `echo` or an editor, not to the prompt.
+fn without_last_line_end(text: String) -> String {
+    text.strip_suffix('\n').map(str::to_owned).unwrap_or(text)
+}
+
+/// Each prompt, as often as it is continued.
+fn each_prompt<'a>(args: &GenerateArgs, prompts: &'a [String]) -> impl Iterator<Item = &'a String> {
+    let samples = usize::from(args.samples);
+    prompts.iter().flat_map(move |prompt| std::iter::repeat_n(prompt, samples))
+}
+
 fn requests(
     args: &GenerateArgs,
     pretrained: &Pretrained,
     prompts: &[String],
-    sampling: Sampling,
+    sampling: &Sampling,
 ) -> Result<Vec<Request>> {
-    let request = |prompt: &String| -> Result<Request> {
-        let prompt = pretrained.tokenizer.encode(prompt, true)?;
-        Ok(Request { prompt, history: Vec::new(), max_tokens: args.max_tokens, sampling, stop: args.stop.clone() })
+    let format = args.chat.then(|| args.conversation.format(pretrained)).transpose()?;
+    let encode = |prompt: &String| -> Result<Vec<u32>> {
+        let Some(format) = &format else { return Ok(pretrained.tokenizer.encode(prompt, true)?) };
+        let message = |role: &str, content: &String| Message { role: role.to_owned(), content: content.clone() };
+        let system = args.system.iter().map(|content| message("system", content));
+        let messages: Vec<Message> = system.chain([message("user", prompt)]).collect();
+        let text = format.render(&pretrained.tokenizer, &messages, true)?;
+        Ok(pretrained.tokenizer.encode_rendered(&text)?)
     };
-    prompts.iter().map(request).collect()
+    let prompts: Vec<Vec<u32>> = prompts.iter().map(encode).collect::<Result<_>>()?;
+    let requests = prompts.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, usize::from(args.samples)));
+    let request = |(prompt, stream)| Request {
+        prompt,
+        history: Vec::new(),
+        max_tokens: args.max_tokens,
+        sampling: sampling.clone(),
+        stream,
+        stop: args.stop.clone(),
+        logprobs: args.logprobs.map(usize::from),
+    };
+    Ok(requests.zip(0u64..).map(request).collect())
 }
 
 /// The context that was asked for, or what the longest request takes, as far as the model goes.
@@ -119,9 +156,9 @@ fn context(args: &GenerateArgs, pretrained: &Pretrained, requests: &[Request]) -
     args.cache.context.map_or(longest.clamp(1, limit), |context| context as usize)
 }
 
-fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, scheme: &str, sampling: Sampling) -> Value {
-    let usage = &completion.usage;
-    json!({
+fn to_json(prompt: &str, request: &Request, completion: &Completion, pretrained: &Pretrained, scheme: &str) -> Value {
+    let (usage, sampling) = (&completion.usage, &request.sampling);
+    let mut json = json!({
         "model": pretrained.name,
         "prompt": prompt,
         "text": completion.text,
@@ -135,7 +172,15 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
             "top_k": sampling.top_k,
             "min_p": shortest(sampling.min_p),
             "repetition_penalty": shortest(sampling.repetition_penalty),
+            "presence_penalty": shortest(sampling.presence_penalty),
+            "frequency_penalty": shortest(sampling.frequency_penalty),
+            "dry_multiplier": shortest(sampling.dry.multiplier),
+            "dry_base": shortest(sampling.dry.base),
+            "dry_allowed_length": sampling.dry.allowed_length,
+            "dry_sequence_breakers": sampling.dry.breakers,
+            "logit_bias": sampling.logit_bias.iter().map(|(id, bias)| (id.to_string(), shortest(*bias))).collect::<BTreeMap<_, _>>(),
             "seed": sampling.seed,
+            "stream": request.stream,
         },
         "timings": {
             "prefill_seconds": completion.timings.prefill.as_secs_f64(),
@@ -156,7 +201,24 @@ fn to_json(prompt: &str, completion: &Completion, pretrained: &Pretrained, schem
             "weights_bytes": pretrained.weights.num_bytes(),
             "peak_rss_bytes": memory::peak(),
         },
-    })
+    });
+    if request.logprobs.is_some() {
+        json["logprobs"] = completion.logprobs.iter().map(|own| logprob_json(own, &pretrained.tokenizer)).collect();
+    }
+    json
+}
+
+/// A token with its log-probability and the most likely ones with theirs.
+fn logprob_json(own: &TokenLogprob, tokenizer: &Tokenizer) -> Value {
+    let entry = |id: u32, logprob: f32| json!({"id": id, "token": tokenizer.token(id), "logprob": shortest(logprob)});
+    let mut json = entry(own.id, own.logprob);
+    json["top_logprobs"] = own.top.iter().map(|(id, logprob)| entry(*id, *logprob)).collect();
+    json
+}
+
+/// What all sequences took in the cache at their ends.
+fn used(completions: &[Completion]) -> Usage {
+    completions.iter().map(|c| c.usage).reduce(|a, b| a + b).unwrap_or_default()
 }
 
 /// The number as it is written, without the digits that widening adds.
@@ -168,10 +230,10 @@ fn shortest(value: f32) -> f64 {
 fn summary(
     pretrained: &Pretrained,
     device: &str,
-    scheme: &str,
+    cache: &str,
     plan: &MemoryPlan,
     options: Options,
-    sampling: Sampling,
+    sampling: &Sampling,
     completions: &[Completion],
     elapsed: Duration,
 ) {
@@ -183,23 +245,10 @@ fn summary(
             total(|c| c.tokens.len()) as f64 / elapsed.as_secs_f64().max(1e-9)
         ),
     };
-    let chosen = if sampling.temperature == 0.0 {
-        format!("greedy, repetition penalty {}", sampling.repetition_penalty)
-    } else {
-        format!(
-            "temperature {}, top-p {}, top-k {}, min-p {}, repetition penalty {}, seed {}",
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            sampling.min_p,
-            sampling.repetition_penalty,
-            sampling.seed
-        )
-    };
+    let chosen = describe(sampling);
     let weights = bytes(pretrained.weights.num_bytes());
     let peak = memory::peak().map_or(String::new(), |peak| format!(", at most {} resident", bytes(peak)));
-    let usage = completions.iter().map(|c| c.usage).reduce(|a, b| a + b).unwrap_or_default();
-    let (tokens, planned) = (usage.tokens, options.context);
+    let (tokens, planned) = (used(completions).tokens, options.context);
     let context = match completions {
         [_] => format!("{tokens} of {planned} tokens"),
         all => format!(
@@ -219,11 +268,42 @@ model    {}
 speed    {} prompt + {} generated tokens; {rates}
 sampling {chosen}
 context  {context}{pass}
-cache    {}
+cache    {cache}
 memory   {weights} of weights{peak}",
         model_line(pretrained, device),
         total(|c| c.prompt_tokens),
-        total(|c| c.tokens.len()),
-        cache_line(scheme, &usage)
+        total(|c| c.tokens.len())
     ));
+}
+
+/// How tokens were chosen, in words; what does nothing is left out.
+fn describe(sampling: &Sampling) -> String {
+    let mut parts = if sampling.temperature == 0.0 {
+        vec![format!("greedy, repetition penalty {}", sampling.repetition_penalty)]
+    } else {
+        vec![format!(
+            "temperature {}, top-p {}, top-k {}, min-p {}, repetition penalty {}, seed {}",
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.seed
+        )]
+    };
+    for (name, value) in [
+        ("presence penalty", sampling.presence_penalty),
+        ("frequency penalty", sampling.frequency_penalty),
+        ("DRY", sampling.dry.multiplier),
+    ] {
+        if value != 0.0 {
+            parts.push(format!("{name} {value}"));
+        }
+    }
+    match sampling.logit_bias.len() {
+        0 => {}
+        1 => parts.push("a bias on 1 token".to_owned()),
+        count => parts.push(format!("biases on {count} tokens")),
+    }
+    parts.join(", ")
 }

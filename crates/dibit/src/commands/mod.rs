@@ -11,11 +11,11 @@ pub mod perplexity;
 pub mod ruler;
 pub mod schemes;
 
-use crate::args::SamplingArgs;
+use crate::args::{SamplingArgs, Seed, WindowArgs, WindowBos};
 use crate::output::{self, check_writable};
 use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme, Usage};
-use dibit_engine::Sampling;
+use dibit_engine::{Dry, Sampling};
 use dibit_model::{GenerationConfig, ModelConfig, Pretrained};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
@@ -39,7 +39,8 @@ fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
 /// What the user says, else what the model's makers say. As with Hugging Face, a model whose makers do not ask for
 /// sampling decodes greedily; who gives a sampling option asks for it, too.
 fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
-    let asked = args.top_p.is_some() || args.top_k.is_some() || args.min_p.is_some() || args.seed.is_some();
+    let seeded = matches!(args.seed, Some(Seed::Given(_)));
+    let asked = args.top_p.is_some() || args.top_k.is_some() || args.min_p.is_some() || seeded;
     let samples = asked || model.do_sample == Some(true);
     let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::from(d.subsec_nanos()));
     Sampling {
@@ -48,8 +49,38 @@ fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
         top_k: args.top_k.or(model.top_k).unwrap_or(0),
         min_p: args.min_p.or(model.min_p).unwrap_or(0.0),
         repetition_penalty: args.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
-        seed: args.seed.unwrap_or_else(clock),
+        presence_penalty: args.presence_penalty,
+        frequency_penalty: args.frequency_penalty,
+        dry: Dry {
+            multiplier: args.dry_multiplier,
+            base: args.dry_base,
+            allowed_length: args.dry_allowed_length,
+            breakers: match &args.dry_sequence_breaker[..] {
+                [] => Dry::default().breakers,
+                own => own.to_vec(),
+            },
+        },
+        logit_bias: args.logit_bias.clone(),
+        seed: match args.seed {
+            Some(Seed::Given(seed)) => seed,
+            _ => clock(),
+        },
     }
+}
+
+/// Lets windows of a text begin as the user says.
+fn begin_windows(args: &WindowArgs, pretrained: &mut Pretrained) {
+    if args.window_bos == WindowBos::Auto && !pretrained.tokenizer.adds_bos() {
+        pretrained.window_bos = None;
+    }
+}
+
+/// What windows begin with, in words.
+fn window_begin(pretrained: &Pretrained, bos: Option<u32>) -> String {
+    bos.map_or_else(
+        || "without BOS".to_owned(),
+        |id| format!("each beginning with BOS ({})", pretrained.tokenizer.token(id).unwrap_or_else(|| id.to_string())),
+    )
 }
 
 /// A flag that Ctrl-C sets from now on, instead of ending the program; with `twice_ends` the second one ends it.
@@ -107,14 +138,20 @@ fn model_line(pretrained: &Pretrained, device: &str) -> String {
     )
 }
 
-/// The cache in a line.
-fn cache_line(scheme: &str, usage: &Usage) -> String {
+/// Contexts that a cache is also told for: a short one is mostly its window of 16 bit.
+const LONG: [usize; 2] = [8192, 32_768];
+
+/// The cache in a line: what it holds now, and what the scheme takes at a long context.
+fn cache_line(scheme: &str, usage: &Usage, layout: &CacheLayout) -> String {
+    let planned = |context: usize| {
+        let fp16 = context * layout.shape.scalars_per_token() * size_of::<u16>();
+        let scheme = layout.planned_usage(context).used_bytes;
+        format!("{} ({}) at {context}", output::bytes(scheme), output::bytes(fp16))
+    };
     format!(
-        "{scheme}: {:.2} bits per scalar in use, {:.2} allocated; {} in use, {} allocated; 16 bit would take {}",
-        usage.bits(),
-        usage.allocated_bits(),
+        "{scheme}: {} in use, {} allocated; with a long context, and in 16 bit: {}",
         output::bytes(usage.used_bytes),
         output::bytes(usage.allocated_bytes),
-        output::bytes(usage.fp16_bytes)
+        LONG.map(planned).join(", ")
     )
 }

@@ -1,5 +1,5 @@
 use super::schemes::calibrated_schemes;
-use super::{announce, evaluation_progress, interrupt_flag, schemes};
+use super::{announce, begin_windows, evaluation_progress, interrupt_flag, schemes, window_begin};
 use crate::args::PerplexityArgs;
 use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
@@ -18,7 +18,8 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
 }
 
 fn run_on<D: Device>(device: &D, args: &PerplexityArgs, text: &str) -> Result<Outcome> {
-    let pretrained = source::load(device, &args.run.model)?;
+    let mut pretrained = source::load(device, &args.run.model)?;
+    begin_windows(&args.window, &mut pretrained);
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     let ids = pretrained.tokenizer.encode(text, false)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
@@ -39,11 +40,11 @@ fn run_on<D: Device>(device: &D, args: &PerplexityArgs, text: &str) -> Result<Ou
         value["model"] = pretrained.name.clone().into();
         write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
     }
-    write!(std::io::stdout(), "{}", render(&report)).context(STDOUT)?;
+    write!(std::io::stdout(), "{}", render(&report, &window_begin(&pretrained, report.bos))).context(STDOUT)?;
     Ok(Outcome::Done)
 }
 
-fn render(report: &Perplexity) -> String {
+fn render(report: &Perplexity, begin: &str) -> String {
     let rows: Vec<Vec<String>> = report
         .schemes
         .iter()
@@ -61,7 +62,7 @@ fn render(report: &Perplexity) -> String {
         .collect();
     let header = ["scheme", "perplexity", "KL mean", "KL 99.9%", "top-1", "bits", "allocated"];
     format!(
-        "{}{} tokens in {} windows of {}; KL in nats against fp16; bits per cached scalar at the end of a window\n",
+        "{}{} tokens in {} windows of {}, {begin}; KL in nats against fp16; bits per cached scalar at the end of a window\n",
         table(&header, &rows),
         report.tokens,
         report.windows,

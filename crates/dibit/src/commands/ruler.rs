@@ -5,7 +5,7 @@ use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
 use crate::{Outcome, source};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_engine::{Engine, EngineError, Options};
@@ -33,6 +33,9 @@ struct Row<'a> {
 
 pub fn run(args: &RulerArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
+    if let Some(option) = args.conversation.given().filter(|_| !args.chat) {
+        bail!("{option} is for messages; add --chat, or leave it out");
+    }
     let tasks = tasks(&args.tasks)?;
     let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
@@ -124,10 +127,11 @@ fn check(args: &RulerArgs, pretrained: &Pretrained, schemes: &[Scheme]) -> Resul
 }
 
 fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: &Haystack) -> Result<Vec<Prompts>> {
+    let format = args.chat.then(|| args.conversation.format(pretrained)).transpose()?;
     let of_length = |context: &u32| {
         let context = *context as usize;
         let options = SampleOptions { length: context, count: args.samples as usize, seed: args.seed };
-        Ok(Prompts { context, samples: retrieval::samples(pretrained, tasks, options, haystack, args.chat)? })
+        Ok(Prompts { context, samples: retrieval::samples(pretrained, tasks, options, haystack, format.as_ref())? })
     };
     args.context.iter().map(of_length).collect()
 }
