@@ -198,7 +198,7 @@ fn what_cannot_be_measured_is_named() {
     usage(&["--heads", "32/8,16/3"], &["--heads", "16 query heads are not a multiple of 3 KV heads"]);
     usage(&["--heads", "0/8"], &["--heads", "without heads"]);
     usage(&["--heads", "32"], &["--heads", "QUERY/KV"]);
-    usage(&["--head-dim", "72"], &["--head-dim", "72 is not supported", "[64, 80, 96, 128, 256]"]);
+    usage(&["--head-dim", "76"], &["--head-dim", "76 is not supported", "multiples of 8 from 8 to 256"]);
     usage(&["--context", "8192,0"], &["--context", "0 is not in"]);
     usage(&["--context", "many"], &["--context", "many"]);
     usage(&["--threads", "1,0"], &["--threads", "0 is not in"]);

@@ -25,7 +25,7 @@ mod workspace;
 
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
-pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
+pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS, supports_head_dim};
 pub use distribution::Distribution;
 pub use error::ModelError;
 pub use exact::ExactPass;
