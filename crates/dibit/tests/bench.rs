@@ -193,6 +193,17 @@ fn throughput_is_measured_at_every_batch() {
 }
 
 #[test]
+fn heads_of_any_multiple_of_eight_are_measured() {
+    for head_dim in [8, 72, 248] {
+        let size = head_dim.to_string();
+        let report = attention(&["--kv", "kivi,kvlinc", "--head-dim", &size, "--heads", "4/2", "--context", "300"]);
+        let schemes = list(&report["points"][0]["schemes"]);
+        assert_eq!(schemes[0]["bytes"], 2 * 2 * head_dim * 2 * 300);
+        schemes.iter().for_each(|own| check_spread(&own["over_fp16"]));
+    }
+}
+
+#[test]
 fn what_cannot_be_measured_is_named() {
     let usage = |args: &[&str], words: &[&str]| run(&[&["bench", "attention"], args].concat()).is_usage_error(words);
     usage(&["--heads", "32/8,16/3"], &["--heads", "16 query heads are not a multiple of 3 KV heads"]);
