@@ -8,6 +8,7 @@
 mod error;
 mod layout;
 mod manager;
+mod notes;
 mod scheme;
 mod side;
 mod states;

@@ -126,15 +126,25 @@ struct ClassPages {
     i64 stride;
 };
 
+/// A normalised Hadamard matrix on the diagonal of a rotation.
+struct HadamardBlock {
+    /// Rows, and rows of the outer factor: 1, 12 or 20.
+    int order, outer;
+    /// Where the signs [outer][outer] of that factor begin among those of the rotation.
+    int signs;
+    /// 1 / sqrt(order).
+    float norm;
+};
+
 /// A rotation of heads.
 struct Rotation {
-    /// 0: none. 1: a normalised Hadamard matrix. 2: a basis.
+    /// 0: none. 1: Hadamard matrices on the diagonal. 2: a basis.
     int kind;
     /// Rows of the matrix.
     int order;
-    /// Hadamard: rows of the outer factor, 1, 12 or 20; its signs [outer][outer]; 1 / sqrt(order).
-    int outer;
-    float norm;
+    int block_count;
+    int padding;
+    const HadamardBlock* blocks;
     /// Signs, or bases [kv head][order][order].
     const float* matrix;
     /// Bases transposed.

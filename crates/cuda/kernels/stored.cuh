@@ -87,9 +87,9 @@ __device__ __forceinline__ float number_at(const Side& side, const u8* page, int
     return (float)code_at(side, page, row, lane) * scale + offset_of(side, scale, zero);
 }
 
-/// x <- x H, or x <- x H^T, for rows in shared memory that begin `stride` numbers apart. All threads of the block call it.
+/// x <- x H, or x <- x H^T, for one block of H and its part of rows that begin `stride` numbers apart.
 template <bool INVERSE>
-__device__ void hadamard(const Rotation& own, float* x, int rows, int stride) {
+__device__ void hadamard_block(const HadamardBlock& own, const float* signs, float* x, int rows, int stride) {
     int order = own.order, inner = order / own.outer, pairs = order / 2;
     for (int half = 1; half < inner; half *= 2) {
         __syncthreads();
@@ -110,7 +110,7 @@ __device__ void hadamard(const Rotation& own, float* x, int rows, int stride) {
             for (int j = 0; j < own.outer; j++) {
                 float sum = -0.0f;
                 for (int k = 0; k < own.outer; k++)
-                    sum += column[k] * own.matrix[INVERSE ? j * own.outer + k : k * own.outer + j];
+                    sum += column[k] * signs[INVERSE ? j * own.outer + k : k * own.outer + j];
                 at[j * inner] = sum;
             }
         }
@@ -118,6 +118,16 @@ __device__ void hadamard(const Rotation& own, float* x, int rows, int stride) {
     __syncthreads();
     for (int i = threadIdx.x; i < rows * order; i += blockDim.x) x[i / order * stride + i % order] *= own.norm;
     __syncthreads();
+}
+
+/// x <- x H, or x <- x H^T, for rows in shared memory that begin `stride` numbers apart. All threads of the block call it.
+template <bool INVERSE>
+__device__ void hadamard(const Rotation& own, float* x, int rows, int stride) {
+    for (int i = 0; i < own.block_count; i++) {
+        const HadamardBlock block = own.blocks[i];
+        hadamard_block<INVERSE>(block, own.matrix + block.signs, x, rows, stride);
+        x += block.order;
+    }
 }
 
 /// y <- x U, or x U^T, by the rotation of a head; where it is none or a Hadamard matrix, in place. Rows are packed one behind

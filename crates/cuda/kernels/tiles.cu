@@ -8,7 +8,7 @@
 // attend_tiles is for spans of many queries: its blocks share tiles among 128 queries (64 for large heads).
 // attend_splits is for spans of few queries: its warps share a tile's tokens, its blocks the history.
 //
-// HEAD_DIM is 64, 80, 96, 112, 128 or 256.
+// HEAD_DIM is a multiple of 8 up to 256.
 
 template <bool PACKED>
 __device__ __forceinline__ void attend_many(const Attention& a, const u16* halves, u8* memory, Pages& pages) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, const u16* halve
             float logit = sums.largest[block][which] * sums.unit[block][which] * LN_2;
             if (lane % 4 == 0) *(float2*)partial = make_float2(logit, total);
 #pragma unroll
-            for (int i = 0; i < OUTPUTS; i++) {
+            for (int i = 0; i < PARTS; i++) {
                 const float(&x)[4] = sums.outputs[block][i];
                 *(float2*)(partial + 2 + 8 * i + lane % 4 * 2) = make_float2(x[2 * which], x[2 * which + 1]);
             }
@@ -105,7 +105,7 @@ __device__ __forceinline__ void attend_few(const Attention& a, const u16* halves
         float total = sums.total(0, which);
         if (lane % 4 == 0) *(float2*)own = make_float2(sums.largest[0][which] * sums.unit[0][which], total);
 #pragma unroll
-        for (int i = 0; i < OUTPUTS; i++) {
+        for (int i = 0; i < PARTS; i++) {
             const float(&x)[4] = sums.outputs[0][i];
             *(float2*)(own + 2 + 8 * i + lane % 4 * 2) = make_float2(x[2 * which], x[2 * which + 1]);
         }

@@ -131,14 +131,25 @@ pub(crate) struct ClassPages {
     pub stride: i64,
 }
 
+/// A normalised Hadamard matrix on the diagonal of a rotation.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct HadamardBlock {
+    pub order: i32,
+    pub outer: i32,
+    pub signs: i32,
+    pub norm: f32,
+}
+
 /// A rotation of heads.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub(crate) struct Rotation {
     pub kind: i32,
     pub order: i32,
-    pub outer: i32,
-    pub norm: f32,
+    pub block_count: i32,
+    pub padding: i32,
+    pub blocks: u64,
     pub matrix: u64,
     pub transposed: u64,
 }

@@ -41,8 +41,9 @@ const NO_MACROS: &[Macros] = &[&[]];
 
 /// How the weights of linear layers are stored.
 const WEIGHTS: &[Macros] = &[&[("WEIGHT", 0)], &[("WEIGHT", 1)], &[("WEIGHT", 2)]];
-/// Usual head sizes.
-const HEAD_SIZES: &[Macros] = &[&[("HEAD_DIM", 64)], &[("HEAD_DIM", 80)], &[("HEAD_DIM", 128)], &[("HEAD_DIM", 256)]];
+/// Usual head sizes, and one that is no multiple of 16.
+const HEAD_SIZES: &[Macros] =
+    &[&[("HEAD_DIM", 64)], &[("HEAD_DIM", 72)], &[("HEAD_DIM", 80)], &[("HEAD_DIM", 128)], &[("HEAD_DIM", 256)]];
 
 /// KIVI, KVLinC and their bias; and planes.
 const PACKED_FORMS: &[Macros] = &[

@@ -193,12 +193,23 @@ fn throughput_is_measured_at_every_batch() {
 }
 
 #[test]
+fn heads_of_any_multiple_of_eight_are_measured() {
+    for head_dim in [8, 72, 248] {
+        let size = head_dim.to_string();
+        let report = attention(&["--kv", "kivi,kvlinc", "--head-dim", &size, "--heads", "4/2", "--context", "300"]);
+        let schemes = list(&report["points"][0]["schemes"]);
+        assert_eq!(schemes[0]["bytes"], 2 * 2 * head_dim * 2 * 300);
+        schemes.iter().for_each(|own| check_spread(&own["over_fp16"]));
+    }
+}
+
+#[test]
 fn what_cannot_be_measured_is_named() {
     let usage = |args: &[&str], words: &[&str]| run(&[&["bench", "attention"], args].concat()).is_usage_error(words);
     usage(&["--heads", "32/8,16/3"], &["--heads", "16 query heads are not a multiple of 3 KV heads"]);
     usage(&["--heads", "0/8"], &["--heads", "without heads"]);
     usage(&["--heads", "32"], &["--heads", "QUERY/KV"]);
-    usage(&["--head-dim", "72"], &["--head-dim", "72 is not supported", "[64, 80, 96, 128, 256]"]);
+    usage(&["--head-dim", "76"], &["--head-dim", "76 is not supported", "multiples of 8 from 8 to 256"]);
     usage(&["--context", "8192,0"], &["--context", "0 is not in"]);
     usage(&["--context", "many"], &["--context", "many"]);
     usage(&["--threads", "1,0"], &["--threads", "0 is not in"]);

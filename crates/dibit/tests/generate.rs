@@ -200,6 +200,23 @@ fn dummy_weights_need_only_a_configuration() {
 }
 
 #[test]
+fn heads_of_any_multiple_of_eight_generate() {
+    let folder = Folder::of_fixture("llama32-old-bf16");
+    let prompt = common::words(300);
+    for head_dim in [48, 72] {
+        folder.edit("config.json", serde_json::json!({"head_dim": head_dim, "initializer_range": 0.2}));
+        let model = ["--load-format", "dummy", "-m", folder.path(), "-n", "8", &prompt];
+        for kv in ["fp16", "kivi", "kvlinc", "gear", "quarot"] {
+            let done = greedy(&[&model[..], &["--kv", kv]].concat());
+            let tokens = done["prompt_tokens"].as_u64().unwrap() + done["generated_tokens"].as_u64().unwrap();
+            assert!(done["cache"]["tokens"].as_u64().unwrap() + 1 >= tokens && tokens > 150, "{kv}: {done}");
+            // Packed tokens take fewer bits.
+            assert_eq!(done["cache"]["bits"].as_f64().unwrap() < 15.9, kv != "fp16", "{kv} {head_dim}: {done}");
+        }
+    }
+}
+
+#[test]
 fn what_a_model_has_no_calibration_for_is_said() {
     let model = fixture("llama32-old-bf16");
     let notes = |more: &[&str]| run(&[&["generate", "-n", "1", "Hello"], more].concat()).succeeds().stderr;

@@ -93,6 +93,23 @@ fn weights_count_as_they_would_be_stored() {
 }
 
 #[test]
+fn what_a_head_size_changes_is_named() {
+    let folder = Folder::of_fixture("qwen2-bias-bf16");
+    folder.edit("config.json", json!({"head_dim": 72}));
+    let dummy = ["--load-format", "dummy", "-m", folder.path(), "--kv", "fp16,kvlinc"];
+    let blocks = "kvlinc: values are rotated by a block-diagonal Hadamard matrix (40 + 32)";
+    let shown = run(&[&["inspect", "--device", "cpu"], &dummy[..]].concat()).succeeds().stdout;
+    assert!(shown.contains(&format!("\n{blocks}")), "{shown}");
+    assert!(shown.contains("rows in 16 bit  16 channels at once, the last 8 by themselves"), "{shown}");
+    let report = inspect(&dummy);
+    let notes = |name: &str| scheme(&report, name)["notes"].as_array().unwrap().clone();
+    assert!(notes("fp16").is_empty() && notes("kvlinc")[0].as_str().unwrap().starts_with(blocks), "{report}");
+    // The same is said before it runs.
+    let said = run(&["generate", "--load-format", "dummy", "-m", folder.path(), "--kv", "kvlinc", "-n", "1", "Hello"]);
+    assert!(said.succeeds().stderr.contains(blocks));
+}
+
+#[test]
 fn a_configuration_is_enough_to_plan_for_dummy_weights() {
     let folder = Folder::new();
     let config = folder.write("config.json", std::fs::read(fixture("qwen2-bias-bf16") + "/config.json").unwrap());

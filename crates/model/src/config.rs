@@ -6,8 +6,13 @@ use dibit_device::DType;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// Head sizes that the kernels are tested with.
-pub const SUPPORTED_HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+/// Head sizes, in words; [`supports_head_dim`] says it of one.
+pub const SUPPORTED_HEAD_DIMS: &str = "multiples of 8 from 8 to 256";
+
+/// Whether heads of so many channels are supported.
+pub const fn supports_head_dim(head_dim: usize) -> bool {
+    head_dim >= 8 && head_dim <= 256 && head_dim.is_multiple_of(8)
+}
 
 /// Decoder families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,8 +185,8 @@ impl ModelConfig {
             )));
         }
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads);
-        if !SUPPORTED_HEAD_DIMS.contains(&head_dim) {
-            return unsupported(format!("head_dim {head_dim}"), format!("{SUPPORTED_HEAD_DIMS:?}"));
+        if !supports_head_dim(head_dim) {
+            return unsupported(format!("head_dim {head_dim}"), SUPPORTED_HEAD_DIMS);
         }
         Ok(ModelConfig {
             architecture,
@@ -331,7 +336,8 @@ mod tests {
             (json!({"architectures": ["MistralForCausalLM"], "sliding_window": 100}), "sliding window of 100 tokens"),
             (json!({"layer_types": ["sliding_attention"]}), "'sliding_attention'"),
             (json!({"hidden_act": "gelu"}), "hidden_act 'gelu'"),
-            (json!({"head_dim": 72}), "[64, 80, 96, 128, 256]"),
+            (json!({"head_dim": 76}), "multiples of 8 from 8 to 256"),
+            (json!({"head_dim": 264}), "multiples of 8 from 8 to 256"),
             (json!({"quantization_config": {"quant_method": "gptq"}}), "quantised by 'gptq'"),
             (json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope"),
         ];

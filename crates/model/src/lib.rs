@@ -28,7 +28,7 @@ mod workspace;
 pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use chat_format::{ChatFormat, SpecialTokens};
 pub use checkpoint::Checkpoint;
-pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
+pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS, supports_head_dim};
 pub use distribution::Distribution;
 pub use error::ModelError;
 pub use exact::ExactPass;

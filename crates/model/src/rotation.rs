@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn the_self_test_passes_for_every_head_size_and_dtype() {
         let cpu = Cpu::new(Some(1)).unwrap();
-        for d in crate::SUPPORTED_HEAD_DIMS {
+        for d in (8..=256).step_by(8) {
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 let (hadamard, plain) = (Hadamard::new(d).unwrap(), layer(d, dtype));
                 self_test(&cpu, 0, &plain, &rotate(&plain, &hadamard), &hadamard).unwrap();

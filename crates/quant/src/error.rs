@@ -26,6 +26,6 @@ pub enum QuantError {
     #[error("{0} bits per code is not supported; supported: 2, 3, 4, 6, 8")]
     Bits(u32),
     /// No Hadamard matrix of this order is available.
-    #[error("no Hadamard matrix of order {0} is available; supported orders: 2^k, 12*2^k, 20*2^k")]
+    #[error("no Hadamard matrix of order {0} is available; supported orders: 2^k, 12*2^k, 20*2^k, and multiples of 8")]
     HadamardOrder(usize),
 }

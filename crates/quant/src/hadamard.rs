@@ -4,36 +4,79 @@
 //! Paley's first construction over the primes 11 and 19. For `K` = 1 the matrix is symmetric and its
 //! own inverse; otherwise the inverse is the transpose.
 //!
+//! Other multiples of 8 get such matrices as diagonal blocks: as few as can be, and of those the ones whose smallest is
+//! largest. An outlier is spread over the channels of its block alone, so a block of order `b` leaves `1 / sqrt(b)` of it,
+//! and the range of a group is that of its worst block: 72 is 40 + 32, and neither 64 + 8 nor 9 blocks of 8.
+//!
 //! All of it is inlined, so that a caller that is compiled for more instructions uses them.
 
 use crate::QuantError;
 
-/// A normalised Hadamard matrix, applied in place without being stored.
+/// Rows of the outer factors.
+const OUTER: [usize; 3] = [1, 12, 20];
+
+/// The unit of orders that are made of blocks.
+const UNIT: usize = 8;
+
+/// A normalised Hadamard matrix, or one with such blocks on its diagonal, applied in place without being stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hadamard {
+    order: usize,
+    blocks: Vec<Block>,
+}
+
+/// A normalised Hadamard matrix.
+#[derive(Debug, Clone, PartialEq)]
+struct Block {
     order: usize,
     /// Signs of the `outer x outer` factor, row-major; empty where the factor is 1.
     outer_signs: Vec<f32>,
     outer: usize,
 }
 
+/// Rows of the outer factor of a Hadamard matrix of this order, where there is one.
+fn outer_of(order: usize) -> Option<usize> {
+    OUTER.into_iter().find(|k| order.is_multiple_of(*k) && (order / k).is_power_of_two())
+}
+
+/// Orders of `count` blocks, falling, whose smallest is largest; none is smaller than `least`.
+fn split(order: usize, count: usize, least: usize) -> Option<Vec<usize>> {
+    if count == 1 {
+        return (order >= least && outer_of(order).is_some()).then(|| vec![order]);
+    }
+    let mut smallest = (least..=order / count).rev().filter(|own| own.is_multiple_of(UNIT) && outer_of(*own).is_some());
+    smallest.find_map(|first| {
+        let mut blocks = split(order - first, count - 1, first)?;
+        blocks.push(first);
+        Some(blocks)
+    })
+}
+
 impl Hadamard {
     /// The matrix of this order.
     ///
     /// # Errors
-    /// [`QuantError::HadamardOrder`] unless the order is 2^k, 12*2^k or 20*2^k.
+    /// [`QuantError::HadamardOrder`] unless the order is 2^k, 12*2^k, 20*2^k or a multiple of 8.
     pub fn new(order: usize) -> Result<Self, QuantError> {
-        let outer = [1, 12, 20]
-            .into_iter()
-            .find(|k| order.is_multiple_of(*k) && (order / k).is_power_of_two())
-            .ok_or(QuantError::HadamardOrder(order))?;
-        let outer_signs = if outer == 1 { Vec::new() } else { paley(outer) };
-        Ok(Hadamard { order, outer_signs, outer })
+        let orders = match outer_of(order) {
+            Some(_) => vec![order],
+            None if order > 0 && order.is_multiple_of(UNIT) => {
+                (2..=order / UNIT).find_map(|count| split(order, count, UNIT)).expect("blocks of 8 make every multiple")
+            }
+            None => return Err(QuantError::HadamardOrder(order)),
+        };
+        Ok(Hadamard { order, blocks: orders.into_iter().filter_map(Block::new).collect() })
     }
 
     /// Number of rows and columns.
     pub fn order(&self) -> usize {
         self.order
+    }
+
+    /// Orders of the blocks on the diagonal, in their order and the largest first: one where a Hadamard matrix of the whole
+    /// order is known.
+    pub fn blocks(&self) -> impl ExactSizeIterator<Item = usize> {
+        self.blocks.iter().map(|block| block.order)
     }
 
     /// Rotates `row` in place: `row <- row H`.
@@ -74,8 +117,25 @@ impl Hadamard {
     }
 
     #[inline(always)]
-    fn rotate(&self, matrix: &mut [f32], columns: usize, sign: impl Fn(&[f32], usize, usize, usize) -> f32) {
+    fn rotate(&self, matrix: &mut [f32], columns: usize, sign: impl Fn(&[f32], usize, usize, usize) -> f32 + Copy) {
         assert_eq!(matrix.len(), self.order * columns, "rows of a rotation of order {}", self.order);
+        let mut rest = matrix;
+        for block in &self.blocks {
+            let (own, behind) = rest.split_at_mut(block.order * columns);
+            block.rotate(own, columns, sign);
+            rest = behind;
+        }
+    }
+}
+
+impl Block {
+    fn new(order: usize) -> Option<Self> {
+        let outer = outer_of(order)?;
+        Some(Block { order, outer_signs: if outer == 1 { Vec::new() } else { paley(outer) }, outer })
+    }
+
+    #[inline(always)]
+    fn rotate(&self, matrix: &mut [f32], columns: usize, sign: impl Fn(&[f32], usize, usize, usize) -> f32) {
         let inner = self.order / self.outer * columns;
         for block in matrix.chunks_exact_mut(inner) {
             sylvester(block, columns);
@@ -165,29 +225,57 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ORDERS: [usize; 12] = [1, 2, 12, 20, 24, 40, 64, 80, 96, 128, 256, 512];
+    const ORDERS: [usize; 16] = [1, 2, 12, 20, 24, 40, 64, 72, 80, 96, 112, 128, 248, 256, 288, 512];
+
+    /// Rows of the matrix.
+    fn matrix(order: usize) -> Vec<Vec<f32>> {
+        let hadamard = Hadamard::new(order).unwrap();
+        let row = |i: usize| {
+            let mut row = vec![0.0; order];
+            row[i] = 1.0;
+            hadamard.apply(&mut row);
+            row
+        };
+        (0..order).map(row).collect()
+    }
 
     #[test]
-    fn rows_are_orthonormal_with_equal_magnitudes() {
-        for order in ORDERS {
-            let hadamard = Hadamard::new(order).unwrap();
-            let rows: Vec<Vec<f32>> = (0..order)
-                .map(|i| {
-                    let mut row = vec![0.0; order];
-                    row[i] = 1.0;
-                    hadamard.apply(&mut row);
-                    row
-                })
-                .collect();
-            let magnitude = 1.0 / (order as f32).sqrt();
+    fn rows_are_orthonormal_with_equal_magnitudes_in_a_block() {
+        for order in ORDERS.into_iter().chain((8..=256).step_by(8)) {
+            let rows = matrix(order);
+            let mut start = 0;
+            for block in Hadamard::new(order).unwrap().blocks() {
+                let (own, magnitude) = (start..start + block, 1.0 / (block as f32).sqrt());
+                for row in &rows[own.clone()] {
+                    for (j, x) in row.iter().enumerate() {
+                        let expected = if own.contains(&j) { magnitude } else { 0.0 };
+                        assert!((x.abs() - expected).abs() < 1e-6, "order {order}");
+                    }
+                }
+                start += block;
+            }
+            assert_eq!(start, order);
             for (i, a) in rows.iter().enumerate() {
-                assert!(a.iter().all(|x| (x.abs() - magnitude).abs() < 1e-6), "order {order}");
                 for (j, b) in rows.iter().enumerate() {
                     let dot: f32 = a.iter().zip(b).map(|(x, y)| x * y).sum();
                     assert!((dot - f32::from(i == j)).abs() < 1e-5, "order {order}, rows {i} and {j}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn blocks_are_few_and_the_smallest_is_large() {
+        let blocks = |order: usize| Hadamard::new(order).unwrap().blocks().collect::<Vec<_>>();
+        for order in [8, 32, 48, 80, 96, 160, 192, 256, 320, 768, 1024] {
+            assert_eq!(blocks(order), [order]);
+        }
+        assert_eq!([72, 88, 112, 120].map(blocks), [[40, 32], [48, 40], [64, 48], [80, 40]]);
+        assert_eq!(blocks(248), [128, 80, 40]);
+        // Heads that are rotated together.
+        assert_eq!(blocks(4 * 72), [160, 128]);
+        assert!((8..=256).step_by(8).all(|order| blocks(order).len() <= 3));
+        assert!((8..=1024).step_by(8).all(|order| blocks(order).len() <= 4));
     }
 
     #[test]
@@ -204,14 +292,14 @@ mod tests {
 
     #[test]
     fn other_orders_are_refused() {
-        for order in [0, 3, 7, 28, 72, 112] {
+        for order in [0, 3, 7, 28, 76, 257] {
             assert_eq!(Hadamard::new(order), Err(QuantError::HadamardOrder(order)));
         }
     }
 
     #[test]
     fn columns_are_rotated_as_rows_are() {
-        for order in [8, 24, 80] {
+        for order in [8, 24, 72, 80] {
             let hadamard = Hadamard::new(order).unwrap();
             let original: Vec<f32> = (0..order * 3).map(|i| (i as f32 * 0.7).sin()).collect();
             let mut matrix = original.clone();

@@ -8,14 +8,16 @@
 constexpr int INT_END = 0x7fffffff;
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
-/// Steps of 16 channels.
-constexpr int STEPS = HEAD_DIM / 16;
+/// Steps of 16 channels. The last one may have 8 that are no channels: they are zeros in queries and keys, and what
+/// they are in values is not looked at.
+constexpr int STEPS = (HEAD_DIM + 15) / 16;
 /// Accumulators of 8 channels.
-constexpr int OUTPUTS = HEAD_DIM / 8;
-/// Parts of a row of 16 bytes, and how many of them rows of a tile lie apart. An odd distance, or a permutation, keeps
-/// the same part of eight rows in different banks.
+constexpr int OUTPUTS = 2 * STEPS;
+/// Parts of a row of 16 bytes, those of a tile, and how many of them rows of a tile lie apart. An odd distance, or a
+/// permutation, keeps the same part of eight rows in different banks.
 constexpr int PARTS = HEAD_DIM / 8;
-constexpr int ROW_PARTS = PARTS % 8 == 0 ? PARTS : PARTS + 1;
+constexpr int TILE_PARTS = 2 * STEPS;
+constexpr int ROW_PARTS = TILE_PARTS % 8 == 0 ? TILE_PARTS : TILE_PARTS + 1;
 
 /// Queries of a tile of a span of few.
 constexpr int FEW_QUERIES = 16;
@@ -37,7 +39,7 @@ constexpr __device__ __forceinline__ int splits_of(int cached) {
 
 /// Where 16 bytes of a tile lie: of a row of channels, or of a row of the tokens of a tile.
 __device__ __forceinline__ int row_place(int token, int part) {
-    if constexpr (PARTS % 8 == 0) part ^= token & 7;
+    if constexpr (TILE_PARTS % 8 == 0) part ^= token & 7;
     return (token * ROW_PARTS + part) * 16;
 }
 template <int TOKENS>

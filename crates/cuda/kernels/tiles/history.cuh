@@ -14,17 +14,22 @@ struct Pages {
     }
 };
 
+/// Parts of a tile that a thread copies, and whether there are fewer for some.
+template <int TOKENS>
+constexpr int OWN_PARTS = (TOKENS * TILE_PARTS + THREADS - 1) / THREADS;
+template <int TOKENS>
+constexpr bool UNEVEN = TOKENS * TILE_PARTS % THREADS != 0;
+
 /// Copies rows of a tile behind the program's back; source(row) says from where, null for a row of zeros.
 template <int TOKENS, class Source>
 __device__ __forceinline__ void copy_rows(u8* tile, int first, Source source) {
-    static_assert(TOKENS * PARTS % THREADS == 0, "every thread copies as much");
 #pragma unroll 4
-    for (int i = 0; i < TOKENS * PARTS / THREADS; i++) {
-        int row = (i * THREADS + threadIdx.x) / PARTS, part = (i * THREADS + threadIdx.x) % PARTS;
-        if (row < first) continue;
+    for (int i = 0; i < OWN_PARTS<TOKENS>; i++) {
+        int row = (i * THREADS + threadIdx.x) / TILE_PARTS, part = (i * THREADS + threadIdx.x) % TILE_PARTS;
+        if (row < first || (UNEVEN<TOKENS> && row >= TOKENS)) continue;
         const u16* from = source(row);
         u8* to = tile + row_place(row, part);
-        if (from != nullptr)
+        if (from != nullptr && (PARTS == TILE_PARTS || part < PARTS))
             copy_16(to, from + part * 8);
         else
             *(uint4*)to = make_uint4(0, 0, 0, 0);
@@ -35,10 +40,11 @@ __device__ __forceinline__ void copy_rows(u8* tile, int first, Source source) {
 template <int TOKENS>
 __device__ __forceinline__ void convert_rows(u8* tile, const float* from, int count) {
 #pragma unroll 2
-    for (int i = 0; i < TOKENS * PARTS / THREADS; i++) {
-        int row = (i * THREADS + threadIdx.x) / PARTS, part = (i * THREADS + threadIdx.x) % PARTS;
+    for (int i = 0; i < OWN_PARTS<TOKENS>; i++) {
+        int row = (i * THREADS + threadIdx.x) / TILE_PARTS, part = (i * THREADS + threadIdx.x) % TILE_PARTS;
+        if (UNEVEN<TOKENS> && row >= TOKENS) continue;
         uint4 y = make_uint4(0, 0, 0, 0);
-        if (row < count) y = halve(from + (i64)row * HEAD_DIM + part * 8);
+        if (row < count && (PARTS == TILE_PARTS || part < PARTS)) y = halve(from + (i64)row * HEAD_DIM + part * 8);
         *(uint4*)(tile + row_place(row, part)) = y;
     }
 }
@@ -134,6 +140,9 @@ struct History {
                 int channel = order == nullptr ? row : order[row];
                 return column_place<TOKENS>(channel, token / 8) + token % 8 * 2;
             });
+            if constexpr (PARTS < TILE_PARTS)
+                for (int i = threadIdx.x; i < TOKENS; i += THREADS)
+                    *(uint4*)(keys + column_place<TOKENS>(HEAD_DIM + i % 8, i / 8)) = make_uint4(0, 0, 0, 0);
         } else {
             copy_keys(tile, keys);
         }

@@ -65,5 +65,6 @@ __device__ __forceinline__ void load_queries(const Attention& a, const Task& tas
                 float2 x = *(const float2*)(from + 8 * part);
                 put(block, part / 2, which + part % 2 * 2, pack_half(x.x * inverse, x.y * inverse));
             }
+            if constexpr (PARTS < TILE_PARTS) put(block, STEPS - 1, which + 2, 0u);
         }
 }

@@ -53,11 +53,16 @@ pub(crate) fn describe(c: &Cuda, layout: &CacheLayout, phase: Phase) -> String {
     }
     let is_packed = |index: usize| phase == Phase::Decode && Packed::suits(layout, index).is_some();
     let all = 0..layout.layers.len();
+    let (channels, of_tile) = (layout.shape.head_dim, tiles::tile_channels(layout.shape.head_dim));
+    let tiles = match of_tile > channels {
+        true => format!("tensor cores, on tiles in fp16, {of_tile} channels for heads of {channels}"),
+        false => "tensor cores, on tiles in fp16".to_owned(),
+    };
     let of_layer = |index: usize| {
         if is_packed(index) {
             "tensor cores, on two-bit codes as they lie"
         } else if Tiles::suits(layout, index) {
-            "tensor cores, on tiles in fp16"
+            &tiles
         } else {
             exact
         }

@@ -34,7 +34,8 @@ impl Tiles {
             SideLayout::Half { .. } => true,
             SideLayout::Packed(own) => !own.token_hadamard && own.factors.is_none() && own.outliers.is_none(),
         };
-        matches!(layout.shape.head_dim, 64 | 80 | 96 | 112 | 128 | 256)
+        layout.shape.head_dim.is_multiple_of(8)
+            && layout.shape.head_dim <= 256
             && layout.classes.is_empty()
             && !matches!(layer.keys, Transform::PreRope(_))
             && layer.pages.iter().all(|page| suits(page.keys) && suits(page.values))
@@ -48,13 +49,13 @@ impl Tiles {
         let is_packed = |side: SideLayout| matches!(side, SideLayout::Packed(_));
         let packed = layer.pages.iter().any(|page| is_packed(page.keys) || is_packed(page.values));
         let page_bytes = layer.pages.iter().map(expanded_bytes).max().unwrap_or(0);
-        let parts = d / 8;
+        let parts = tile_channels(d) / 8;
         let row_bytes = 16 * if parts.is_multiple_of(8) { parts } else { parts + 1 };
         let tile = |tokens: usize| 2 * tokens * row_bytes;
         let large = d > 128;
         let many_queries = if large { 64 } else { 128 };
         let many_tile = tile(if large { 32 } else { 64 });
-        let many_bytes = many_queries * d * 2 + many_tile + many_tile.max(page_bytes);
+        let many_bytes = many_queries * tile_channels(d) * 2 + many_tile + many_tile.max(page_bytes);
         let few_bytes = tile(64) + tile(64).max(page_bytes);
         let kernel = |name| gpu.kernel(TILES, &[("HEAD_DIM", d as i64)], name);
         let [many, few] = match packed {
@@ -94,6 +95,11 @@ impl Tiles {
         }
         Ok(())
     }
+}
+
+/// Channels of a head in a tile, for steps of 16.
+pub(super) fn tile_channels(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(16)
 }
 
 /// Bytes of a page that are expanded.

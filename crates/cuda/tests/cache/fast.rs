@@ -38,6 +38,20 @@ fn tensor_cores_compute_what_the_cpu_does() {
 }
 
 #[test]
+fn tiles_are_of_heads_of_any_size() {
+    let Some(cuda) = fast() else { return };
+    let schemes = ["fp16", "kivi", "quarot", "resq"].map(scheme);
+    let custom = custom(3, 8, 64, "tokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4");
+    for scheme in schemes.into_iter().chain([custom]) {
+        for head_dim in [32, 72, 144, 248] {
+            let case = Case::new(scheme.clone(), 3, 1, head_dim);
+            let what = format!("{} {head_dim}", case.scheme.origin);
+            compare_within(TOLERANCES, cuda, &what, &case, Mode::Chunk, &[150, 1, 20]);
+        }
+    }
+}
+
+#[test]
 fn prompts_and_single_tokens_share_a_pass() {
     let (Some(cuda), Some(exact)) = (fast(), cuda()) else { return };
     for scheme in ["kivi", "dibit", "quarot"].map(scheme) {

@@ -56,3 +56,14 @@ fn sanitized_heads_of_any_size_equal_the_cpu() {
         }
     }
 }
+
+#[test]
+fn heads_without_a_hadamard_matrix_equal_the_cpu() {
+    let Some(cuda) = cuda() else { return };
+    for name in ["kvlinc", "quarot", "rotatekv-window", "gear"] {
+        for head_dim in [8, 72, 248] {
+            let case = Case::new(scheme(name), 2, 2, head_dim);
+            compare(cuda, &format!("{name} {head_dim}"), &case, Mode::Chunk, &[150, 1]);
+        }
+    }
+}

@@ -19,6 +19,7 @@ mod ln;
 mod missed;
 mod mix;
 mod page;
+mod paths;
 mod quantise;
 #[cfg(test)]
 mod reference;

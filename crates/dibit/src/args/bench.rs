@@ -4,7 +4,7 @@ use super::{CalibrationArgs, DeviceArgs, RunArgs};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand};
 use dibit_eval::bench::{BatchSize, Heads};
-use dibit_model::SUPPORTED_HEAD_DIMS;
+use dibit_model::{SUPPORTED_HEAD_DIMS, supports_head_dim};
 use std::path::PathBuf;
 
 #[derive(Args)]
@@ -208,6 +208,6 @@ pub struct ThroughputBenchArgs {
 const MOST_SEQUENCES: u64 = 1 << 16;
 
 fn head_dim(text: &str) -> Result<usize, String> {
-    let known = text.parse().ok().filter(|channels| SUPPORTED_HEAD_DIMS.contains(channels));
-    known.ok_or_else(|| format!("head_dim {text} is not supported; supported: {SUPPORTED_HEAD_DIMS:?}"))
+    let known = text.parse().ok().filter(|channels| supports_head_dim(*channels));
+    known.ok_or_else(|| format!("head_dim {text} is not supported; supported: {SUPPORTED_HEAD_DIMS}"))
 }

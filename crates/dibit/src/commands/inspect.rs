@@ -33,7 +33,7 @@ struct Report {
 struct Found {
     /// What was looked for, and what was found.
     parts: Vec<(String, String)>,
-    /// For each scheme, operations and how they run; none where there is no choice.
+    /// For each scheme, operations and how they run.
     paths: Vec<(String, Vec<(String, String)>)>,
 }
 
@@ -51,6 +51,8 @@ struct Row {
     fitting_tokens: usize,
     /// Sequences of the whole context that fit beside the weights.
     fitting_batch: usize,
+    /// What the model's shape changes of the scheme.
+    notes: Vec<String>,
 }
 
 /// What plans depend on.
@@ -105,11 +107,13 @@ fn found(
         parts.extend(dibit_cuda::probe().lines());
     }
     let mut paths = Vec::new();
-    if let AnyDevice::Cuda(cuda) = device {
-        for scheme in schemes {
-            let layout = CacheLayout::new(scheme, config.cache_shape())?;
-            paths.push((scheme.name.clone(), cuda.paths(&layout, config.num_attention_heads)));
-        }
+    for scheme in schemes {
+        let layout = CacheLayout::new(scheme, config.cache_shape())?;
+        let own = match device {
+            AnyDevice::Cpu(cpu) => cpu.paths(&layout, config.num_attention_heads),
+            AnyDevice::Cuda(cuda) => cuda.paths(&layout, config.num_attention_heads),
+        };
+        paths.push((scheme.name.clone(), own));
     }
     Ok(Found { parts, paths })
 }
@@ -161,6 +165,7 @@ fn row(scheme: &Scheme, config: &ModelConfig, options: Options, budget: &Budget,
         allocated_bits: usage.allocated_bits(),
         fitting_tokens: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
         fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
+        notes: layout.notes(),
     })
 }
 
@@ -194,11 +199,13 @@ impl Report {
                 ]
             })
             .collect();
+        let notes: Vec<String> = rows.iter().flat_map(|row| &row.notes).map(|note| format!("{note}\n")).collect();
+        let gap = if notes.is_empty() { "" } else { "\n" };
         let limit = config.max_position_embeddings;
         let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
         format!(
             "{}: {}, {} layers, {} query heads on {} KV heads of {}, vocabulary {}\n\
-         weights {} ({formats}); memory available {} on {device}; context {} tokens{beyond}, batch {}\n\n{}{}",
+         weights {} ({formats}); memory available {} on {device}; context {} tokens{beyond}, batch {}\n\n{}{gap}{}{}",
             files.origin,
             config.architecture.name(),
             config.num_hidden_layers,
@@ -211,6 +218,7 @@ impl Report {
             options.context,
             options.sequences,
             table(&header, &cells),
+            notes.concat(),
             found.as_ref().map(Found::render).unwrap_or_default()
         )
     }
@@ -231,6 +239,7 @@ impl Report {
                     "pass_bytes": row.plan.pass_bytes,
                     "tokens_that_fit": row.fitting_tokens,
                     "batch_that_fits": row.fitting_batch,
+                    "notes": row.notes,
                 })
             })
             .collect();

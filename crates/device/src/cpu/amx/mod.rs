@@ -20,7 +20,7 @@ use std::sync::OnceLock;
 use tile::NEXT_ROWS;
 
 /// Numbers of `k` in a row of a tile.
-const STEP: usize = 32;
+pub(super) const STEP: usize = 32;
 
 /// Rows of a tile.
 const TILE: usize = 16;

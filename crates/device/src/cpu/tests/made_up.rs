@@ -27,7 +27,8 @@ pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
         let gates = (0..query_heads).map(|head| [1.0, 0.25, 0.0][head % 3]).collect();
         Adapters { features, query: maps(80, query_heads), key: maps(90, heads), gates }
     });
-    let order = |place: usize| place / frame * frame + (place % frame * 7 + 3) % frame;
+    // A prime that divides no frame.
+    let order = |place: usize| place / frame * frame + (place % frame * 131 + 3) % frame;
     let basis = |seed: usize| -> Vec<f32> {
         let reflection = |head: usize| {
             let normal = noise(seed + head, d, d);
