@@ -13,12 +13,16 @@ mod generation_config;
 mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
+mod impostor;
+mod json;
 mod mixture;
 mod model;
 mod pretrained;
 mod rope;
 mod rotation;
 mod tokenizer;
+mod unread_keys;
+mod unread_tensors;
 mod weights;
 mod windows;
 mod workspace;
@@ -30,7 +34,7 @@ pub use distribution::Distribution;
 pub use error::ModelError;
 pub use exact::ExactPass;
 pub use files::{ModelFiles, WeightFile};
-pub use generation_config::GenerationConfig;
+pub use generation_config::{GenerationConfig, GenerationProblem};
 #[cfg(feature = "hub")]
 pub use hub::download;
 pub use model::{Model, Observation, Observer, argmax};
