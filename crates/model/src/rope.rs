@@ -277,6 +277,53 @@ mod tests {
     }
 
     #[test]
+    fn spellings_are_read_as_transformers_5_reads_them() {
+        let linear = |theta, factor| Rope { theta, scaling: RopeScaling::Linear { factor } };
+        let plain = |theta| Rope { theta, scaling: RopeScaling::Default };
+        for (text, expected) in [
+            // rope_scaling replaces rope_parameters, with the theta beside both.
+            (
+                r#"{"rope_theta":7,"rope_scaling":{"type":"linear","factor":2},
+                    "rope_parameters":{"rope_type":"default","rope_theta":7.0}}"#,
+                linear(7.0, 2.0),
+            ),
+            (r#"{"rope_scaling":{},"rope_parameters":{"rope_type":"linear","factor":3}}"#, linear(10_000.0, 3.0)),
+            (r#"{"rope_scaling":null,"rope_parameters":{"type":"linear","factor":3}}"#, linear(10_000.0, 3.0)),
+            (
+                r#"{"rope_scaling":{"type":"linear","factor":2},"rope_parameters":{"rope_type":"linear","factor":2.0}}"#,
+                linear(10_000.0, 2.0),
+            ),
+            // A theta within has precedence, and null is as absent.
+            (r#"{"rope_theta":7,"rope_scaling":{"rope_theta":9,"type":"linear","factor":2}}"#, linear(9.0, 2.0)),
+            (r#"{"rope_theta":7,"rope_parameters":{"rope_theta":null,"rope_type":"default"}}"#, plain(7.0)),
+            (r#"{"rope_theta":null,"rope_parameters":null}"#, plain(10_000.0)),
+            (r#"{"rope_scaling":{"rope_type":null,"type":"linear","factor":2}}"#, linear(10_000.0, 2.0)),
+            (r#"{"rope_scaling":{"rope_type":"linear","type":"linear","factor":2}}"#, linear(10_000.0, 2.0)),
+            (r#"{"rope_scaling":{"factor":1.0}}"#, plain(10_000.0)),
+            (r#"{"rope_scaling":{"type":"default","factor":4}}"#, plain(10_000.0)),
+            (r#"{"rope_scaling":{"type":"dynamic","factor":4}}"#, plain(10_000.0)),
+            (r#"{"rope_parameters":{"partial_rotary_factor":1},"partial_rotary_factor":0.5}"#, plain(10_000.0)),
+        ] {
+            assert_eq!(parse(text).unwrap(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_original_context_of_llama3_is_found_beside_within_or_implied() {
+        let original = |within: &str, beside: &str| {
+            let factors = r#""rope_type":"llama3","factor":8,"low_freq_factor":1,"high_freq_factor":4"#;
+            match parse(&format!(r#"{{"rope_scaling":{{{factors}{within}}}{beside}}}"#)).unwrap().scaling {
+                RopeScaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings,
+                other => panic!("{other:?}"),
+            }
+        };
+        let (within, beside) =
+            (r#","original_max_position_embeddings":64"#, r#","original_max_position_embeddings":128"#);
+        assert_eq!((original(within, ""), original("", beside), original(within, beside)), (64.0, 128.0, 128.0));
+        assert_eq!(original("", ""), 512.0);
+    }
+
+    #[test]
     fn what_is_not_supported_is_named() {
         for (text, expected) in [
             (
@@ -288,6 +335,32 @@ mod tests {
             (r#"{"rope_scaling":{"type":"linear"}}"#, "positive number 'factor'"),
             (r#"{"rope_scaling":{"type":"divisors","divisors":[1.0, 0.0]}}"#, "needs 2 positive divisors"),
             (r#"{"rope_theta":-1}"#, "rope_theta is -1"),
+            (r#"{"rope_theta":1e300}"#, "rope_theta is 1e+300"),
+            (r#"{"rope_scaling":{"factor":2.0}}"#, "has factor and no rope_type"),
+            (r#"{"rope_scaling":{"type":null,"factor":2.0}}"#, "add the rope_type"),
+            (
+                r#"{"rope_scaling":{"type":"dynamic","rope_type":"linear","factor":2}}"#,
+                "'linear' beside type 'dynamic'",
+            ),
+            (r#"{"rope_scaling":{"type":"linear","factor":"2"}}"#, "factor is \"2\", not a positive number"),
+            (r#"{"rope_scaling":{"type":"linear","factor":-2}}"#, "factor is -2"),
+            (r#"{"rope_scaling":{"type":1,"factor":2}}"#, "type of rope scaling is 1"),
+            (r#"{"rope_scaling":"linear"}"#, "rope_scaling is \"linear\", not an object"),
+            (r#"{"rope_parameters":[1]}"#, "rope_parameters is [1]"),
+            (r#"{"partial_rotary_factor":"half"}"#, "partial_rotary_factor \"half\""),
+            (
+                r#"{"rope_scaling":{"type":"llama3","factor":8,"low_freq_factor":4,"high_freq_factor":4}}"#,
+                "high_freq_factor 4",
+            ),
+            // transformers 5 runs this one with a theta of 10000.
+            (
+                r#"{"rope_scaling":{"type":"linear","factor":2},"rope_parameters":{"rope_type":"default","rope_theta":7}}"#,
+                "contradict each other",
+            ),
+            (
+                r#"{"rope_scaling":{"type":"linear","factor":2},"rope_parameters":{"rope_type":"linear","factor":4}}"#,
+                "contradict each other",
+            ),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
