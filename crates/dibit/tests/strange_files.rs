@@ -231,8 +231,7 @@ fn a_gguf_file_needs_no_ending_and_a_directory_may_have_it() {
             .unwrap();
     }
     generate(&directory).succeeds();
-    let list = made_up(GgmlDType::Q8_0);
-    let mut list = list;
+    let mut list = made_up(GgmlDType::Q8_0);
     list.set("qwen3.attention.head_count_kv", candle_core::quantized::gguf_file::Value::Array(vec![]));
     list.write(Path::new(&blob));
     generate(&blob).fails_with(&["qwen3.attention.head_count_kv", "empty list"]);

@@ -1,7 +1,8 @@
 //! `config.json` of Hugging Face checkpoints.
 
 use crate::json::{ids, shown, whole};
-use crate::{ModelError, Rope, unread_keys};
+use crate::unread_keys::{self, WHOLE};
+use crate::{Architecture, ModelError, Rope};
 use dibit_cache::{CacheLayout, CacheShape, Scheme, SchemeError};
 use dibit_device::DType;
 use serde::Deserialize;
@@ -9,72 +10,6 @@ use serde_json::{Map, Value};
 
 /// Head sizes that the kernels are tested with.
 pub const SUPPORTED_HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
-
-/// Decoder families.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// Llama 2, 3, 3.1, 3.2.
-    Llama,
-    /// Mistral 7B from version 0.2 on.
-    Mistral,
-    /// Qwen2 and Qwen2.5: biases on q, k and v.
-    Qwen2,
-    /// Qwen3: a norm on each head of q and k.
-    Qwen3,
-}
-
-impl Architecture {
-    const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
-
-    /// The name in `architectures`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Architecture::Llama => "LlamaForCausalLM",
-            Architecture::Mistral => "MistralForCausalLM",
-            Architecture::Qwen2 => "Qwen2ForCausalLM",
-            Architecture::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-
-    /// Whether q, k and v always have biases.
-    pub const fn has_qkv_bias(self) -> bool {
-        matches!(self, Architecture::Qwen2)
-    }
-
-    /// Whether `attention_bias` gives the projections of attention biases.
-    const fn may_have_attention_bias(self) -> bool {
-        matches!(self, Architecture::Llama | Architecture::Qwen3)
-    }
-
-    /// `model_type` of its configurations.
-    const fn model_type(self) -> &'static str {
-        match self {
-            Architecture::Llama => "llama",
-            Architecture::Mistral => "mistral",
-            Architecture::Qwen2 => "qwen2",
-            Architecture::Qwen3 => "qwen3",
-        }
-    }
-
-    const fn is_qwen(self) -> bool {
-        matches!(self, Architecture::Qwen2 | Architecture::Qwen3)
-    }
-
-    /// Longest context where a configuration does not say.
-    const fn default_context(self) -> usize {
-        match self {
-            Architecture::Llama => 2048,
-            Architecture::Mistral => 131_072,
-            Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
-        }
-    }
-
-    /// Whether heads of q and k are normalised.
-    pub const fn has_qk_norm(self) -> bool {
-        matches!(self, Architecture::Qwen3)
-    }
-}
 
 /// A validated model configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -116,45 +51,6 @@ pub struct ModelConfig {
     /// Whether projections of the gated activation have biases; `None` where only the checkpoint tells.
     pub(crate) mlp_bias: Option<bool>,
 }
-
-/// Keys whose values are whole numbers, however they are spelled.
-const WHOLE: [&str; 10] = [
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "max_window_layers",
-    "sliding_window",
-];
-
-/// Keys that are read beside those of [`WHOLE`].
-const READ: [&str; 21] = [
-    "architectures",
-    "attention_bias",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "hidden_act",
-    "initializer_range",
-    "layer_types",
-    "mlp_bias",
-    "model_type",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "quantization_config",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "use_sliding_window",
-];
 
 /// The window and the first layer that it is used in, where a configuration does not say.
 const WINDOW: usize = 4096;
@@ -218,7 +114,7 @@ impl ModelConfig {
             serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
         let architecture = architecture(&object, origin)?;
         unread_keys::check(&object, architecture)?;
-        note_unread(&object, architecture, origin);
+        unread_keys::note(&object, architecture, origin);
         normalise(&mut object, architecture);
         let raw: RawConfig = serde_path_to_error::deserialize(Value::Object(object.clone()))
             .map_err(|error| malformed(error.to_string()))?;
@@ -358,24 +254,6 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
     }
     if architecture != Architecture::Llama {
         imply("sliding_window", WINDOW.into());
-    }
-}
-
-/// Says which keys are not read, and what is odd about those that are.
-fn note_unread(config: &Map<String, Value>, architecture: Architecture, origin: &str) {
-    let unread = config.keys().filter(|key| !WHOLE.contains(&key.as_str()) && !READ.contains(&key.as_str()));
-    let unread: Vec<&str> = unread.map(String::as_str).collect();
-    if !unread.is_empty() {
-        tracing::debug!("{origin}: not read: {}", unread.join(", "));
-    }
-    if let Some(other) = config.get("model_type").and_then(Value::as_str).filter(|x| *x != architecture.model_type()) {
-        tracing::warn!("{origin}: model_type is '{other}'; the model is run as {}", architecture.name());
-    }
-    if config.get("auto_map").is_some_and(|map| map.get("AutoModelForCausalLM").is_some()) {
-        tracing::warn!(
-            "{origin}: the code that the model brings along is not run; it is run as {}",
-            architecture.name()
-        );
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! A model is defined once, over [`dibit_device::Device`], and runs on any device.
 
+mod architecture;
 mod chat;
 mod checkpoint;
 mod config;
@@ -27,9 +28,10 @@ mod weights;
 mod windows;
 mod workspace;
 
+pub use architecture::Architecture;
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::Checkpoint;
-pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
+pub use config::{ModelConfig, SUPPORTED_HEAD_DIMS};
 pub use distribution::Distribution;
 pub use error::ModelError;
 pub use exact::ExactPass;

@@ -1,8 +1,47 @@
-//! Keys of a `config.json` that change what a model computes and that dibit does not follow.
+//! Keys of a `config.json`: those that are read, and those that change what a model computes and that dibit does not follow.
 
 use crate::json::shown;
 use crate::{Architecture, ModelError};
 use serde_json::{Map, Value};
+
+/// Keys whose values are whole numbers, however they are spelled.
+pub(crate) const WHOLE: [&str; 10] = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "max_window_layers",
+    "sliding_window",
+];
+
+/// Keys that are read beside those of [`WHOLE`].
+const READ: [&str; 21] = [
+    "architectures",
+    "attention_bias",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "hidden_act",
+    "initializer_range",
+    "layer_types",
+    "mlp_bias",
+    "model_type",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_sliding_window",
+];
 
 /// When a key changes nothing.
 enum Neutral {
@@ -96,7 +135,7 @@ pub(crate) fn check(config: &Map<String, Value>, architecture: Architecture) -> 
     }
     for key in QK_NORM {
         let asked = config.get(key).filter(|value| !value.is_null());
-        if let Some(value) = asked.filter(|value| !Off.is(value) != architecture.has_qk_norm()) {
+        if let Some(value) = asked.filter(|value| Off.is(value) == architecture.has_qk_norm()) {
             let norms = if architecture.has_qk_norm() { "has" } else { "has no" };
             return Err(ModelError::Unsupported {
                 what: format!("{key} {} in the configuration", shown(value)),
@@ -105,6 +144,24 @@ pub(crate) fn check(config: &Map<String, Value>, architecture: Architecture) -> 
         }
     }
     Ok(())
+}
+
+/// Says which keys are not read, and what is odd about those that are.
+pub(crate) fn note(config: &Map<String, Value>, architecture: Architecture, origin: &str) {
+    let unread = config.keys().filter(|key| !WHOLE.contains(&key.as_str()) && !READ.contains(&key.as_str()));
+    let unread: Vec<&str> = unread.map(String::as_str).collect();
+    if !unread.is_empty() {
+        tracing::debug!("{origin}: not read: {}", unread.join(", "));
+    }
+    if let Some(other) = config.get("model_type").and_then(Value::as_str).filter(|x| *x != architecture.model_type()) {
+        tracing::warn!("{origin}: model_type is '{other}'; the model is run as {}", architecture.name());
+    }
+    if config.get("auto_map").is_some_and(|map| map.get("AutoModelForCausalLM").is_some()) {
+        tracing::warn!(
+            "{origin}: the code that the model brings along is not run; it is run as {}",
+            architecture.name()
+        );
+    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ fn header() -> (Value, usize) {
         header.insert(name.into(), json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]}));
     };
     add("model.embed_tokens.weight", &[10, 8]);
+    add("lm_head.weight", &[10, 8]);
     add("model.norm.weight", &[8]);
     for (name, shape) in [
         ("input_layernorm", &[8][..]),
