@@ -11,12 +11,15 @@ use std::path::{Path, PathBuf};
 /// Seed of dummy weights; a constant, so that everyone measures the same.
 const DUMMY_SEED: u64 = 0;
 
+/// Endings of files of models; no model of the hub is called so.
+const FILE_ENDINGS: [&str; 6] = ["gguf", "json", "safetensors", "bin", "pth", "pt"];
+
 /// What describes the model that the arguments name, and its weights where they lie on this machine.
 pub fn describe(args: &ModelArgs) -> Result<ModelFiles> {
     let Some(model) = &args.model else { return Ok(bundled::files()) };
     let local = local(model, args.load_format)?;
     let files = match (&local, args.load_format) {
-        (Some(file), LoadFormat::Auto) if is_gguf(file) => ModelFiles::open_gguf(file)?,
+        (Some(file), LoadFormat::Auto) if ModelFiles::is_gguf(file) => ModelFiles::open_gguf(file)?,
         (Some(directory), LoadFormat::Auto) => ModelFiles::open(directory)?,
         (Some(path), LoadFormat::Dummy) => ModelFiles::without_weights(path)?,
         (None, _) => ModelFiles::without_weights(&download(model, false)?)?,
@@ -62,33 +65,45 @@ pub fn config(files: &ModelFiles) -> Result<ModelConfig> {
     Ok(ModelConfig::parse(&files.config, &format!("config.json of {}", files.origin))?)
 }
 
-/// Whether this names a GGUF file; a directory may have such a name too.
-fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && !path.is_dir()
-}
-
 /// The directory or file that `model` names on this machine; `None` for a hub id.
 fn local(model: &str, format: LoadFormat) -> Result<Option<PathBuf>> {
     let path = Path::new(model);
-    if is_gguf(path) && format == LoadFormat::Dummy {
+    if !path.exists() {
+        return missing(model, |folder| folder.is_dir()).map_or(Ok(None), |reason| bail!("no such file: {reason}"));
+    }
+    let is_gguf = ModelFiles::is_gguf(path);
+    if is_gguf && format == LoadFormat::Dummy {
         bail!("{model} is a GGUF file; --load-format dummy takes a config.json");
     }
-    if is_gguf(path) && !path.exists() {
-        bail!("no model at {model}: the file does not exist");
-    }
-    if path.is_file() && format == LoadFormat::Auto && !is_gguf(path) {
+    if path.is_file() && format == LoadFormat::Auto && !is_gguf {
         bail!(
-            "{model} is a file; --model takes the directory of a Hugging Face checkpoint, a .gguf file, or a config.json \
-             with --load-format dummy"
+            "{model} is a file; --model takes the directory of a Hugging Face checkpoint, a GGUF file, or a config.json with \
+             --load-format dummy"
         );
     }
-    if path.exists() {
-        return Ok(Some(path.to_owned()));
-    }
+    Ok(Some(path.to_owned()))
+}
+
+/// Why `model`, which is not on this machine, is no hub id either. `is_folder` tells whether a path is one.
+fn missing(model: &str, is_folder: impl Fn(&Path) -> bool) -> Option<String> {
     if !is_hub_id(model) {
-        bail!("no model at {model}: the directory does not exist, and a hub id has the form org/name[@revision]");
+        return Some(format!("{model} does not exist, and a hub id has the form org/name[@revision]"));
     }
-    Ok(None)
+    // Who names a revision means the hub.
+    if model.contains('@') {
+        return None;
+    }
+    let ending = Path::new(model).extension().map(|ending| ending.to_ascii_lowercase());
+    if ending.is_some_and(|ending| FILE_ENDINGS.iter().any(|known| ending == *known)) {
+        return Some(format!("{model} does not exist"));
+    }
+    let folder = Path::new(model).parent()?;
+    is_folder(folder).then(|| {
+        format!(
+            "{model} does not exist in the folder {}, which does; for the hub's model of this name write {model}@main",
+            folder.display()
+        )
+    })
 }
 
 #[cfg(feature = "hub")]
@@ -125,5 +140,18 @@ mod tests {
         for path in ["./model", "../x", "/abs/path", "models/tiny/x", "model", "a/", "", "~/x"] {
             assert!(!is_hub_id(path), "{path}");
         }
+    }
+
+    #[test]
+    fn what_looks_like_a_path_is_not_looked_for_on_the_hub() {
+        let missing = |model: &str| missing(model, |folder| folder == Path::new("here"));
+        for id in ["Qwen/Qwen3-0.6B", "org/name.v2", "org/name@main", "here/name@main", "here/x.gguf@main"] {
+            assert_eq!(missing(id), None, "{id}");
+        }
+        for path in ["models/qwen.gguf", "org/config.json", "org/x.GGUF", "./x", "/x", "model", "here/more/x"] {
+            assert!(missing(path).unwrap().starts_with(&format!("{path} does not exist")), "{path}");
+        }
+        let hint = missing("here/name").unwrap();
+        assert!(hint.contains("in the folder here") && hint.ends_with("write here/name@main"), "{hint}");
     }
 }

@@ -45,7 +45,7 @@ fn header(json: &Value) -> Vec<u8> {
 fn a_place_without_a_model_says_what_is_missing() {
     let folder = Folder::new();
     for command in [generate, inspect] {
-        command(&folder.file("nowhere")).fails_with(&["nowhere", "does not exist", "org/name"]);
+        command(&folder.file("nowhere")).fails_with(&["no such file", "nowhere", "does not exist", "org/name"]);
         command(folder.path()).fails_with(&[folder.path(), "no config.json"]);
     }
     let file = folder.write("file", "");
@@ -77,7 +77,7 @@ fn damaged_weights_are_told_apart() {
     let cases: [Case; 8] = [
         (&|f| cut(f, 100_000), &[WEIGHTS, "cut short"]),
         (&|f| cut(f, 100), &[WEIGHTS, "longer than the file"]),
-        (&|f| cut(f, 0), &[WEIGHTS, "shorter than a safetensors header"]),
+        (&|f| cut(f, 0), &[WEIGHTS, "it is empty"]),
         (&|f| replaced(f, &long_header), &[WEIGHTS, "longer than the file"]),
         (&|f| replaced(f, b"this is a text and no model at all"), &[WEIGHTS, "no safetensors file"]),
         (&|f| replaced(f, &noise), &[WEIGHTS, "no safetensors file"]),
@@ -152,15 +152,12 @@ fn what_is_not_supported_is_named_with_what_is() {
 fn configurations_that_make_no_sense_are_malformed() {
     let cases: [Case; 5] = [
         (&|f| drop(f.write("config.json", "{\"hidden_size\": ")), &["config.json", "malformed", "line 1"]),
-        (&|f| drop(f.write("config.json", "")), &["config.json", "malformed"]),
+        (&|f| drop(f.write("config.json", "")), &["config.json", "malformed", "it is empty"]),
         (&|f| drop(f.write("config.json", b"\xff\xfe")), &["config.json", "malformed", "utf-8"]),
         (&|f| f.edit("config.json", json!({"hidden_size": 0})), &["config.json", "hidden_size is 0"]),
         (&|f| f.edit("config.json", json!({"num_key_value_heads": 3})), &["num_key_value_heads 3", "not a multiple"]),
     ];
     check("qwen2-bias-bf16", &cases, &[generate, inspect]);
-    let generation: Case =
-        (&|f| drop(f.write("generation_config.json", "{")), &["generation_config.json", "malformed"]);
-    check("qwen2-bias-bf16", &[generation], &[generate]);
 }
 
 #[test]
@@ -176,7 +173,7 @@ fn the_tokenizer_must_be_there_and_fit() {
     let cases: [Case; 4] = [
         (&|f| f.remove("tokenizer.json"), &["no tokenizer.json"]),
         (&|f| drop(f.write("tokenizer.json", "{")), &["tokenizer.json of ", "is malformed"]),
-        (&|f| drop(f.write("tokenizer.json", "")), &["tokenizer.json of ", "is malformed"]),
+        (&|f| drop(f.write("tokenizer.json", "")), &["tokenizer.json", "is malformed: it is empty"]),
         (&larger, &["up to 384", "ends at 384", "belongs to another model"]),
     ];
     check("qwen2-bias-bf16", &cases, &[generate]);

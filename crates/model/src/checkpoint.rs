@@ -2,7 +2,7 @@
 
 use crate::gguf::{self, SUPPORTED_TYPES};
 use crate::mixture::mixture;
-use crate::{ModelError, WeightFile};
+use crate::{ModelError, WeightFile, impostor, unread_tensors};
 use candle_core::quantized::GgmlDType;
 use dibit_device::{BlockType, Bytes, DType, Tensor};
 use safetensors::SafeTensors;
@@ -56,8 +56,11 @@ impl Checkpoint {
     }
 
     fn add_safetensors(&mut self, file: &WeightFile) -> Result<(), ModelError> {
-        let (header, metadata) = SafeTensors::read_metadata(&file.bytes)
-            .map_err(|error| ModelError::Malformed { path: file.name.clone(), reason: explain(&error) })?;
+        let (header, metadata) = SafeTensors::read_metadata(&file.bytes).map_err(|error| {
+            // Only now: a header may begin as an archive does.
+            let malformed = || ModelError::Malformed { path: file.name.clone(), reason: explain(&error) };
+            impostor::find(&file.name, &file.bytes).unwrap_or_else(malformed)
+        })?;
         for (name, info) in metadata.tensors() {
             let entry = Entry {
                 bytes: file.bytes.clone(),
@@ -118,7 +121,7 @@ impl Checkpoint {
     }
 
     /// The name that the files have for what Hugging Face calls `name`.
-    fn file_name(&self, name: &str) -> String {
+    pub(crate) fn file_name(&self, name: &str) -> String {
         if self.is_gguf { gguf::file_name(name) } else { name.to_owned() }
     }
 
@@ -164,9 +167,27 @@ impl Checkpoint {
         }))
     }
 
+    /// The names of all tensors, as the file has them.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Whether two tensors have the same bytes; false where one is missing.
+    pub(crate) fn same_bytes(&self, first: &str, second: &str) -> bool {
+        let bytes = |name: &str| {
+            let entry = self.entries.get(&self.file_name(name))?;
+            let Format::Numbers(dtype) = entry.format else { return None };
+            let len = entry.shape.iter().try_fold(dtype.size(), |len, n| len.checked_mul(*n))?;
+            Some((dtype, &entry.shape, entry.bytes.get(entry.offset..entry.offset.checked_add(len)?)?))
+        };
+        bytes(first).is_some_and(|first| Some(first) == bytes(second))
+    }
+
     /// The error for a tensor that is missing.
     pub(crate) fn missing(&self, name: &str, architecture: &'static str) -> ModelError {
-        ModelError::MissingTensor { name: self.file_name(name), architecture }
+        let name = self.file_name(name);
+        let explained = unread_tensors::explain_missing(self.names(), &name);
+        explained.unwrap_or(ModelError::MissingTensor { name, architecture })
     }
 }
 

@@ -1,6 +1,8 @@
 //! `config.json` of Hugging Face checkpoints.
 
-use crate::{ModelError, Rope};
+use crate::json::{ids, shown, whole};
+use crate::unread_keys::{self, WHOLE};
+use crate::{Architecture, ModelError, Rope};
 use dibit_cache::{CacheLayout, CacheShape, Scheme, SchemeError};
 use dibit_device::DType;
 use serde::Deserialize;
@@ -12,44 +14,6 @@ pub const SUPPORTED_HEAD_DIMS: &str = "multiples of 8 from 8 to 256";
 /// Whether heads of so many channels are supported.
 pub const fn supports_head_dim(head_dim: usize) -> bool {
     head_dim >= 8 && head_dim <= 256 && head_dim.is_multiple_of(8)
-}
-
-/// Decoder families.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// Llama 2, 3, 3.1, 3.2.
-    Llama,
-    /// Mistral 7B from version 0.2 on.
-    Mistral,
-    /// Qwen2 and Qwen2.5: biases on q, k and v.
-    Qwen2,
-    /// Qwen3: a norm on each head of q and k.
-    Qwen3,
-}
-
-impl Architecture {
-    const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
-
-    /// The name in `architectures`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Architecture::Llama => "LlamaForCausalLM",
-            Architecture::Mistral => "MistralForCausalLM",
-            Architecture::Qwen2 => "Qwen2ForCausalLM",
-            Architecture::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-
-    /// Whether q, k and v always have biases.
-    pub const fn has_qkv_bias(self) -> bool {
-        matches!(self, Architecture::Qwen2)
-    }
-
-    /// Whether heads of q and k are normalised.
-    pub const fn has_qk_norm(self) -> bool {
-        matches!(self, Architecture::Qwen3)
-    }
 }
 
 /// A validated model configuration.
@@ -87,27 +51,15 @@ pub struct ModelConfig {
     pub dtype: Option<DType>,
     /// Standard deviation of fresh weights.
     pub initializer_range: f32,
+    /// Whether projections of attention have biases; `None` where only the checkpoint tells.
+    pub(crate) attention_bias: Option<bool>,
+    /// Whether projections of the gated activation have biases; `None` where only the checkpoint tells.
+    pub(crate) mlp_bias: Option<bool>,
 }
 
-/// One id, several, or none.
-#[derive(Deserialize, Default)]
-#[serde(untagged, expecting = "expected a token id, a list of token ids, or null")]
-pub(crate) enum Ids {
-    One(u32),
-    Many(Vec<u32>),
-    #[default]
-    None,
-}
-
-impl Ids {
-    pub(crate) fn into_vec(self) -> Vec<u32> {
-        match self {
-            Ids::One(id) => vec![id],
-            Ids::Many(ids) => ids,
-            Ids::None => Vec::new(),
-        }
-    }
-}
+/// The window and the first layer that it is used in, where a configuration does not say.
+const WINDOW: usize = 4096;
+const FIRST_WINDOWED_LAYER: usize = 28;
 
 #[derive(Deserialize)]
 struct RawConfig {
@@ -123,20 +75,23 @@ struct RawConfig {
     #[serde(default)]
     tie_word_embeddings: bool,
     #[serde(default)]
-    bos_token_id: Ids,
+    bos_token_id: Value,
     #[serde(default)]
-    eos_token_id: Ids,
-    dtype: Option<String>,
-    torch_dtype: Option<String>,
+    eos_token_id: Value,
+    dtype: Option<Value>,
+    torch_dtype: Option<Value>,
     #[serde(default = "default_initializer_range")]
     initializer_range: f32,
     #[serde(default = "default_hidden_act")]
     hidden_act: String,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
     #[serde(default)]
     layer_types: Vec<String>,
     quantization_config: Option<Value>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
 }
 
 fn default_initializer_range() -> f32 {
@@ -152,15 +107,20 @@ fn unsupported<T>(what: impl Into<String>, supported: impl Into<String>) -> Resu
 }
 
 impl ModelConfig {
-    /// Reads the text of a `config.json`; `origin` names it in errors.
+    /// Reads the text of a `config.json`; `origin` names it in errors. Null is as absent, and what is absent is as in
+    /// transformers 5.
     ///
     /// # Errors
     /// [`ModelError::Malformed`] where fields are missing or senseless, [`ModelError::Unsupported`] for what
     /// dibit does not do.
     pub fn parse(text: &str, origin: &str) -> Result<Self, ModelError> {
         let malformed = |reason: String| ModelError::Malformed { path: origin.to_owned(), reason };
-        let object: Map<String, Value> = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+        let mut object: Map<String, Value> =
+            serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
         let architecture = architecture(&object, origin)?;
+        unread_keys::check(&object, architecture)?;
+        unread_keys::note(&object, architecture, origin);
+        normalise(&mut object, architecture);
         let raw: RawConfig = serde_path_to_error::deserialize(Value::Object(object.clone()))
             .map_err(|error| malformed(error.to_string()))?;
         raw.check_supported(architecture)?;
@@ -175,6 +135,15 @@ impl ModelConfig {
             ("vocab_size", raw.vocab_size, 1 << 24),
             ("max_position_embeddings", raw.max_position_embeddings, 1 << 27),
         ];
+        let ids = |key: &str, value: &Value| {
+            let wrong = || format!("{key} is {}, not a token id, a list of token ids, or null", shown(value));
+            ids(value).ok_or_else(|| malformed(wrong()))
+        };
+        for (name, number) in [("rms_norm_eps", raw.rms_norm_eps), ("initializer_range", raw.initializer_range)] {
+            if !number.is_finite() || number < 0.0 {
+                return Err(malformed(format!("{name} is {number}")));
+            }
+        }
         if let Some((name, size, _)) = sizes.into_iter().find(|(_, size, most)| *size == 0 || size > most) {
             return Err(malformed(format!("{name} is {size}")));
         }
@@ -199,12 +168,14 @@ impl ModelConfig {
             vocab_size: raw.vocab_size,
             max_position_embeddings: raw.max_position_embeddings,
             rms_norm_eps: raw.rms_norm_eps,
-            rope: Rope::parse(&object, head_dim, origin)?,
+            rope: Rope::parse(&object, head_dim, raw.max_position_embeddings, origin)?,
             tie_word_embeddings: raw.tie_word_embeddings,
-            bos_token_id: raw.bos_token_id.into_vec().first().copied(),
-            eos_token_ids: raw.eos_token_id.into_vec(),
-            dtype: raw.dtype.or(raw.torch_dtype).as_deref().and_then(parse_dtype),
+            bos_token_id: ids("bos_token_id", &raw.bos_token_id)?.first().copied(),
+            eos_token_ids: ids("eos_token_id", &raw.eos_token_id)?,
+            dtype: raw.dtype.or(raw.torch_dtype).as_ref().and_then(Value::as_str).and_then(parse_dtype),
             initializer_range: raw.initializer_range,
+            attention_bias: raw.attention_bias.filter(|_| architecture.may_have_attention_bias()),
+            mlp_bias: raw.mlp_bias.filter(|_| architecture == Architecture::Llama),
         })
     }
 
@@ -268,18 +239,54 @@ fn architecture(object: &Map<String, Value>, origin: &str) -> Result<Architectur
     )
 }
 
+/// Takes nulls out, writes whole numbers as such, and says what the family has where the configuration is silent.
+fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
+    // A window that is null is none, and not what the family has where the key is absent.
+    config.retain(|key, value| !value.is_null() || key == "sliding_window");
+    for (key, value) in config.iter_mut().filter(|(key, _)| WHOLE.contains(&key.as_str())) {
+        if let Some(number) = whole(value).filter(|_| value.is_f64()) {
+            tracing::debug!("{key} is {value}, read as {number}");
+            *value = number.into();
+        }
+    }
+    let mut imply = |key: &str, value: Value| {
+        config.entry(key).or_insert(value);
+    };
+    imply("max_position_embeddings", architecture.default_context().into());
+    imply("rms_norm_eps", 1e-6.into());
+    if architecture == Architecture::Qwen3 {
+        imply("head_dim", 128.into());
+    }
+    if architecture != Architecture::Llama {
+        imply("sliding_window", WINDOW.into());
+    }
+}
+
 impl RawConfig {
+    /// The sliding window of a layer, if any has one.
+    fn window(&self, architecture: Architecture) -> Option<usize> {
+        // Mistral has no switch; the Qwen models use their window only where the switch is on, and behind some layers.
+        if !self.use_sliding_window.unwrap_or(architecture == Architecture::Mistral) {
+            return None;
+        }
+        let first = self.max_window_layers.unwrap_or(FIRST_WINDOWED_LAYER);
+        let in_no_layer = !self.layer_types.is_empty() || first >= self.num_hidden_layers;
+        if architecture.is_qwen() && in_no_layer {
+            return None;
+        }
+        self.sliding_window.filter(|window| *window < self.max_position_embeddings)
+    }
+
     fn check_supported(&self, architecture: Architecture) -> Result<(), ModelError> {
-        if self.hidden_act != "silu" {
+        // Two names of one function.
+        if !["silu", "swish"].contains(&self.hidden_act.as_str()) {
             return unsupported(format!("hidden_act '{}'", self.hidden_act), "silu");
         }
         if let Some(config) = &self.quantization_config {
             let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
             return unsupported(format!("a checkpoint quantised by '{method}'"), "f32, f16 and bf16 weights");
         }
-        // Mistral has no switch; the Qwen models use their window only where the switch is on.
-        let in_use = self.use_sliding_window.unwrap_or(architecture == Architecture::Mistral);
-        if let Some(window) = self.sliding_window.filter(|window| in_use && *window < self.max_position_embeddings) {
+        if let Some(window) = self.window(architecture) {
             return unsupported(format!("a sliding window of {window} tokens"), "full attention (sliding_window null)");
         }
         if let Some(other) = self.layer_types.iter().find(|kind| *kind != "full_attention") {
@@ -319,11 +326,96 @@ mod tests {
     }
 
     #[test]
+    fn null_is_as_absent() {
+        for architecture in Architecture::ALL {
+            let mut required = base();
+            required["architectures"] = json!([architecture.name()]);
+            required["head_dim"] = json!(64);
+            let keys = [
+                "attention_bias",
+                "bos_token_id",
+                "dtype",
+                "eos_token_id",
+                "head_dim",
+                "hidden_act",
+                "initializer_range",
+                "layer_types",
+                "max_position_embeddings",
+                "max_window_layers",
+                "mlp_bias",
+                "num_key_value_heads",
+                "original_max_position_embeddings",
+                "partial_rotary_factor",
+                "quantization_config",
+                "rms_norm_eps",
+                "rope_parameters",
+                "rope_scaling",
+                "rope_theta",
+                "tie_word_embeddings",
+                "torch_dtype",
+                "use_sliding_window",
+            ];
+            // Where Mistral is silent of its window, it has one.
+            required["sliding_window"] = Value::Null;
+            for key in keys {
+                let parse = |config: &Value| ModelConfig::parse(&config.to_string(), "config.json");
+                let (mut absent, mut null) = (required.clone(), required.clone());
+                absent.as_object_mut().unwrap().remove(key);
+                null[key] = Value::Null;
+                assert_eq!(parse(&null).unwrap(), parse(&absent).unwrap(), "{key} of {architecture:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_family_has_without_a_word_is_as_in_transformers() {
+        let silent = |name: &str| {
+            let config = json!({"architectures": [name], "hidden_size": 128, "intermediate_size": 256,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100, "sliding_window": null});
+            ModelConfig::parse(&config.to_string(), "config.json").unwrap()
+        };
+        for (name, context, head_dim) in [
+            ("LlamaForCausalLM", 2048, 64),
+            ("MistralForCausalLM", 131_072, 64),
+            ("Qwen2ForCausalLM", 32_768, 64),
+            ("Qwen3ForCausalLM", 32_768, 128),
+        ] {
+            let config = silent(name);
+            assert_eq!(
+                (config.max_position_embeddings, config.head_dim, config.rms_norm_eps),
+                (context, head_dim, 1e-6)
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_however_they_are_spelled() {
+        let spelled = with(json!({"hidden_size": 128.0, "vocab_size": 100.0, "rope_theta": 10000, "eos_token_id": 2.0,
+            "bos_token_id": -1, "rms_norm_eps": 1, "hidden_act": "swish"}))
+        .unwrap();
+        let plain = with(json!({"eos_token_id": 2, "rms_norm_eps": 1.0})).unwrap();
+        assert_eq!(spelled, plain);
+    }
+
+    #[test]
     fn windows_that_do_nothing_are_accepted() {
         let qwen = json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 100, "use_sliding_window": false});
         assert!(with(qwen).is_ok());
         assert!(with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 512})).is_ok());
-        assert!(with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": null})).is_ok());
+        let none =
+            json!({"architectures": ["MistralForCausalLM"], "sliding_window": null, "max_position_embeddings": 8192});
+        assert!(with(none).is_ok());
+        // Behind the last layer, or in layers that are all full attention.
+        for changes in [
+            json!({"max_window_layers": 2}),
+            json!({}),
+            json!({"max_window_layers": 0, "layer_types": ["full_attention"]}),
+        ] {
+            let mut qwen =
+                json!({"architectures": ["Qwen3ForCausalLM"], "sliding_window": 100, "use_sliding_window": true});
+            qwen.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            assert!(with(qwen).is_ok(), "{changes}");
+        }
     }
 
     #[test]
@@ -340,6 +432,14 @@ mod tests {
             (json!({"head_dim": 264}), "multiples of 8 from 8 to 256"),
             (json!({"quantization_config": {"quant_method": "gptq"}}), "quantised by 'gptq'"),
             (json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope"),
+            (json!({"residual_multiplier": 0.22}), "residual_multiplier 0.22"),
+            // Without the key, Mistral has a window.
+            (json!({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}), "window of 4096"),
+            (
+                json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 100,
+                    "max_window_layers": 1}),
+                "window of 100",
+            ),
         ];
         for (changes, expected) in cases {
             let message = with(changes).unwrap_err().to_string();
@@ -356,6 +456,13 @@ mod tests {
             json!({"architectures": []}),
             json!({"vocab_size": "many"}),
             json!({"hidden_size": 4_000_000_000u64}),
+            json!({"hidden_size": 128.5}),
+            json!({"rms_norm_eps": -1e-6}),
+            json!({"rms_norm_eps": 1e300}),
+            json!({"eos_token_id": "</s>"}),
+            json!({"bos_token_id": -2}),
+            json!({"rope_scaling": "linear"}),
+            json!({"rope_scaling": {"factor": 2.0}}),
         ] {
             assert!(matches!(with(changes.clone()), Err(ModelError::Malformed { .. })), "{changes}");
         }

@@ -27,6 +27,16 @@ pub enum ModelError {
         /// What is wrong.
         reason: String,
     },
+    /// Something else lies in place of a file.
+    #[error("{path} is {found}: {next}")]
+    Impostor {
+        /// The file.
+        path: String,
+        /// What it is.
+        found: String,
+        /// What to do.
+        next: String,
+    },
     /// The model asks for something that dibit does not do.
     #[error("{what} is not supported; supported: {supported}")]
     Unsupported {
@@ -44,6 +54,26 @@ pub enum ModelError {
         name: String,
         /// The architecture of the configuration.
         architecture: &'static str,
+    },
+    /// A tensor is missing, and others tell why.
+    #[error("the checkpoint has no tensor '{name}' but has '{found}': {hint}")]
+    OtherNames {
+        /// The tensor that is missing.
+        name: String,
+        /// One that is there.
+        found: String,
+        /// What the checkpoint probably is, and what to do.
+        hint: String,
+    },
+    /// Tensors that change what a model says would not be read.
+    #[error("the checkpoint has tensors that {architecture} does not read: {names}; {hint}")]
+    UnreadTensors {
+        /// The architecture of the configuration.
+        architecture: &'static str,
+        /// Some of them, and how many there are.
+        names: String,
+        /// What the checkpoint probably is, and what to do.
+        hint: String,
     },
     /// A tensor has another shape than the configuration says.
     #[error(
@@ -70,6 +100,9 @@ pub enum ModelError {
         /// Size of the model's vocabulary.
         vocab_size: usize,
     },
+    /// The sampling defaults of a model cannot be understood.
+    #[error("{0}")]
+    Generation(String),
     /// The tokenizer failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

@@ -1,14 +1,18 @@
 //! The files of a model: of a directory, of a GGUF file, or part of the program.
 
-use crate::ModelError;
+use crate::{ModelError, gguf, impostor};
 use dibit_device::Bytes;
 use memmap2::Mmap;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// What marks the directory of a LoRA adapter.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// Names of a model's files; only the configuration must be there.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
@@ -48,11 +52,22 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
+    /// Whether there is a GGUF file at `path`: a file, not a directory, of that ending or with those first bytes.
+    pub fn is_gguf(path: &Path) -> bool {
+        let by_name = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        let by_bytes = || {
+            let mut start = [0; gguf::MAGIC.len()];
+            File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok() && gguf::is_gguf(&start)
+        };
+        path.is_file() && (by_name || by_bytes())
+    }
+
     /// Reads a directory as `save_pretrained` writes it. Weights are mapped.
     ///
     /// # Errors
     /// [`ModelError::NotFound`] where the directory, `config.json` or the weights are missing,
-    /// [`ModelError::Read`] where a file cannot be read, [`ModelError::Malformed`] for a broken index.
+    /// [`ModelError::Read`] where a file cannot be read, [`ModelError::Malformed`] for a broken index,
+    /// [`ModelError::Impostor`] where something else lies in place of a file.
     pub fn open(directory: &Path) -> Result<Self, ModelError> {
         let mut files = Self::without_weights(directory)?;
         for path in weight_paths(directory)? {
@@ -78,13 +93,19 @@ impl ModelFiles {
             return Err(not_found("the directory does not exist"));
         }
         if !exists(&config)? {
+            if exists(&directory.join(ADAPTER_CONFIG))? {
+                return Err(not_found(
+                    "it is a LoRA adapter and no model; merge it into its base model first (peft's merge_and_unload, then \
+                     save_pretrained)",
+                ));
+            }
             let reason = "there is no config.json; give the directory of a Hugging Face checkpoint".to_owned();
             return Err(not_found(&only_gguf(directory).unwrap_or(reason)));
         }
         let text = |name: &str| optional(&directory.join(name));
         Ok(ModelFiles {
             config: utf8(&config, read(&config)?)?.into(),
-            generation_config: text(GENERATION_CONFIG)?,
+            generation_config: generation_config(directory)?,
             tokenizer: match directory.join(TOKENIZER) {
                 path if exists(&path)? => Some(read(&path)?.into()),
                 _ => None,
@@ -106,8 +127,10 @@ fn exists(path: &Path) -> Result<bool, ModelError> {
     path.try_exists().map_err(read_error(path))
 }
 
+/// The bytes of a file that is what its name says.
 fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
-    std::fs::read(path).map_err(read_error(path))
+    let bytes = std::fs::read(path).map_err(read_error(path))?;
+    impostor::find(&path.display().to_string(), &bytes).map_or(Ok(bytes), Err)
 }
 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, ModelError> {
@@ -120,6 +143,16 @@ fn optional(path: &Path) -> Result<Option<Cow<'static, str>>, ModelError> {
         return Ok(None);
     }
     Ok(Some(utf8(path, read(path)?)?.into()))
+}
+
+/// The text of a `generation_config.json`, whatever it holds: a wrong one matters only to who samples.
+fn generation_config(directory: &Path) -> Result<Option<Cow<'static, str>>, ModelError> {
+    let path = directory.join(GENERATION_CONFIG);
+    if !exists(&path)? {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(&path).map_err(read_error(&path))?;
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned().into()))
 }
 
 pub(crate) fn map(path: &Path) -> Result<Mmap, ModelError> {

@@ -2,6 +2,7 @@
 //!
 //! A model is defined once, over [`dibit_device::Device`], and runs on any device.
 
+mod architecture;
 mod chat;
 mod chat_format;
 mod checkpoint;
@@ -14,6 +15,8 @@ mod generation_config;
 mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
+mod impostor;
+mod json;
 mod mixture;
 mod model;
 mod pretrained;
@@ -21,19 +24,22 @@ mod rope;
 mod rotation;
 mod stop_tokens;
 mod tokenizer;
+mod unread_keys;
+mod unread_tensors;
 mod weights;
 mod windows;
 mod workspace;
 
+pub use architecture::Architecture;
 pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use chat_format::{ChatFormat, SpecialTokens};
 pub use checkpoint::Checkpoint;
-pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS, supports_head_dim};
+pub use config::{ModelConfig, SUPPORTED_HEAD_DIMS, supports_head_dim};
 pub use distribution::Distribution;
 pub use error::ModelError;
 pub use exact::ExactPass;
 pub use files::{ModelFiles, WeightFile};
-pub use generation_config::GenerationConfig;
+pub use generation_config::{GenerationConfig, GenerationProblem};
 #[cfg(feature = "hub")]
 pub use hub::download;
 pub use model::{Model, Observation, Observer, argmax};

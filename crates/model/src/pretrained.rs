@@ -58,7 +58,6 @@ impl Pretrained {
             .generation_config
             .as_deref()
             .map(|text| GenerationConfig::parse(text, &path("generation_config.json")))
-            .transpose()?
             .unwrap_or_default();
         Ok(Pretrained {
             name: files.origin.clone(),

@@ -1,6 +1,7 @@
 //! Rotary position embedding: inverse frequencies and their scaling.
 
 use crate::ModelError;
+use crate::json::shown;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -38,72 +39,54 @@ pub struct Rope {
     pub scaling: RopeScaling,
 }
 
+/// Keys of rope parameters that are read whatever the type, or that say nothing of their own.
+const COMMON_KEYS: [&str; 6] =
+    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"];
+
+const SUPPORTED: &str = "default, linear, llama3, dynamic";
+
+/// One set of rope parameters, with the rest of the configuration.
+struct Parameters<'a> {
+    config: &'a Map<String, Value>,
+    set: Option<&'a Map<String, Value>>,
+    head_dim: usize,
+    max_position_embeddings: usize,
+    origin: &'a str,
+}
+
 impl Rope {
-    /// Reads either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, for heads of `head_dim`.
+    /// Reads either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, for heads of `head_dim`. Null is as
+    /// absent. As in transformers 5, `rope_scaling` replaces `rope_parameters` where a configuration has both.
     ///
     /// # Errors
-    /// [`ModelError::Unsupported`] for a rope type that is not default, linear or llama3, and
-    /// [`ModelError::Malformed`] for missing or non-positive numbers.
-    pub(crate) fn parse(config: &Map<String, Value>, head_dim: usize, origin: &str) -> Result<Self, ModelError> {
-        let object = |key: &str| config.get(key).and_then(Value::as_object);
-        let parameters = object("rope_parameters").or_else(|| object("rope_scaling"));
-        let malformed = |reason: String| ModelError::Malformed { path: origin.to_owned(), reason };
-        let number = |key: &str| -> Result<f32, ModelError> {
-            parameters
-                .and_then(|p| p.get(key))
-                .and_then(Value::as_f64)
-                .filter(|x| *x > 0.0)
-                .map(|x| x as f32)
-                .ok_or_else(|| malformed(format!("rope scaling needs a positive number '{key}'")))
+    /// [`ModelError::Unsupported`] for rope types that are not read, and [`ModelError::Malformed`] for missing or
+    /// senseless numbers, a factor without a type, and two sets of parameters that contradict each other.
+    pub(crate) fn parse(
+        config: &Map<String, Value>,
+        head_dim: usize,
+        max_position_embeddings: usize,
+        origin: &str,
+    ) -> Result<Self, ModelError> {
+        let parameters = |set| Parameters { config, set, head_dim, max_position_embeddings, origin };
+        let set = |key: &str| match config.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(set)) => Ok(Some(set).filter(|set| !set.values().all(Value::is_null))),
+            Some(other) => Err(parameters(None).malformed(format!("{key} is {}, not an object", shown(other)))),
         };
-        let theta = match parameters.and_then(|p| p.get("rope_theta")).or_else(|| config.get("rope_theta")) {
-            None | Some(Value::Null) => 10_000.0,
-            Some(value) => value
-                .as_f64()
-                .filter(|theta| *theta > 0.0)
-                .ok_or_else(|| malformed(format!("rope_theta is {value}, not a positive number")))?
-                as f32,
-        };
-        let partial =
-            parameters.and_then(|p| p.get("partial_rotary_factor")).or_else(|| config.get("partial_rotary_factor"));
-        if let Some(factor) = partial.and_then(Value::as_f64).filter(|factor| *factor != 1.0) {
-            return Err(ModelError::Unsupported {
-                what: format!("partial_rotary_factor {factor}"),
-                supported: "1 (the whole head is rotated)".into(),
-            });
+        let (scaling, newer) = (set("rope_scaling")?, set("rope_parameters")?);
+        let rope = parameters(scaling.or(newer)).read()?;
+        if scaling.is_some() && newer.is_some() {
+            let other = parameters(newer).read()?;
+            let is_silent = other.scaling == RopeScaling::Default && other.theta == rope.theta;
+            if !is_silent && other != rope {
+                return Err(parameters(None).malformed(
+                    "rope_scaling and rope_parameters contradict each other; put all of it, rope_theta included, into \
+                     rope_parameters and take rope_scaling out"
+                        .into(),
+                ));
+            }
         }
-        let kind = parameters.and_then(|p| p.get("rope_type").or_else(|| p.get("type"))).and_then(Value::as_str);
-        let scaling = match kind {
-            None if parameters.is_some_and(|p| p.values().any(Value::is_object)) => {
-                return Err(ModelError::Unsupported {
-                    what: "rope_parameters by layer type".into(),
-                    supported: "one set of rope parameters for all layers".into(),
-                });
-            }
-            None | Some("default") => RopeScaling::Default,
-            Some("linear") => RopeScaling::Linear { factor: number("factor")? },
-            Some("llama3") => RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position_embeddings: number("original_max_position_embeddings")?,
-            },
-            Some("divisors") => {
-                let list = parameters.and_then(|p| p.get("divisors")).and_then(Value::as_array);
-                let positive = |x: &Value| x.as_f64().map(|x| x as f32).filter(|x| *x > 0.0);
-                let divisors: Option<Vec<f32>> = list.into_iter().flatten().map(positive).collect();
-                let divisors = divisors.filter(|divisors| divisors.len() == head_dim / 2);
-                let missing = || malformed(format!("rope scaling needs {} positive divisors", head_dim / 2));
-                RopeScaling::Divisors(divisors.ok_or_else(missing)?.into())
-            }
-            Some(other) => {
-                return Err(ModelError::Unsupported {
-                    what: format!("rope type '{other}'"),
-                    supported: "default, linear, llama3".into(),
-                });
-            }
-        };
-        Ok(Rope { theta, scaling })
+        Ok(rope)
     }
 
     /// `head_dim / 2` inverse frequencies, in radians per token.
@@ -114,6 +97,136 @@ impl Rope {
                 self.scaling.apply(i, frequency)
             })
             .collect()
+    }
+}
+
+impl Parameters<'_> {
+    fn malformed(&self, reason: String) -> ModelError {
+        ModelError::Malformed { path: self.origin.to_owned(), reason }
+    }
+
+    /// A value of the set that is not null.
+    fn own(&self, key: &str) -> Option<&Value> {
+        self.set.and_then(|set| set.get(key)).filter(|value| !value.is_null())
+    }
+
+    /// A value of the set, or else one beside it.
+    fn own_or_beside(&self, key: &str) -> Option<&Value> {
+        self.own(key).or_else(|| self.config.get(key).filter(|value| !value.is_null()))
+    }
+
+    fn positive(&self, key: &str, value: &Value) -> Result<f32, ModelError> {
+        let number = value.as_f64().map(|x| x as f32).filter(|x| *x > 0.0 && x.is_normal());
+        number.ok_or_else(|| self.malformed(format!("{key} is {}, not a positive number", shown(value))))
+    }
+
+    fn number(&self, key: &str) -> Result<f32, ModelError> {
+        let missing = || self.malformed(format!("rope scaling needs a positive number '{key}'"));
+        self.positive(key, self.own(key).ok_or_else(missing)?)
+    }
+
+    fn read(&self) -> Result<Rope, ModelError> {
+        let theta =
+            self.own_or_beside("rope_theta").map_or(Ok(10_000.0), |theta| self.positive("rope_theta", theta))?;
+        if let Some(factor) = self.own_or_beside("partial_rotary_factor").filter(|x| x.as_f64() != Some(1.0)) {
+            return Err(ModelError::Unsupported {
+                what: format!("partial_rotary_factor {}", shown(factor)),
+                supported: "1 (the whole head is rotated)".into(),
+            });
+        }
+        if self.set.is_some_and(|set| set.values().any(Value::is_object)) {
+            return Err(ModelError::Unsupported {
+                what: "rope_parameters by layer type".into(),
+                supported: "one set of rope parameters for all layers".into(),
+            });
+        }
+        let kind = self.kind()?;
+        let (scaling, keys): (_, &[&str]) = match kind {
+            None | Some("default") => (RopeScaling::Default, &[]),
+            // Its factor depends on the context, and is 1 up to max_position_embeddings, where dibit's contexts end.
+            Some("dynamic") => (RopeScaling::Default, &["factor"]),
+            Some("linear") => (RopeScaling::Linear { factor: self.number("factor")? }, &["factor"]),
+            Some("llama3") => (self.llama3()?, &["factor", "low_freq_factor", "high_freq_factor"]),
+            Some("divisors") => (self.divisors()?, &["divisors"]),
+            Some(other) => {
+                return Err(ModelError::Unsupported {
+                    what: format!("rope type '{other}'"),
+                    supported: SUPPORTED.into(),
+                });
+            }
+        };
+        self.check_keys(kind, keys)?;
+        let rope = Rope { theta, scaling };
+        if !rope.inv_freq(self.head_dim).iter().all(|frequency| frequency.is_finite()) {
+            return Err(self.malformed(format!("rope_theta {theta} and its scaling give no finite frequencies")));
+        }
+        Ok(rope)
+    }
+
+    /// The type, under its newer or its older name.
+    fn kind(&self) -> Result<Option<&str>, ModelError> {
+        let name = |key: &str| match self.own(key) {
+            None => Ok(None),
+            Some(Value::String(name)) => Ok(Some(name.as_str())),
+            Some(other) => Err(self.malformed(format!("{key} of rope scaling is {}, not a name", shown(other)))),
+        };
+        match (name("rope_type")?, name("type")?) {
+            (Some(newer), Some(older)) if newer != older => Err(self.malformed(format!(
+                "rope scaling has rope_type '{newer}' beside type '{older}'; keep the one that is right"
+            ))),
+            (newer, older) => Ok(newer.or(older)),
+        }
+    }
+
+    fn llama3(&self) -> Result<RopeScaling, ModelError> {
+        const ORIGINAL: &str = "original_max_position_embeddings";
+        let (low_freq_factor, high_freq_factor) = (self.number("low_freq_factor")?, self.number("high_freq_factor")?);
+        if high_freq_factor <= low_freq_factor {
+            return Err(self.malformed(format!(
+                "high_freq_factor {high_freq_factor} of rope scaling is not above low_freq_factor {low_freq_factor}"
+            )));
+        }
+        // Where transformers 5 takes it from.
+        let beside = self.config.get(ORIGINAL).filter(|value| !value.is_null());
+        let original = beside.or_else(|| self.own(ORIGINAL));
+        Ok(RopeScaling::Llama3 {
+            factor: self.number("factor")?,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings: original
+                .map_or(Ok(self.max_position_embeddings as f32), |value| self.positive(ORIGINAL, value))?,
+        })
+    }
+
+    fn divisors(&self) -> Result<RopeScaling, ModelError> {
+        let list = self.own("divisors").and_then(Value::as_array);
+        let positive = |x: &Value| x.as_f64().map(|x| x as f32).filter(|x| *x > 0.0);
+        let divisors: Option<Vec<f32>> = list.into_iter().flatten().map(positive).collect();
+        let divisors = divisors.filter(|divisors| divisors.len() == self.head_dim / 2);
+        let missing = || self.malformed(format!("rope scaling needs {} positive divisors", self.head_dim / 2));
+        Ok(RopeScaling::Divisors(divisors.ok_or_else(missing)?.into()))
+    }
+
+    /// No key of the set goes unread without a word; without a type, one that scales is an error.
+    fn check_keys(&self, kind: Option<&str>, read: &[&str]) -> Result<(), ModelError> {
+        let says_nothing = |key: &str, value: &Value| {
+            value.is_null() || COMMON_KEYS.contains(&key) || read.contains(&key) || key == "factor" && *value == 1.0
+        };
+        let unread: Vec<&str> = (self.set.into_iter().flatten())
+            .filter(|(key, value)| !says_nothing(key, value))
+            .map(|(key, _)| key.as_str())
+            .collect();
+        if unread.is_empty() {
+            return Ok(());
+        }
+        let names = unread.join(", ");
+        let Some(kind) = kind else {
+            return Err(self.malformed(format!(
+                "rope scaling has {names} and no rope_type; add the rope_type (one of {SUPPORTED}), or take {names} out"
+            )));
+        };
+        tracing::warn!("{}: rope type '{kind}' does not read {names}", self.origin);
+        Ok(())
     }
 }
 
@@ -144,7 +257,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Rope, ModelError> {
-        Rope::parse(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap(), 4, "config.json")
+        Rope::parse(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap(), 4, 512, "config.json")
     }
 
     #[test]
@@ -164,6 +277,53 @@ mod tests {
     }
 
     #[test]
+    fn spellings_are_read_as_transformers_5_reads_them() {
+        let linear = |theta, factor| Rope { theta, scaling: RopeScaling::Linear { factor } };
+        let plain = |theta| Rope { theta, scaling: RopeScaling::Default };
+        for (text, expected) in [
+            // rope_scaling replaces rope_parameters, with the theta beside both.
+            (
+                r#"{"rope_theta":7,"rope_scaling":{"type":"linear","factor":2},
+                    "rope_parameters":{"rope_type":"default","rope_theta":7.0}}"#,
+                linear(7.0, 2.0),
+            ),
+            (r#"{"rope_scaling":{},"rope_parameters":{"rope_type":"linear","factor":3}}"#, linear(10_000.0, 3.0)),
+            (r#"{"rope_scaling":null,"rope_parameters":{"type":"linear","factor":3}}"#, linear(10_000.0, 3.0)),
+            (
+                r#"{"rope_scaling":{"type":"linear","factor":2},"rope_parameters":{"rope_type":"linear","factor":2.0}}"#,
+                linear(10_000.0, 2.0),
+            ),
+            // A theta within has precedence, and null is as absent.
+            (r#"{"rope_theta":7,"rope_scaling":{"rope_theta":9,"type":"linear","factor":2}}"#, linear(9.0, 2.0)),
+            (r#"{"rope_theta":7,"rope_parameters":{"rope_theta":null,"rope_type":"default"}}"#, plain(7.0)),
+            (r#"{"rope_theta":null,"rope_parameters":null}"#, plain(10_000.0)),
+            (r#"{"rope_scaling":{"rope_type":null,"type":"linear","factor":2}}"#, linear(10_000.0, 2.0)),
+            (r#"{"rope_scaling":{"rope_type":"linear","type":"linear","factor":2}}"#, linear(10_000.0, 2.0)),
+            (r#"{"rope_scaling":{"factor":1.0}}"#, plain(10_000.0)),
+            (r#"{"rope_scaling":{"type":"default","factor":4}}"#, plain(10_000.0)),
+            (r#"{"rope_scaling":{"type":"dynamic","factor":4}}"#, plain(10_000.0)),
+            (r#"{"rope_parameters":{"partial_rotary_factor":1},"partial_rotary_factor":0.5}"#, plain(10_000.0)),
+        ] {
+            assert_eq!(parse(text).unwrap(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_original_context_of_llama3_is_found_beside_within_or_implied() {
+        let original = |within: &str, beside: &str| {
+            let factors = r#""rope_type":"llama3","factor":8,"low_freq_factor":1,"high_freq_factor":4"#;
+            match parse(&format!(r#"{{"rope_scaling":{{{factors}{within}}}{beside}}}"#)).unwrap().scaling {
+                RopeScaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings,
+                other => panic!("{other:?}"),
+            }
+        };
+        let (within, beside) =
+            (r#","original_max_position_embeddings":64"#, r#","original_max_position_embeddings":128"#);
+        assert_eq!((original(within, ""), original("", beside), original(within, beside)), (64.0, 128.0, 128.0));
+        assert_eq!(original("", ""), 512.0);
+    }
+
+    #[test]
     fn what_is_not_supported_is_named() {
         for (text, expected) in [
             (
@@ -175,6 +335,32 @@ mod tests {
             (r#"{"rope_scaling":{"type":"linear"}}"#, "positive number 'factor'"),
             (r#"{"rope_scaling":{"type":"divisors","divisors":[1.0, 0.0]}}"#, "needs 2 positive divisors"),
             (r#"{"rope_theta":-1}"#, "rope_theta is -1"),
+            (r#"{"rope_theta":1e300}"#, "rope_theta is 1e+300"),
+            (r#"{"rope_scaling":{"factor":2.0}}"#, "has factor and no rope_type"),
+            (r#"{"rope_scaling":{"type":null,"factor":2.0}}"#, "add the rope_type"),
+            (
+                r#"{"rope_scaling":{"type":"dynamic","rope_type":"linear","factor":2}}"#,
+                "'linear' beside type 'dynamic'",
+            ),
+            (r#"{"rope_scaling":{"type":"linear","factor":"2"}}"#, "factor is \"2\", not a positive number"),
+            (r#"{"rope_scaling":{"type":"linear","factor":-2}}"#, "factor is -2"),
+            (r#"{"rope_scaling":{"type":1,"factor":2}}"#, "type of rope scaling is 1"),
+            (r#"{"rope_scaling":"linear"}"#, "rope_scaling is \"linear\", not an object"),
+            (r#"{"rope_parameters":[1]}"#, "rope_parameters is [1]"),
+            (r#"{"partial_rotary_factor":"half"}"#, "partial_rotary_factor \"half\""),
+            (
+                r#"{"rope_scaling":{"type":"llama3","factor":8,"low_freq_factor":4,"high_freq_factor":4}}"#,
+                "high_freq_factor 4",
+            ),
+            // transformers 5 runs this one with a theta of 10000.
+            (
+                r#"{"rope_scaling":{"type":"linear","factor":2},"rope_parameters":{"rope_type":"default","rope_theta":7}}"#,
+                "contradict each other",
+            ),
+            (
+                r#"{"rope_scaling":{"type":"linear","factor":2},"rope_parameters":{"rope_type":"linear","factor":4}}"#,
+                "contradict each other",
+            ),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");

@@ -1,9 +1,11 @@
 //! The weights of a model on the host, checked against its configuration.
 
 use crate::mixture::mixture;
-use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, rotation};
+use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, rotation, unread_tensors};
 use dibit_device::{Bytes, DType, Device, Tensor};
 use dibit_quant::Hadamard;
+use std::cell::RefCell;
+use std::collections::HashSet;
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,10 +76,15 @@ pub struct Weights {
     pub rotated_values: Vec<bool>,
 }
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const OUTPUT_LAYER: &str = "lm_head.weight";
+
 struct Loader<'a> {
     config: &'a ModelConfig,
     source: Source,
     dtype: Option<DType>,
+    /// Tensors that were asked for, by the names of the file.
+    read: RefCell<HashSet<String>>,
 }
 
 enum Source {
@@ -89,7 +96,8 @@ impl Weights {
     /// Loads and checks all weights; `dtype` converts them where they have another one.
     ///
     /// # Errors
-    /// [`ModelError::MissingTensor`], [`ModelError::Shape`] and the errors of [`Checkpoint`].
+    /// [`ModelError::MissingTensor`], [`ModelError::OtherNames`], [`ModelError::Shape`], [`ModelError::UnreadTensors`] and
+    /// the errors of [`Checkpoint`].
     pub fn load(
         files: &ModelFiles,
         config: &ModelConfig,
@@ -103,18 +111,19 @@ impl Weights {
                 Source::Dummy { seed, pool }
             }
         };
-        let loader = Loader { config, source, dtype };
+        let loader = Loader { config, source, dtype, read: RefCell::default() };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embed = loader.matrix("model.embed_tokens.weight", vocab, hidden)?;
-        let lm_head =
-            if config.tie_word_embeddings { embed.clone() } else { loader.matrix("lm_head.weight", vocab, hidden)? };
-        Ok(Weights {
+        let embed = loader.matrix(EMBEDDING, vocab, hidden)?;
+        let lm_head = if loader.is_tied() { embed.clone() } else { loader.matrix(OUTPUT_LAYER, vocab, hidden)? };
+        let weights = Weights {
             layers: (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
             norm: loader.norm("model.norm.weight", hidden)?,
             rotated_values: vec![false; config.num_hidden_layers],
             embed,
             lm_head,
-        })
+        };
+        loader.check_unread()?;
+        Ok(weights)
     }
 
     /// Fuses a Hadamard rotation of the values of these layers into their value and output projections, and checks each
@@ -191,12 +200,40 @@ impl Weights {
 }
 
 impl Loader<'_> {
+    /// Whether the output layer is the embedding. As in transformers 5, it is not where a checkpoint has another one,
+    /// whatever the configuration says.
+    fn is_tied(&self) -> bool {
+        let Source::Checkpoint(checkpoint) = &self.source else { return self.config.tie_word_embeddings };
+        if !self.config.tie_word_embeddings || !checkpoint.contains(OUTPUT_LAYER) {
+            return self.config.tie_word_embeddings;
+        }
+        let same = checkpoint.same_bytes(EMBEDDING, OUTPUT_LAYER);
+        if same {
+            self.read.borrow_mut().insert(checkpoint.file_name(OUTPUT_LAYER));
+        } else {
+            tracing::warn!(
+                "the configuration says tie_word_embeddings, but the checkpoint has an output layer of its own, which is used"
+            );
+        }
+        same
+    }
+
+    /// Judges the tensors that nobody asked for.
+    fn check_unread(&self) -> Result<(), ModelError> {
+        let Source::Checkpoint(checkpoint) = &self.source else { return Ok(()) };
+        let read = self.read.borrow();
+        unread_tensors::check(checkpoint.names().filter(|name| !read.contains(*name)), self.config)
+    }
+
     fn layer(&self, layer: usize) -> Result<LayerWeights, ModelError> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        let qkv_bias = config.architecture.has_qkv_bias();
+        let qkv_bias = if config.architecture.has_qkv_bias() { Some(true) } else { config.attention_bias };
+        // Where q, k and v have biases, not every checkpoint has one for o, too.
+        let o_bias = config.attention_bias.filter(|has| !has);
+        let mlp_bias = config.mlp_bias;
         let prefix = format!("model.layers.{layer}");
         let linear = |name: &str, rows, cols, bias| self.linear(&format!("{prefix}.{name}"), rows, cols, bias);
         let norm = |name: &str, width| self.norm(&format!("{prefix}.{name}.weight"), width);
@@ -208,20 +245,27 @@ impl Loader<'_> {
             q: linear("self_attn.q_proj", q, hidden, qkv_bias)?,
             k: linear("self_attn.k_proj", kv, hidden, qkv_bias)?,
             v: linear("self_attn.v_proj", kv, hidden, qkv_bias)?,
-            o: linear("self_attn.o_proj", hidden, q, false)?,
+            o: linear("self_attn.o_proj", hidden, q, o_bias)?,
             q_norm: head_norm("q_norm")?,
             k_norm: head_norm("k_norm")?,
             post_norm: norm("post_attention_layernorm", hidden)?,
-            gate: linear("mlp.gate_proj", inner, hidden, false)?,
-            up: linear("mlp.up_proj", inner, hidden, false)?,
-            down: linear("mlp.down_proj", hidden, inner, false)?,
+            gate: linear("mlp.gate_proj", inner, hidden, mlp_bias)?,
+            up: linear("mlp.up_proj", inner, hidden, mlp_bias)?,
+            down: linear("mlp.down_proj", hidden, inner, mlp_bias)?,
         })
     }
 
-    /// A linear layer. A bias that the architecture does not demand is used where the checkpoint has one.
-    fn linear(&self, name: &str, rows: usize, cols: usize, needs_bias: bool) -> Result<LinearWeights, ModelError> {
+    /// A linear layer. Where nothing says whether it has a bias, the checkpoint tells.
+    fn linear(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        has_bias: Option<bool>,
+    ) -> Result<LinearWeights, ModelError> {
         let bias_name = format!("{name}.bias");
-        let has_bias = needs_bias || matches!(&self.source, Source::Checkpoint(all) if all.contains(&bias_name));
+        let is_there = || matches!(&self.source, Source::Checkpoint(all) if all.contains(&bias_name));
+        let has_bias = has_bias.unwrap_or_else(is_there);
         Ok(LinearWeights {
             weight: self.matrix(&format!("{name}.weight"), rows, cols)?,
             bias: has_bias.then(|| self.matrix(&bias_name, 1, rows)).transpose()?,
@@ -237,9 +281,12 @@ impl Loader<'_> {
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         let tensor = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint
-                .tensor(name, rows, cols)?
-                .ok_or_else(|| checkpoint.missing(name, self.config.architecture.name()))?,
+            Source::Checkpoint(checkpoint) => {
+                let missing = || checkpoint.missing(name, self.config.architecture.name());
+                let tensor = checkpoint.tensor(name, rows, cols)?.ok_or_else(missing)?;
+                self.read.borrow_mut().insert(checkpoint.file_name(name));
+                tensor
+            }
             Source::Dummy { seed, pool } => {
                 let dtype = self.dtype.or(self.config.dtype).unwrap_or(DType::Bf16);
                 let seed = stream(*seed, name);

@@ -23,7 +23,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
 fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
-    let sampling = sampling(&args.sampling, &pretrained.generation_config);
+    let sampling = sampling(&args.sampling, &pretrained.generation_config)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let limit = pretrained.config.max_position_embeddings;
     let options = Options {

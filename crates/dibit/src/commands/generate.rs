@@ -27,7 +27,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
 fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
-    let sampling = sampling(&args.sampling, &pretrained.generation_config);
+    let sampling = sampling(&args.sampling, &pretrained.generation_config)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let requests = requests(args, &pretrained, prompts, &sampling)?;
     let options = Options {

@@ -38,13 +38,28 @@ fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
 
 /// What the user says, else what the model's makers say. As with Hugging Face, a model whose makers do not ask for
 /// sampling decodes greedily; who gives a sampling option asks for it, too.
-fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
+///
+/// # Errors
+/// Where the model's makers say something that cannot be understood and the user says nothing else.
+fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Result<Sampling> {
     let seeded = matches!(args.seed, Some(Seed::Given(_)));
     let asked = args.top_p.is_some() || args.top_k.is_some() || args.min_p.is_some() || seeded;
     let samples = asked || model.do_sample == Some(true);
+    let temperature = args.temperature.or((!samples).then_some(0.0));
+    let is_greedy = temperature == Some(0.0);
+    let own = [
+        ("do_sample", asked || args.temperature.is_some()),
+        ("temperature", temperature.is_some()),
+        ("top_p", is_greedy || args.top_p.is_some()),
+        ("top_k", is_greedy || args.top_k.is_some()),
+        ("min_p", is_greedy || args.min_p.is_some()),
+        ("repetition_penalty", args.repetition_penalty.is_some()),
+    ];
+    let overridden: Vec<&str> = own.into_iter().filter_map(|(field, is_own)| is_own.then_some(field)).collect();
+    model.check(&overridden)?;
     let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::from(d.subsec_nanos()));
-    Sampling {
-        temperature: args.temperature.unwrap_or(if samples { model.temperature.unwrap_or(1.0) } else { 0.0 }),
+    Ok(Sampling {
+        temperature: temperature.or(model.temperature).unwrap_or(1.0),
         top_p: args.top_p.or(model.top_p).unwrap_or(1.0),
         top_k: args.top_k.or(model.top_k).unwrap_or(0),
         min_p: args.min_p.or(model.min_p).unwrap_or(0.0),
@@ -65,7 +80,7 @@ fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Sampling {
             Some(Seed::Given(seed)) => seed,
             _ => clock(),
         },
-    }
+    })
 }
 
 /// Lets windows of a text begin as the user says.

@@ -50,9 +50,13 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
     let number = |part: &str| -> Result<usize, ModelError> {
         metadata.number(&key(part))?.ok_or_else(|| metadata.missing(&key(part)))
     };
+    if metadata.text("general.type")? == Some("adapter") {
+        return Err(unsupported("a GGUF file that is a LoRA adapter", "models: merge it with llama-export-lora first"));
+    }
     if metadata.number(&key("expert_count"))?.is_some_and(|count| count > 0) {
         return Err(unsupported("a mixture of experts", "dense models"));
     }
+    check_unread(metadata, &key)?;
     let tokens = metadata.texts("tokenizer.ggml.tokens")?.ok_or_else(|| metadata.missing("tokenizer.ggml.tokens"))?;
     let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let head_dim = match metadata.number(&key("attention.key_length"))? {
@@ -65,7 +69,7 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
         }
     }
     let epsilon = key("attention.layer_norm_rms_epsilon");
-    let ids = ["eos_token_id", "eot_token_id"].map(|id| metadata.number(&format!("tokenizer.ggml.{id}")));
+    let ids = ["eos_token_id", "eot_token_id"].map(|id| metadata.id(&format!("tokenizer.ggml.{id}")));
     let [eos, eot] = ids;
     let mut ends: Vec<usize> = [eos?, eot?].into_iter().flatten().collect();
     ends.dedup();
@@ -81,12 +85,40 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
         "max_position_embeddings": number("context_length")?,
         "rms_norm_eps": metadata.float(&epsilon)?.ok_or_else(|| metadata.missing(&epsilon))?,
         "tie_word_embeddings": metadata.tensor("output.weight").is_none(),
-        "bos_token_id": metadata.number("tokenizer.ggml.bos_token_id")?,
+        "bos_token_id": metadata.id("tokenizer.ggml.bos_token_id")?,
         "eos_token_id": ends,
         "rope_parameters": rope(metadata, bytes, name)?,
         "sliding_window": metadata.number(&key("attention.sliding_window"))?,
         "use_sliding_window": true,
+        "max_window_layers": 0,
     }))
+}
+
+/// Keys that change what a model computes and that dibit does not follow, where they are not 0 or this factor.
+const UNREAD: [(&str, f64); 9] = [
+    ("attention.clamp_kqv", 0.0),
+    ("attention.max_alibi_bias", 0.0),
+    ("attention.scale", 0.0),
+    ("attn_logit_softcapping", 0.0),
+    ("embedding_scale", 1.0),
+    ("final_logit_softcapping", 0.0),
+    ("logit_scale", 1.0),
+    ("nextn_predict_layers", 0.0),
+    ("residual_scale", 1.0),
+];
+
+fn check_unread(metadata: &Metadata, key: &dyn Fn(&str) -> String) -> Result<(), ModelError> {
+    for (part, neutral) in UNREAD {
+        if let Some(value) = metadata.float(&key(part))?.filter(|value| *value != 0.0 && *value != neutral) {
+            return Err(unsupported(&format!("{} {value}", key(part)), "models without it"));
+        }
+    }
+    for (part, neutral) in [("attention.causal", true), ("use_parallel_residual", false)] {
+        if metadata.flag(&key(part))?.is_some_and(|value| value != neutral) {
+            return Err(unsupported(&format!("{} {}", key(part), !neutral), "models without it"));
+        }
+    }
+    Ok(())
 }
 
 fn unsupported(what: &str, supported: &str) -> ModelError {
@@ -97,16 +129,33 @@ fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelEr
     let key = |key: &str| format!("{name}.rope.{key}");
     let mut rope = Map::new();
     rope.insert("rope_theta".into(), json!(metadata.float(&key("freq_base"))?.unwrap_or(10_000.0)));
-    let old = metadata.float(&key("scale_linear"))?.filter(|factor| *factor != 1.0);
+    // As llama.cpp reads it: a factor without a type is linear, 0 is no factor, and "none" scales nothing.
+    let factor = match metadata.float(&key("scaling.factor"))? {
+        None => metadata.float(&key("scale_linear"))?,
+        factor => factor,
+    };
+    let factor = factor.filter(|factor| *factor != 0.0).unwrap_or(1.0);
     let kind = match metadata.text(&key("scaling.type"))? {
-        None if old.is_some() => "linear",
-        None | Some("none") => "default",
+        Some("none") => "default",
+        None | Some("linear") if factor == 1.0 => "default",
+        None => "linear",
         Some(kind) => kind,
     };
+    let is_read = matches!(kind, "default" | "linear");
+    for part in ["scaling.attn_factor", "scaling.yarn_attn_factor"] {
+        if let Some(other) = metadata.float(&key(part))?.filter(|other| is_read && *other != 1.0) {
+            return Err(unsupported(&format!("{} {other}", key(part)), "rope scaling without it"));
+        }
+    }
+    for tensor in ["rope_factors_long.weight", "rope_factors_short.weight"] {
+        if metadata.tensor(tensor).is_some() {
+            return Err(unsupported(&format!("rope scaling by '{tensor}' (longrope)"), "default, linear, llama3"));
+        }
+    }
     match metadata.tensor("rope_freqs.weight") {
         None => {
             rope.insert("rope_type".into(), json!(kind));
-            rope.insert("factor".into(), json!(metadata.float(&key("scaling.factor"))?.or(old)));
+            rope.insert("factor".into(), json!(factor));
         }
         Some(tensor) if kind == "default" && tensor.ggml_dtype == GgmlDType::F32 => {
             let &[numbers] = tensor.shape.dims() else {

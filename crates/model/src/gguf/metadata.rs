@@ -31,15 +31,48 @@ impl<'a> Metadata<'a> {
         read(value).map(Some).ok_or_else(wrong)
     }
 
+    /// A whole number, or the one that a list of equal numbers repeats for each layer.
     pub fn number(&self, key: &str) -> Result<Option<usize>, ModelError> {
-        self.get(key, "a whole number", whole)
+        match self.content.metadata.get(key) {
+            Some(Value::Array(_)) => self.same(key, &self.numbers(key)?.unwrap_or_default()).map(Some),
+            _ => self.get(key, "a whole number", whole),
+        }
     }
 
+    /// A number, or the one that a list of equal numbers repeats for each layer.
     pub fn float(&self, key: &str) -> Result<Option<f64>, ModelError> {
-        self.get(key, "a number", |value| match value {
-            Value::F32(value) => Some(f64::from(*value)),
-            Value::F64(value) => Some(*value),
-            other => whole(other).map(|value| value as f64),
+        match self.content.metadata.get(key) {
+            Some(Value::Array(_)) => {
+                let floats: Option<Vec<f64>> =
+                    self.get(key, "a list of numbers", |v| v.to_vec().ok()?.iter().map(float).collect())?;
+                self.same(key, &floats.unwrap_or_default()).map(Some)
+            }
+            _ => self.get(key, "a number", float),
+        }
+    }
+
+    /// A token id; -1, also as an unsigned number, is none.
+    pub fn id(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        match self.content.metadata.get(key) {
+            Some(Value::I32(-1) | Value::I64(-1) | Value::U32(u32::MAX)) => Ok(None),
+            _ => self.number(key),
+        }
+    }
+
+    /// The number that is said for every layer.
+    fn same<T: PartialEq + Copy + std::fmt::Display>(&self, key: &str, values: &[T]) -> Result<T, ModelError> {
+        const SHOWN: usize = 8;
+        let Some(&first) = values.first() else {
+            return Err(self.malformed(format!("'{key}' of its metadata is an empty list; convert the model again")));
+        };
+        if values.iter().all(|value| *value == first) {
+            return Ok(first);
+        }
+        let shown: Vec<String> = values.iter().take(SHOWN).map(T::to_string).collect();
+        let more = if values.len() > SHOWN { ", …" } else { "" };
+        Err(ModelError::Unsupported {
+            what: format!("'{key}' of {}, which differs from layer to layer", shown.join(", ") + more),
+            supported: "models whose layers are all alike".into(),
         })
     }
 
@@ -77,6 +110,14 @@ fn text(value: &Value) -> Option<&str> {
     match value {
         Value::String(text) => Some(text),
         _ => None,
+    }
+}
+
+fn float(value: &Value) -> Option<f64> {
+    match value {
+        Value::F32(value) => Some(f64::from(*value)),
+        Value::F64(value) => Some(*value),
+        other => whole(other).map(|value| value as f64),
     }
 }
 

@@ -11,7 +11,7 @@ mod rows;
 mod tokenizer;
 
 use crate::files::{WeightFile, map};
-use crate::{ModelConfig, ModelError, ModelFiles};
+use crate::{ModelConfig, ModelError, ModelFiles, impostor};
 use candle_core::quantized::gguf_file::Content;
 use dibit_device::Bytes;
 use metadata::Metadata;
@@ -24,7 +24,7 @@ pub(crate) use names::file_name;
 pub(crate) use rows::halves_from_pairs;
 
 /// What a GGUF file begins with.
-const MAGIC: &[u8] = b"GGUF";
+pub(crate) const MAGIC: &[u8] = b"GGUF";
 
 /// Types of tensors that are read.
 pub(crate) const SUPPORTED_TYPES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K";
@@ -37,8 +37,11 @@ pub(crate) fn is_gguf(bytes: &[u8]) -> bool {
 /// Metadata and the places of tensors of a file; `name` names it in errors.
 ///
 /// # Errors
-/// [`ModelError::Malformed`] and [`ModelError::Unsupported`].
+/// [`ModelError::Malformed`], [`ModelError::Unsupported`], and [`ModelError::Impostor`] for another kind of file.
 pub(crate) fn read(bytes: &[u8], name: &str) -> Result<Content, ModelError> {
+    if let Some(error) = impostor::find(name, bytes).filter(|_| !is_gguf(bytes)) {
+        return Err(error);
+    }
     header::check(bytes, name)?;
     Content::read(&mut Cursor::new(bytes)).map_err(|error| {
         let text = error.to_string();

@@ -82,7 +82,7 @@ impl<'a> Vocabulary<'a> {
     /// The token that the metadata names as `bos`, `eos` and the like.
     fn named(&self, name: &str) -> Result<Option<(usize, &'a str)>, ModelError> {
         let key = format!("tokenizer.ggml.{name}_token_id");
-        let Some(id) = self.metadata.number(&key)? else { return Ok(None) };
+        let Some(id) = self.metadata.id(&key)? else { return Ok(None) };
         let token = self.tokens.get(id).ok_or_else(|| {
             self.metadata.malformed(format!("{key} is {id}, outside its vocabulary of {}", self.tokens.len()))
         })?;

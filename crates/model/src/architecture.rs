@@ -1,0 +1,68 @@
+//! The families of models.
+
+/// Decoder families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 2, 3, 3.1, 3.2.
+    Llama,
+    /// Mistral 7B from version 0.2 on.
+    Mistral,
+    /// Qwen2 and Qwen2.5: biases on q, k and v.
+    Qwen2,
+    /// Qwen3: a norm on each head of q and k.
+    Qwen3,
+}
+
+impl Architecture {
+    pub(crate) const ALL: [Architecture; 4] =
+        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+
+    /// The name in `architectures`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Architecture::Llama => "LlamaForCausalLM",
+            Architecture::Mistral => "MistralForCausalLM",
+            Architecture::Qwen2 => "Qwen2ForCausalLM",
+            Architecture::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
+    /// Whether q, k and v always have biases.
+    pub const fn has_qkv_bias(self) -> bool {
+        matches!(self, Architecture::Qwen2)
+    }
+
+    /// Whether `attention_bias` gives the projections of attention biases.
+    pub(crate) const fn may_have_attention_bias(self) -> bool {
+        matches!(self, Architecture::Llama | Architecture::Qwen3)
+    }
+
+    /// `model_type` of its configurations.
+    pub(crate) const fn model_type(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+            Architecture::Mistral => "mistral",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
+        }
+    }
+
+    /// Whether it is one of the Qwen families.
+    pub(crate) const fn is_qwen(self) -> bool {
+        matches!(self, Architecture::Qwen2 | Architecture::Qwen3)
+    }
+
+    /// Longest context where a configuration does not say.
+    pub(crate) const fn default_context(self) -> usize {
+        match self {
+            Architecture::Llama => 2048,
+            Architecture::Mistral => 131_072,
+            Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
+        }
+    }
+
+    /// Whether heads of q and k are normalised.
+    pub const fn has_qk_norm(self) -> bool {
+        matches!(self, Architecture::Qwen3)
+    }
+}
