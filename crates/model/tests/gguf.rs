@@ -113,11 +113,15 @@ fn blocks_compute_what_their_numbers_do_and_rows_do_not_mix() {
     for dtype in [
         GgmlDType::Q8_0,
         GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
         GgmlDType::Q5_0,
         GgmlDType::Q5_1,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
         GgmlDType::Q4K,
         GgmlDType::Q5K,
         GgmlDType::Q6K,
+        GgmlDType::Q8K,
     ] {
         let file = made_up(dtype);
         let blocks = load_gguf(&file, None).unwrap();

@@ -9,42 +9,29 @@ mod metadata;
 mod names;
 mod rows;
 mod tokenizer;
+mod types;
+mod widen;
 
 use crate::files::{WeightFile, map};
 use crate::{ModelConfig, ModelError, ModelFiles};
-use candle_core::quantized::gguf_file::Content;
 use dibit_device::Bytes;
 use metadata::Metadata;
-use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
 
 pub(crate) use config::heads;
+pub(crate) use header::read;
 pub(crate) use names::file_name;
 pub(crate) use rows::halves_from_pairs;
+pub(crate) use types::SUPPORTED_TYPES;
+pub(crate) use widen::Packed;
 
 /// What a GGUF file begins with.
 const MAGIC: &[u8] = b"GGUF";
 
-/// Types of tensors that are read.
-pub(crate) const SUPPORTED_TYPES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K";
-
 /// Whether these are the bytes of a GGUF file.
 pub(crate) fn is_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(MAGIC)
-}
-
-/// Metadata and the places of tensors of a file; `name` names it in errors.
-///
-/// # Errors
-/// [`ModelError::Malformed`] and [`ModelError::Unsupported`].
-pub(crate) fn read(bytes: &[u8], name: &str) -> Result<Content, ModelError> {
-    header::check(bytes, name)?;
-    Content::read(&mut Cursor::new(bytes)).map_err(|error| {
-        let text = error.to_string();
-        let reason = format!("{}; download it again", text.lines().next().unwrap_or_default());
-        ModelError::Malformed { path: name.to_owned(), reason }
-    })
 }
 
 impl ModelFiles {
