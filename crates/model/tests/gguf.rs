@@ -213,8 +213,8 @@ fn other_ways_to_cut_texts_are_known_or_refused_by_name() {
     for pre in ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"] {
         assert!(!ids(pre, TEXT).unwrap().is_empty(), "{pre}");
     }
-    let message = ids("tekken", TEXT).err().unwrap().to_string();
-    assert!(message.contains("'tekken' is not supported; supported: default, gpt-2"), "{message}");
+    let message = ids("bloom", TEXT).err().unwrap().to_string();
+    assert!(message.contains("'bloom' is not supported; supported: default, gpt-2"), "{message}");
 }
 
 /// A vocabulary of SentencePiece: `<unk>`, BOS, EOS, all bytes, and some pieces.

@@ -7,6 +7,7 @@ mod header;
 mod merges;
 mod metadata;
 mod names;
+mod pre_tokenizer;
 mod rows;
 mod tokenizer;
 mod types;
@@ -45,9 +46,16 @@ impl ModelFiles {
         if !path.exists() {
             return Err(ModelError::NotFound { path: name, reason: "the file does not exist".into() });
         }
-        let bytes: Bytes = Arc::new(map(path)?);
-        let content = read(&bytes, &name)?;
-        let metadata = Metadata::new(&content, &name);
+        Self::from_gguf(Arc::new(map(path)?), &name)
+    }
+
+    /// The model in the bytes of a GGUF file; `name` names it in errors.
+    ///
+    /// # Errors
+    /// [`ModelError::Malformed`] where they are damaged, [`ModelError::Unsupported`] for what dibit does not do.
+    pub fn from_gguf(bytes: Bytes, name: &str) -> Result<Self, ModelError> {
+        let content = read(&bytes, name)?;
+        let metadata = Metadata::new(&content, name);
         let config = config::config(&metadata, &bytes)?.to_string();
         // Here, errors can name the metadata.
         ModelConfig::parse(&config, &format!("the metadata of {name}"))?;
@@ -57,8 +65,8 @@ impl ModelFiles {
             tokenizer: Some(tokenizer::tokenizer(&metadata)?.to_string().into_bytes().into()),
             tokenizer_config: Some(tokenizer::tokenizer_config(&metadata)?.to_string().into()),
             chat_template: None,
-            weights: vec![WeightFile { name: name.clone(), bytes }],
-            origin: name,
+            weights: vec![WeightFile { name: name.to_owned(), bytes }],
+            origin: name.to_owned(),
         })
     }
 }

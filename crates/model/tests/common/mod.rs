@@ -18,7 +18,8 @@ pub fn fixture(name: &str) -> PathBuf {
     repository().join("fixtures").join(name)
 }
 
-fn repository() -> PathBuf {
+/// The folder of the repository.
+pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
