@@ -1,6 +1,8 @@
 //! Text to token ids and back.
 
 use crate::ModelError;
+use serde::de::IgnoredAny;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A tokenizer of a `tokenizer.json`, or the stand-in for models without one.
 pub struct Tokenizer {
@@ -14,8 +16,16 @@ const CONTEXT_IDS: usize = 6;
 /// Ids that the bytes of one character can be spread over, and then some.
 const CHARACTER_IDS: usize = 8;
 
-fn failure(error: impl std::fmt::Display) -> ModelError {
-    ModelError::Tokenizer(error.to_string())
+/// Runs what the tokenizers crate does with a stranger's file. It panics at some of what such files say; that is an error.
+fn guarded<T>(run: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+            Err(format!("the tokenizers library cannot use it ({text}); get the file again"))
+        }
+    }
 }
 
 impl Tokenizer {
@@ -24,12 +34,17 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Malformed`] and [`ModelError::Vocabulary`].
     pub fn parse(bytes: &[u8], vocab_size: usize, origin: &str) -> Result<Self, ModelError> {
-        let malformed =
-            |error: tokenizers::Error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
-        // Left over from training in some files; a prompt is neither cut nor filled up.
-        inner.with_truncation(None).map_err(malformed)?;
-        inner.with_padding(None);
+        let malformed = |reason: String| ModelError::Malformed { path: origin.to_owned(), reason };
+        // The library panics where a file ends too early.
+        serde_json::from_slice::<IgnoredAny>(bytes).map_err(|error| malformed(error.to_string()))?;
+        let inner = guarded(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // Left over from training in some files; a prompt is neither cut nor filled up.
+            inner.with_truncation(None)?;
+            inner.with_padding(None);
+            Ok(inner)
+        });
+        let inner = inner.map_err(malformed)?;
         let largest = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize);
         if largest >= vocab_size {
             return Err(ModelError::Vocabulary { tokenizer: largest, model: vocab_size });
@@ -50,7 +65,10 @@ impl Tokenizer {
     /// [`ModelError::Tokenizer`].
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {
         match &self.inner {
-            Some(inner) => Ok(inner.encode_fast(text, special).map_err(failure)?.get_ids().to_vec()),
+            Some(inner) => {
+                let encoding = guarded(|| inner.encode_fast(text, special)).map_err(ModelError::Tokenizer)?;
+                Ok(encoding.get_ids().to_vec())
+            }
             None => Ok(text.bytes().map(|byte| u32::from(byte) % self.vocab_size as u32).collect()),
         }
     }
@@ -61,7 +79,7 @@ impl Tokenizer {
     /// [`ModelError::Tokenizer`].
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
         match &self.inner {
-            Some(inner) => inner.decode(ids, true).map_err(failure),
+            Some(inner) => guarded(|| inner.decode(ids, true)).map_err(ModelError::Tokenizer),
             None => Ok(ids.iter().map(|id| format!("<{id}>")).collect()),
         }
     }
