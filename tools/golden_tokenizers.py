@@ -95,6 +95,7 @@ TEXTS = [
     "<0x0A> <0xE2> ▁ ▁▁a Ġ Ċ âĢĻ",
     "line one\n\nline three\n \n  \nline six",
     "(a)[b]{c}<d>\"e\"'f'«g»",
+    "f(x)\n// y\n/* z */\r\n/// w\n/",
     "an unmerged token",
 ]
 # A token that no merges lead to.
