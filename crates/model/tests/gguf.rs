@@ -142,6 +142,14 @@ fn blocks_compute_what_their_numbers_do_and_rows_do_not_mix() {
 }
 
 #[test]
+fn zeros_at_the_end_of_texts_are_not_read() {
+    let mut file = made_up(GgmlDType::Q8_0);
+    file.set("general.architecture", Value::String("qwen3\0\0".into()));
+    file.set("tokenizer.ggml.model", Value::String("gpt2\0".into()));
+    load_gguf(&file, None).unwrap();
+}
+
+#[test]
 fn only_query_and_key_projections_of_a_llama_are_copied() {
     let gguf = load_gguf(&Gguf::of_checkpoint(&tiny(), GgmlDType::Q8_0), None).unwrap();
     let layer = &gguf.weights.layers[3];

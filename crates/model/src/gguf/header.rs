@@ -122,10 +122,12 @@ impl<'a> Walk<'a> {
         Ok(u64::from_le_bytes(self.bytes()?))
     }
 
-    /// A text. Some files have bytes in it that are no UTF-8.
+    /// A text. Some files have bytes in it that are no UTF-8, or zeros at its end.
     fn text(&mut self) -> Result<String, ModelError> {
         let len = self.u64()?;
-        Ok(String::from_utf8_lossy(self.take(len)?).into_owned())
+        let text = String::from_utf8_lossy(self.take(len)?);
+        let trimmed = text.trim_end_matches('\0');
+        Ok(if trimmed.is_empty() { text.into_owned() } else { trimmed.to_owned() })
     }
 
     /// Counts entries that are held in memory.
