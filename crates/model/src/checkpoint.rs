@@ -1,23 +1,47 @@
 //! Tensors of safetensors and GGUF files.
 
-use crate::gguf::{self, SUPPORTED_TYPES};
+use crate::gguf::{self, Packed, SUPPORTED_TYPES};
 use crate::mixture::mixture;
 use crate::{ModelError, WeightFile, impostor, unread_tensors};
-use candle_core::quantized::GgmlDType;
 use dibit_device::{BlockType, Bytes, DType, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::SafeTensorError;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 /// Bytes of the header's length, before the header.
 const LENGTH_BYTES: usize = 8;
 
 /// How the numbers of a tensor are stored.
-enum Format {
+#[derive(Debug)]
+pub(crate) enum Format {
     Numbers(DType),
     Blocks(BlockType),
+    /// Blocks that are widened when they are loaded.
+    Packed(Packed),
     /// The name of what dibit does not read.
     Other(String),
+}
+
+impl Format {
+    pub fn name(&self) -> &str {
+        match self {
+            Format::Numbers(dtype) => dtype.name(),
+            Format::Blocks(kind) => kind.name(),
+            Format::Packed(kind) => kind.name(),
+            Format::Other(name) => name,
+        }
+    }
+
+    /// Bytes of a matrix; `None` where it cannot be stored like this, or dibit does not know.
+    fn bytes(&self, rows: usize, cols: usize) -> Option<usize> {
+        match self {
+            Format::Numbers(dtype) => rows.checked_mul(cols)?.checked_mul(dtype.size()),
+            Format::Blocks(kind) => (cols / kind.numbers()).checked_mul(kind.bytes())?.checked_mul(rows),
+            Format::Packed(kind) => kind.bytes(rows, cols),
+            Format::Other(_) => None,
+        }
+    }
 }
 
 struct Entry {
@@ -84,6 +108,7 @@ impl Checkpoint {
         self.is_gguf = true;
         let content = gguf::read(&file.bytes, &file.name)?;
         let heads = gguf::heads(&content, &file.name)?;
+        let (mut kinds, mut widened) = (BTreeSet::new(), 0);
         for (name, info) in content.tensor_infos {
             let pairs = heads.and_then(|(query, key_value)| match name.rsplit('.').nth(1) {
                 Some("attn_q") => Some(query),
@@ -94,28 +119,28 @@ impl Checkpoint {
                 bytes: file.bytes.clone(),
                 file: file.name.clone(),
                 offset: content.tensor_data_offset.saturating_add(info.offset) as usize,
-                format: match info.ggml_dtype {
-                    GgmlDType::F32 => Format::Numbers(DType::F32),
-                    GgmlDType::F16 => Format::Numbers(DType::F16),
-                    GgmlDType::BF16 => Format::Numbers(DType::Bf16),
-                    GgmlDType::Q8_0 => Format::Blocks(BlockType::Q8_0),
-                    GgmlDType::Q4_0 => Format::Blocks(BlockType::Q4_0),
-                    GgmlDType::Q5_0 => Format::Blocks(BlockType::Q5_0),
-                    GgmlDType::Q5_1 => Format::Blocks(BlockType::Q5_1),
-                    GgmlDType::Q4K => Format::Blocks(BlockType::Q4K),
-                    GgmlDType::Q5K => Format::Blocks(BlockType::Q5K),
-                    GgmlDType::Q6K => Format::Blocks(BlockType::Q6K),
-                    other => Format::Other(format!("{other:?}")),
-                },
-                shape: info.shape.into_dims(),
+                format: info.format,
+                shape: info.shape,
                 pairs,
             };
             // So that a file that is cut short is known before anything is made of it.
             if let [cols] | [_, cols] = entry.shape[..] {
                 let rows = if entry.shape.len() == 1 { 1 } else { entry.shape[0] };
-                entry.view(&name, rows, cols)?;
+                match entry.format {
+                    Format::Packed(kind) => {
+                        entry.packed(kind, &name, rows, cols)?;
+                        kinds.insert(kind.name());
+                        widened += rows * cols * kind.dtype().size();
+                    }
+                    _ => drop(entry.view(&name, rows, cols)?),
+                }
             }
             self.entries.insert(name, entry);
+        }
+        if !kinds.is_empty() {
+            let kinds = Vec::from_iter(kinds).join(", ");
+            let megabytes = widened.div_ceil(1_000_000);
+            tracing::info!("{kinds}: no kernel multiplies these; they take {megabytes} MB widened to 16 bits");
         }
         Ok(())
     }
@@ -134,12 +159,7 @@ impl Checkpoint {
     pub fn formats(&self) -> String {
         mixture(self.entries.values().filter_map(|entry| {
             let [rows, cols] = entry.shape[..] else { return None };
-            let count = rows.saturating_mul(cols);
-            Some(match &entry.format {
-                Format::Numbers(dtype) => (dtype.name(), count.saturating_mul(dtype.size())),
-                Format::Blocks(kind) => (kind.name(), (count / kind.numbers()).saturating_mul(kind.bytes())),
-                Format::Other(name) => (name.as_str(), count),
-            })
+            Some((entry.format.name(), entry.format.bytes(rows, cols).unwrap_or(rows.saturating_mul(cols))))
         }))
     }
 
@@ -192,11 +212,17 @@ impl Checkpoint {
 }
 
 impl Entry {
-    /// The tensor as it lies in the file.
+    /// The tensor as it lies in the file, or widened.
     fn view(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         let tensor = match &self.format {
             Format::Numbers(dtype) => Tensor::from_bytes(&self.bytes, self.offset, *dtype, rows, cols),
             Format::Blocks(kind) => Tensor::from_quantized(&self.bytes, self.offset, *kind, rows, cols),
+            Format::Packed(kind) => {
+                let range = self.packed(*kind, name, rows, cols)?;
+                let tensor = kind.widen(&self.bytes[range.clone()], rows, cols);
+                self.bytes.release(range);
+                return Ok(tensor);
+            }
             Format::Other(found) => {
                 return Err(ModelError::Unsupported {
                     what: format!("tensor '{name}' of dtype {found}"),
@@ -204,10 +230,27 @@ impl Entry {
                 });
             }
         };
-        tensor.map_err(|error| ModelError::Malformed {
+        tensor.map_err(|error| self.damaged(name, &error.to_string()))
+    }
+
+    /// Where packed blocks lie.
+    fn packed(&self, kind: Packed, name: &str, rows: usize, cols: usize) -> Result<Range<usize>, ModelError> {
+        let end = kind.bytes(rows, cols).and_then(|bytes| self.offset.checked_add(bytes));
+        match end {
+            Some(end) if end <= self.bytes.len() => Ok(self.offset..end),
+            _ => {
+                let available = self.bytes.len().saturating_sub(self.offset);
+                let kind = kind.name();
+                Err(self.damaged(name, &format!("{available} bytes cannot hold a {rows} x {cols} tensor of {kind}")))
+            }
+        }
+    }
+
+    fn damaged(&self, name: &str, reason: &str) -> ModelError {
+        ModelError::Malformed {
             path: self.file.clone(),
-            reason: format!("'{name}': {error}; the file is cut short or damaged, download it again"),
-        })
+            reason: format!("'{name}': {reason}; the file is cut short or damaged, download it again"),
+        }
     }
 }
 

@@ -113,11 +113,15 @@ fn blocks_compute_what_their_numbers_do_and_rows_do_not_mix() {
     for dtype in [
         GgmlDType::Q8_0,
         GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
         GgmlDType::Q5_0,
         GgmlDType::Q5_1,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
         GgmlDType::Q4K,
         GgmlDType::Q5K,
         GgmlDType::Q6K,
+        GgmlDType::Q8K,
     ] {
         let file = made_up(dtype);
         let blocks = load_gguf(&file, None).unwrap();
@@ -135,6 +139,14 @@ fn blocks_compute_what_their_numbers_do_and_rows_do_not_mix() {
         assert!(apart < 1e-3, "{dtype:?}: {apart}");
         assert!(logits(&blocks, ids, &[1; 80]) == found, "{dtype:?}: a pass differs from its rows");
     }
+}
+
+#[test]
+fn zeros_at_the_end_of_texts_are_not_read() {
+    let mut file = made_up(GgmlDType::Q8_0);
+    file.set("general.architecture", Value::String("qwen3\0\0".into()));
+    file.set("tokenizer.ggml.model", Value::String("gpt2\0".into()));
+    load_gguf(&file, None).unwrap();
 }
 
 #[test]
@@ -209,8 +221,8 @@ fn other_ways_to_cut_texts_are_known_or_refused_by_name() {
     for pre in ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"] {
         assert!(!ids(pre, TEXT).unwrap().is_empty(), "{pre}");
     }
-    let message = ids("tekken", TEXT).err().unwrap().to_string();
-    assert!(message.contains("'tekken' is not supported; supported: default, gpt-2"), "{message}");
+    let message = ids("bloom", TEXT).err().unwrap().to_string();
+    assert!(message.contains("'bloom' is not supported; supported: default, gpt-2"), "{message}");
 }
 
 /// A vocabulary of SentencePiece: `<unk>`, BOS, EOS, all bytes, and some pieces.

@@ -2,9 +2,8 @@
 
 mod common;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor};
 use common::{Gguf, made_up};
 use dibit_model::{ModelError, ModelFiles, Pretrained, WeightSource};
 use proptest::prelude::*;
@@ -61,15 +60,14 @@ fn what_is_not_supported_is_named_with_what_is() {
     fails(&set("qwen3.rope.dimension_count", Value::U32(32)), &["qwen3.rope.dimension_count 32", "64"]);
     fails(&set("qwen3.attention.sliding_window", Value::U32(128)), &["sliding window of 128"]);
     fails(&set("tokenizer.ggml.model", text("bert")), &["'bert'", "gpt2, llama"]);
-    let other = |file: &mut Gguf, dtype: GgmlDType| {
-        let zeros = Tensor::zeros((256, 512), candle_core::DType::F32, &Device::Cpu).unwrap();
-        file.tensors.insert("blk.0.ffn_down.weight".into(), QTensor::quantize(&zeros, dtype).unwrap());
-    };
-    for (dtype, name) in [(GgmlDType::Q4_1, "Q4_1"), (GgmlDType::Q2K, "Q2_K")] {
-        fails(
-            &changed(|file| other(file, dtype)),
-            &["blk.0.ffn_down.weight", name, "Q8_0, Q4_0, Q5_0", "llama-quantize"],
-        );
+    for (kind, name) in [(9u32, "Q8_1"), (16, "IQ2_XXS"), (29, "IQ1_M"), (34, "TQ1_0"), (26, "I32"), (4, "type 4")] {
+        // The number of the type stands behind a tensor's name and its two dimensions.
+        let mut bytes = changed(|_| {});
+        let tensor = b"blk.0.ffn_down.weight";
+        let at = bytes.windows(tensor.len()).position(|window| window == tensor).unwrap() + tensor.len() + 4 + 16;
+        assert_eq!(bytes[at..at + 4], 8u32.to_le_bytes());
+        bytes[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+        fails(&bytes, &["blk.0.ffn_down.weight", name, "Q8_0, Q4_0, Q4_1", "IQ4_XS, MXFP4", "llama-quantize"]);
     }
 }
 

@@ -51,14 +51,18 @@ mod tests {
     use candle_core::quantized::{GgmlDType, QTensor};
     use std::sync::Arc;
 
-    const KINDS: [(crate::BlockType, GgmlDType); 7] = [
+    const KINDS: [(crate::BlockType, GgmlDType); 11] = [
         (crate::BlockType::Q5_0, GgmlDType::Q5_0),
         (crate::BlockType::Q5_1, GgmlDType::Q5_1),
         (crate::BlockType::Q8_0, GgmlDType::Q8_0),
         (crate::BlockType::Q4_0, GgmlDType::Q4_0),
+        (crate::BlockType::Q4_1, GgmlDType::Q4_1),
+        (crate::BlockType::Q2K, GgmlDType::Q2K),
+        (crate::BlockType::Q3K, GgmlDType::Q3K),
         (crate::BlockType::Q4K, GgmlDType::Q4K),
         (crate::BlockType::Q5K, GgmlDType::Q5K),
         (crate::BlockType::Q6K, GgmlDType::Q6K),
+        (crate::BlockType::Q8K, GgmlDType::Q8K),
     ];
 
     fn run(threads: usize, x: &[f32], rows: usize, w: &Tensor, bias: Option<&Vec<f32>>) -> Vec<f32> {

@@ -1,8 +1,9 @@
 //! The configuration in a file's metadata, as a `config.json`.
 
+use super::header::Content;
 use super::metadata::Metadata;
+use crate::checkpoint::Format;
 use crate::{Architecture, ModelError};
-use candle_core::quantized::GgmlDType;
 use dibit_device::{Bytes, DType, Tensor};
 use serde_json::{Map, Value, json};
 
@@ -23,10 +24,7 @@ pub(super) fn architecture(name: &str) -> Result<Architecture, ModelError> {
 }
 
 /// Query and KV heads of a file whose rows of query and key projections lie in pairs; `None` where they do not.
-pub(crate) fn heads(
-    content: &candle_core::quantized::gguf_file::Content,
-    name: &str,
-) -> Result<Option<(usize, usize)>, ModelError> {
+pub(crate) fn heads(content: &Content, name: &str) -> Result<Option<(usize, usize)>, ModelError> {
     let metadata = Metadata::new(content, name);
     if metadata.text("general.architecture")? != Some("llama") {
         return Ok(None);
@@ -69,10 +67,10 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
         }
     }
     let epsilon = key("attention.layer_norm_rms_epsilon");
-    let ids = ["eos_token_id", "eot_token_id"].map(|id| metadata.id(&format!("tokenizer.ggml.{id}")));
-    let [eos, eot] = ids;
-    let mut ends: Vec<usize> = [eos?, eot?].into_iter().flatten().collect();
-    ends.dedup();
+    let mut ends = Vec::new();
+    for id in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+        ends.extend(metadata.id(&format!("tokenizer.ggml.{id}"))?.filter(|end| !ends.contains(end)));
+    }
     Ok(json!({
         "architectures": [architecture.name()],
         "hidden_size": hidden,
@@ -157,8 +155,8 @@ fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelEr
             rope.insert("rope_type".into(), json!(kind));
             rope.insert("factor".into(), json!(factor));
         }
-        Some(tensor) if kind == "default" && tensor.ggml_dtype == GgmlDType::F32 => {
-            let &[numbers] = tensor.shape.dims() else {
+        Some(tensor) if kind == "default" && matches!(tensor.format, Format::Numbers(DType::F32)) => {
+            let [numbers] = tensor.shape[..] else {
                 return Err(metadata.malformed("'rope_freqs.weight' is no vector".into()));
             };
             let divisors = Tensor::from_bytes(bytes, metadata.place(tensor), DType::F32, 1, numbers)
@@ -167,7 +165,7 @@ fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelEr
             rope.insert("divisors".into(), json!(divisors.to_f32()));
         }
         Some(tensor) => {
-            let found = format!("rope_freqs.weight of type {:?} beside rope scaling '{kind}'", tensor.ggml_dtype);
+            let found = format!("rope_freqs.weight of {} beside rope scaling '{kind}'", tensor.format.name());
             return Err(unsupported(&found, "rope_freqs.weight of F32 without other scaling"));
         }
     }

@@ -1,5 +1,6 @@
+use super::header::{Content, TensorInfo};
 use crate::ModelError;
-use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
+use candle_core::quantized::gguf_file::Value;
 
 /// The metadata of a file, by key and type.
 pub(super) struct Metadata<'a> {
@@ -121,7 +122,8 @@ fn float(value: &Value) -> Option<f64> {
     }
 }
 
-fn whole(value: &Value) -> Option<usize> {
+/// A whole number that is not negative.
+pub(super) fn whole(value: &Value) -> Option<usize> {
     match *value {
         Value::U8(value) => Some(value.into()),
         Value::U16(value) => Some(value.into()),

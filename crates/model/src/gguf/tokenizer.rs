@@ -2,16 +2,10 @@
 
 use super::merges::merges;
 use super::metadata::Metadata;
+use super::pre_tokenizer::{PreTokenizer, SUPPORTED_PRE_TOKENIZERS};
 use crate::ModelError;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
-
-/// How a text is cut before merges, by the names of `tokenizer.ggml.pre`; each expression cuts what the ones before it
-/// left together.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What stands for a space in SentencePiece.
 const SPACE: &str = "\u{2581}";
@@ -96,35 +90,25 @@ impl<'a> Vocabulary<'a> {
     /// Byte-level BPE, and whether its texts begin with BOS where the metadata does not say.
     fn byte_level(&self) -> Result<(Value, bool), ModelError> {
         let pre = self.metadata.text("tokenizer.ggml.pre")?.unwrap_or("default");
-        let cuts: &[&str] = match pre {
-            "default" => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-            "gpt-2" => &[GPT2],
-            "smollm" => &[r"\p{N}", GPT2],
-            "llama-bpe" | "llama3" | "llama-v3" => &[LLAMA3],
-            "qwen2" | "deepseek-r1-qwen" => &[QWEN2],
-            other => {
-                return Err(ModelError::Unsupported {
-                    what: format!("tokenizer.ggml.pre '{other}'"),
-                    supported: "default, gpt-2, smollm, llama-bpe, qwen2".into(),
-                });
-            }
-        };
+        let pre_tokenizer = PreTokenizer::named(pre).ok_or_else(|| ModelError::Unsupported {
+            what: format!("tokenizer.ggml.pre '{pre}'"),
+            supported: SUPPORTED_PRE_TOKENIZERS.into(),
+        })?;
         let split =
             |cut: &&str| json!({"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": false});
         let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
-        let steps: Vec<Value> = cuts.iter().map(split).chain([bytes.clone()]).collect();
+        let steps: Vec<Value> = pre_tokenizer.cuts.iter().map(split).chain([bytes.clone()]).collect();
         let key = "tokenizer.ggml.merges";
         let merges = self.metadata.texts(key)?.ok_or_else(|| self.metadata.missing(key))?;
         let pairs: Option<Vec<_>> = merges.into_iter().map(|merge| merge.split_once(' ')).collect();
         let pairs = pairs.ok_or_else(|| self.metadata.malformed(format!("a merge of '{key}' is not two tokens")))?;
-        let whole = cuts == [LLAMA3];
         let json = json!({
-            "normalizer": if cuts == [QWEN2] { json!({"type": "NFC"}) } else { Value::Null },
+            "normalizer": if pre_tokenizer.composed { json!({"type": "NFC"}) } else { Value::Null },
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
             "decoder": bytes,
-            "model": {"type": "BPE", "vocab": self.ids(), "merges": pairs, "ignore_merges": whole},
+            "model": {"type": "BPE", "vocab": self.ids(), "merges": pairs, "ignore_merges": pre_tokenizer.whole},
         });
-        Ok((json, whole))
+        Ok((json, pre_tokenizer.begins))
     }
 
     /// BPE over characters, with bytes for those that are not in the vocabulary.
@@ -166,7 +150,7 @@ impl<'a> Vocabulary<'a> {
     /// Tokens that are found in a text before it is cut. Those that control are left out of decoded text.
     fn added_tokens(&self) -> Result<Value, ModelError> {
         let mut control = HashSet::new();
-        for name in ["bos", "eos", "eot", "unknown", "padding"] {
+        for name in ["bos", "eos", "eot", "eom", "unknown", "padding"] {
             control.extend(self.named(name)?.map(|(id, _)| id));
         }
         let added = self.tokens.iter().zip(&self.kinds).enumerate().filter_map(|(id, (token, kind))| {

@@ -8,9 +8,11 @@ pub use settings::TokenizerSettings;
 pub use stream::TextStream;
 
 use crate::ModelError;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use shield::Shield;
 use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// White space in a row from which on the expressions that cut a text fail, and cut it elsewhere without a word: their
 /// matcher holds a million states.
@@ -41,8 +43,16 @@ struct Edge {
     wanted: bool,
 }
 
-fn failure(error: impl std::fmt::Display) -> ModelError {
-    ModelError::Tokenizer(error.to_string())
+/// Runs what the tokenizers crate does with a stranger's file. It panics at some of what such files say; that is an error.
+fn guarded<T>(run: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+            Err(format!("the tokenizers library cannot use it ({text}); get the file again"))
+        }
+    }
 }
 
 impl Tokenizer {
@@ -65,13 +75,18 @@ impl Tokenizer {
         vocab_size: usize,
         origin: &str,
     ) -> Result<Self, ModelError> {
-        let malformed =
-            |error: tokenizers::Error| ModelError::Malformed { path: origin.to_owned(), reason: error.to_string() };
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
-        // Left over from training in some files; a prompt is neither cut nor filled up.
-        tokenizer.with_truncation(None).map_err(malformed)?;
-        tokenizer.with_padding(None);
-        let around = tokenizer.encode_fast("", true).map_err(malformed)?.get_ids().to_vec();
+        let malformed = |reason: String| ModelError::Malformed { path: origin.to_owned(), reason };
+        // The library panics where a file ends too early.
+        serde_json::from_slice::<IgnoredAny>(bytes).map_err(|error| malformed(error.to_string()))?;
+        let read = guarded(|| {
+            let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // Left over from training in some files; a prompt is neither cut nor filled up.
+            tokenizer.with_truncation(None)?;
+            tokenizer.with_padding(None);
+            let around = tokenizer.encode_fast("", true)?.get_ids().to_vec();
+            Ok((tokenizer, around))
+        });
+        let (tokenizer, around) = read.map_err(malformed)?;
         let edge = |token: &Option<String>, found: Option<&u32>, wanted: Option<bool>| {
             let id = token.as_deref().and_then(|token| tokenizer.token_to_id(token));
             let usual = id.is_some() && found.copied() == id;
@@ -142,7 +157,7 @@ impl Tokenizer {
     /// [`ModelError::Tokenizer`].
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
         match &self.inner {
-            Some(inner) => inner.tokenizer.decode(ids, true).map_err(failure),
+            Some(inner) => guarded(|| inner.tokenizer.decode(ids, true)).map_err(ModelError::Tokenizer),
             None => Ok(ids.iter().map(|id| format!("<{id}>")).collect()),
         }
     }
@@ -181,7 +196,8 @@ impl Inner {
         if self.cuts {
             check_blanks(text)?;
         }
-        Ok(tokenizer.encode_fast(text, special).map_err(failure)?.get_ids().to_vec())
+        let encoding = guarded(|| tokenizer.encode_fast(text, special)).map_err(ModelError::Tokenizer)?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// A text with what belongs around it.

@@ -3,7 +3,7 @@
 //! A template puts contents between its own control tokens, and what comes out is one text. A mark inside what is spelled in a
 //! content breaks it for the search of control tokens; the mark is dropped before the text is cut and merged.
 
-use super::failure;
+use super::guarded;
 use crate::ModelError;
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -62,7 +62,7 @@ impl Shield {
         }
         match self.tokenizer.get_or_init(|| self.build().map(Box::new)) {
             Ok(tokenizer) => Ok(Some(tokenizer)),
-            Err(reason) => Err(failure(reason)),
+            Err(reason) => Err(ModelError::Tokenizer(reason.clone())),
         }
     }
 
@@ -79,7 +79,7 @@ impl Shield {
             }
         }
         let bytes = serde_json::to_vec(&json).map_err(|error| error.to_string())?;
-        tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())
+        guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
     }
 }
 

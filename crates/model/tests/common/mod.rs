@@ -18,7 +18,8 @@ pub fn fixture(name: &str) -> PathBuf {
     repository().join("fixtures").join(name)
 }
 
-fn repository() -> PathBuf {
+/// The folder of the repository.
+pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
@@ -179,7 +180,12 @@ impl Gguf {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+        self.bytes_with(&self.metadata)
+    }
+
+    /// The file with other metadata.
+    pub fn bytes_with(&self, metadata: &BTreeMap<String, Value>) -> Vec<u8> {
+        let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let mut file = std::io::Cursor::new(Vec::new());
         gguf_file::write(&mut file, &metadata, &tensors).unwrap();
