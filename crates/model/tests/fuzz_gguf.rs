@@ -90,7 +90,7 @@ fn load(bytes: Vec<u8>) -> bool {
         }
     }
     model.tokenizer.decode(&[0, 1, 50, u32::MAX]).ok();
-    model.chat_template().ok();
+    model.chat_template(None).ok();
     true
 }
 

@@ -207,7 +207,8 @@ fn the_chat_template_and_the_ends_of_a_text_come_along() {
     let gguf = load_gguf(&file, None).unwrap();
     assert_eq!((&gguf.stop_token_ids[..], gguf.config.bos_token_id), (&[1, 4][..], Some(0)));
     let chat = [Message { role: "user".into(), content: "Hi".into() }];
-    let render = |pretrained: &Pretrained| pretrained.chat_template().unwrap().unwrap().render(&chat, true).unwrap();
+    let render =
+        |pretrained: &Pretrained| pretrained.chat_template(None).unwrap().unwrap().render(&chat, true).unwrap();
     assert_eq!(render(&gguf), render(&load(&tiny(), None).unwrap()));
 }
 

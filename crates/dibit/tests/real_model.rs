@@ -1,0 +1,60 @@
+//! The whole on a real model: SmolLM2-135M-Instruct, where DIBIT_REAL_MODEL names its file (tools/real_model.sh fetches it).
+
+mod common;
+
+use common::{Folder, greedy, run, run_with_stdin};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+fn model() -> Option<String> {
+    let model = std::env::var("DIBIT_REAL_MODEL").ok().filter(|model| !model.is_empty());
+    if model.is_none() {
+        eprintln!("skipped: DIBIT_REAL_MODEL names no model; tools/real_model.sh fetches one");
+    }
+    model
+}
+
+/// The text that perplexities are known of.
+fn wikitext() -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/wikitext2/wiki.test.raw");
+    let path = path.exists().then_some(path);
+    if path.is_none() {
+        eprintln!("skipped: WikiText-2 is not beside the repository");
+    }
+    path
+}
+
+#[test]
+fn its_perplexity_is_that_of_other_programs() {
+    let (Some(model), Some(text)) = (model(), wikitext()) else { return };
+    let folder = Folder::new();
+    let json = folder.file("figures.json");
+    let args = ["--dtype", "f32", "--windows", "4", "--context", "2048", "--kv", "kivi", "--json", &json];
+    run(&[&["perplexity", "--model", &model, "--text", text.to_str().unwrap()], &args[..]].concat()).succeeds();
+    let figures: Value = serde_json::from_slice(&folder.read("figures.json")).unwrap();
+    let of = |scheme: usize, figure: &str| figures["schemes"][scheme][figure].as_f64().unwrap();
+    // PyTorch's figures, of an independent program; the KL of two-bit codes moves with the rounding of f32 sums.
+    assert!((of(0, "perplexity") / 24.39 - 1.0).abs() < 0.005, "{}", of(0, "perplexity"));
+    assert!((of(1, "kl_mean") / 0.4555 - 1.0).abs() < 0.1, "{}", of(1, "kl_mean"));
+}
+
+#[test]
+fn it_answers_a_question_and_ends_its_turn() {
+    let Some(model) = model() else { return };
+    let done = greedy(&["--model", &model, "--kv", "fp16", "-n", "64", "--chat", "What is the capital of France?"]);
+    assert!(done["text"].as_str().unwrap().contains("Paris"), "{done}");
+    assert_eq!(done["finish_reason"], "stop", "{done}");
+}
+
+#[test]
+fn three_turns_end_by_themselves() {
+    let Some(model) = model() else { return };
+    let lines = "Hello! Who are you?\nName one colour of the rainbow.\nThank you, and goodbye.\n";
+    let chat = ["chat", "--model", &model, "--kv", "fp16", "--temperature", "0", "-n", "400", "--context", "2048"];
+    let done = run_with_stdin(&chat, lines.as_bytes()).succeeds();
+    let turns: Vec<&str> = done.stderr.lines().filter(|line| line.contains(" tokens/s, ")).collect();
+    assert_eq!(turns.len(), 3, "{}", done.stderr);
+    // Neither cut nor full: each ended with the token that ends a turn.
+    assert!(turns.iter().all(|turn| turn.ends_with(" bits")), "{turns:?}");
+    assert!(!done.stdout.contains("<|im_"), "{}", done.stdout);
+}
