@@ -20,7 +20,7 @@ fn the_text_begins_with_the_prompt_and_the_summary_names_the_bits() {
     let done = run(&["generate", "--temperature=0", "-n", "8", "Once upon a time"]).succeeds();
     assert!(done.stdout.starts_with("Once upon a time") && done.stdout.ends_with('\n'), "{}", done.stdout);
     assert!(done.stdout.len() > "Once upon a time\n".len());
-    for part in ["tiny (bundled)", "8 generated tokens", "greedy", "in use", "at 8192", "at 32768"] {
+    for part in ["tiny (bundled)", "8 generated tokens", "greedy", "in use", "8192 tokens take", "32768 tokens take"] {
         assert!(done.stderr.contains(part), "'{part}' is not in: {}", done.stderr);
     }
 }

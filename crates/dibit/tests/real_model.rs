@@ -41,7 +41,9 @@ fn its_perplexity_is_that_of_other_programs() {
 #[test]
 fn it_answers_a_question_and_ends_its_turn() {
     let Some(model) = model() else { return };
-    let done = greedy(&["--model", &model, "--kv", "fp16", "-n", "64", "--chat", "What is the capital of France?"]);
+    // In f32, as its two best answers are nearly alike: kernels that round activations to 8 bits choose the other.
+    let args = ["--model", &model, "--dtype", "f32", "--kv", "fp16", "-n", "64"];
+    let done = greedy(&[&args[..], &["--chat", "What is the capital of France?"]].concat());
     assert!(done["text"].as_str().unwrap().contains("Paris"), "{done}");
     assert_eq!(done["finish_reason"], "stop", "{done}");
 }

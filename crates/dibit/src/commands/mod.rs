@@ -161,10 +161,10 @@ fn cache_line(scheme: &str, usage: &Usage, layout: &CacheLayout) -> String {
     let planned = |context: usize| {
         let fp16 = context * layout.shape.scalars_per_token() * size_of::<u16>();
         let scheme = layout.planned_usage(context).used_bytes;
-        format!("{} ({}) at {context}", output::bytes(scheme), output::bytes(fp16))
+        format!("{context} tokens take {} ({} in 16 bit)", output::bytes(scheme), output::bytes(fp16))
     };
     format!(
-        "{scheme}: {} in use, {} allocated; with a long context, and in 16 bit: {}",
+        "{scheme}: {} in use, {} allocated; {}",
         output::bytes(usage.used_bytes),
         output::bytes(usage.allocated_bytes),
         LONG.map(planned).join(", ")
