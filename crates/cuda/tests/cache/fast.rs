@@ -46,7 +46,8 @@ fn tiles_are_of_heads_of_any_size() {
         for head_dim in [32, 72, 144, 248] {
             let case = Case::new(scheme.clone(), 3, 1, head_dim);
             let what = format!("{} {head_dim}", case.scheme.origin);
-            compare_within(TOLERANCES, cuda, &what, &case, Mode::Chunk, &[150, 1, 20]);
+            // A page is packed before the second pass.
+            compare_within(TOLERANCES, cuda, &what, &case, Mode::Chunk, &[300, 1, 20]);
         }
     }
 }

@@ -63,7 +63,8 @@ fn heads_without_a_hadamard_matrix_equal_the_cpu() {
     for name in ["kvlinc", "quarot", "rotatekv-window", "gear"] {
         for head_dim in [8, 72, 248] {
             let case = Case::new(scheme(name), 2, 2, head_dim);
-            compare(cuda, &format!("{name} {head_dim}"), &case, Mode::Chunk, &[150, 1]);
+            // A page is packed before the second pass.
+            compare(cuda, &format!("{name} {head_dim}"), &case, Mode::Chunk, &[300, 1]);
         }
     }
 }
