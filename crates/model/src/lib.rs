@@ -23,7 +23,7 @@ mod weights;
 mod windows;
 mod workspace;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatTemplate, Message, RenderOptions};
 pub use checkpoint::Checkpoint;
 pub use config::{Architecture, ModelConfig, SUPPORTED_HEAD_DIMS};
 pub use distribution::Distribution;
