@@ -81,7 +81,9 @@ fn a_file_that_is_no_tokenizer_is_named() {
 #[test]
 fn bos_and_eos_stand_where_the_settings_or_the_file_want_them() {
     let a = 10 + u32::from(b'a' - b' ');
-    let cases: [(&[&str], Option<bool>, Option<bool>, &[u32]); 8] = [
+    /// What the tokenizer.json puts around a text, the settings of BOS and EOS, and the ids.
+    type Case<'a> = (&'a [&'a str], Option<bool>, Option<bool>, &'a [u32]);
+    let cases: [Case; 8] = [
         (&[], None, None, &[a]),
         (&["<s>"], None, None, &[0, a]),
         (&["<s>", "</s>"], None, None, &[0, a, 1]),
