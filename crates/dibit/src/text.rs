@@ -1,7 +1,7 @@
 //! Texts that the user gives.
 
 use anyhow::{Context, Result, anyhow, bail};
-use dibit_model::{ChatTemplate, Message};
+use dibit_model::{ChatFormat, Message, Tokenizer};
 use serde_json::Value;
 use std::path::Path;
 
@@ -52,11 +52,12 @@ impl Document {
     /// What is wrong with it.
     fn parse(value: &Value) -> Result<Self, String> {
         let string = |key: &str| value.get(key).and_then(Value::as_str);
-        if let Some(text) = value.get("text") {
+        let present = |key: &str| value.get(key).filter(|value| !value.is_null());
+        if let Some(text) = present("text") {
             return text.as_str().map(|text| Document::Text(text.to_owned())).ok_or("its \"text\" is no text".into());
         }
         for (list, role, content) in [("messages", "role", "content"), ("conversations", "from", "value")] {
-            if let Some(messages) = value.get(list) {
+            if let Some(messages) = present(list) {
                 let all = messages.as_array().ok_or_else(|| format!("its \"{list}\" is no list"))?;
                 let read = |(index, own): (usize, &Value)| {
                     message(own, role, content).map_err(|reason| format!("message {} {reason}", index + 1))
@@ -72,11 +73,12 @@ impl Document {
         }
     }
 
-    /// The text; of a conversation, what the model's template makes of it, or else its parts one after the other.
-    pub fn render(&self, template: Option<&ChatTemplate>) -> Result<String> {
-        match (self, template) {
+    /// The text, for [`Tokenizer::encode_rendered`]; of a conversation, what the model's template makes of it, or else its parts
+    /// one after the other.
+    pub fn render(&self, format: Option<&ChatFormat>, tokenizer: &Tokenizer) -> Result<String> {
+        match (self, format) {
             (Document::Text(text), _) => Ok(text.clone()),
-            (Document::Messages(messages), Some(template)) => Ok(template.render(messages, false)?),
+            (Document::Messages(messages), Some(format)) => Ok(format.render(tokenizer, messages, false)?),
             (Document::Messages(messages), None) => {
                 let parts: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
                 Ok(parts.join("\n\n"))
@@ -100,12 +102,12 @@ fn message(value: &Value, role: &str, content: &str) -> Result<Message, String> 
         (Some(kind), _) => Err(format!("has a part of type \"{kind}\"; only parts of text can be read")),
         (None, None) => Err("has a part without a type; only parts of text can be read".to_owned()),
     };
+    if value.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty()) {
+        return Err("calls tools, which cannot be read here; leave the conversation out".to_owned());
+    }
     let content = match value.get(content) {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
-        None | Some(Value::Null) if value.get("tool_calls").is_some_and(|calls| !calls.is_null()) => {
-            return Err("calls tools, which cannot be read here; leave the conversation out".to_owned());
-        }
         Some(Value::Null) => String::new(),
         None => return Err(format!("has no \"{content}\"")),
         Some(_) => return Err(format!("has a \"{content}\" that is neither a text nor a list of parts")),
@@ -155,17 +157,21 @@ pub fn read_documents(path: &Path) -> Result<Vec<Document>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dibit_model::{ChatTemplate, SpecialTokens};
     use serde_json::json;
 
     #[test]
     fn entries_are_texts_conversations_or_samples() {
-        let text = |value: Value| Document::parse(&value).unwrap().render(None).unwrap();
+        let tokenizer = Tokenizer::bytes(256);
+        let text = |value: Value| Document::parse(&value).unwrap().render(None, &tokenizer).unwrap();
         assert_eq!(text(json!({"text": "a", "id": 3})), "a");
         let chat = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]});
         assert_eq!(text(chat.clone()), "a\n\nb");
         let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}";
         let template = ChatTemplate::parse(None, Some(template), "m").unwrap().unwrap();
-        assert_eq!(Document::parse(&chat).unwrap().render(Some(&template)).unwrap(), "<user>a<assistant>b");
+        let format = ChatFormat { template, arguments: Default::default(), special_tokens: SpecialTokens::Refuse };
+        let rendered = Document::parse(&chat).unwrap().render(Some(&format), &tokenizer).unwrap();
+        assert_eq!(rendered, "<user>a<assistant>b");
         let sample = text(json!({"instruction": "Add.", "input": "1 2", "output": "3"}));
         assert!(sample.starts_with("Below is an instruction that describes a task, paired with an input"), "{sample}");
         assert!(sample.ends_with("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3"), "{sample}");
@@ -182,6 +188,8 @@ mod tests {
         };
         let share = json!({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]});
         assert_eq!(read(share), expected(&[("system", "s"), ("user", "a"), ("assistant", "b")]));
+        let nulls = json!({"text": null, "messages": null, "conversations": [{"from": "human", "value": "a", "tool_calls": []}]});
+        assert_eq!(read(nulls), expected(&[("user", "a")]));
         let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let parts = json!({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": null}]});
         assert_eq!(read(parts), expected(&[("user", "ab"), ("assistant", "")]));
@@ -199,7 +207,7 @@ mod tests {
             (json!({"conversations": [{"from": "gpt", "value": ""}, {"value": "x"}]}), "message 2 has no \"from\""),
             (user(json!([{"type": "image_url", "image_url": {}}])), "message 1 has a part of type \"image_url\""),
             (user(json!(3)), "neither a text nor a list of parts"),
-            (json!({"messages": [{"role": "assistant", "content": null, "tool_calls": [{}]}]}), "calls tools"),
+            (json!({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}), "calls tools"),
         ] {
             let error = Document::parse(&value).unwrap_err();
             assert!(error.contains(reason), "{error}");

@@ -134,6 +134,11 @@ fn samples_of_a_prompt_differ_and_a_seed_repeats_them() {
     assert_eq!(lines, samples[..2]);
     let both = texts(&["--prompts", &prompts, "--samples", "2"]);
     assert_eq!((both.len(), &both[..3]), (4, &samples[..]));
+    // Several texts are sampled even where the model's makers decode greedily.
+    let done = run(&["generate", "--json", "--samples", "2", "-n", "8", "The sea"]).json();
+    assert_eq!(done[0]["sampling"]["temperature"], json!(1.0));
+    run(&["generate", "--samples", "2", "--temperature", "0", "Hi"])
+        .fails_with(&["--samples 2", "--temperature above 0"]);
 }
 
 #[test]
@@ -146,6 +151,8 @@ fn numbers_of_llama_cpp_are_understood() {
     let newline = of(&["-n", "60", "--stop", "\\n"])["text"].as_str().unwrap().to_owned();
     assert_eq!(Some(newline.as_str()), text.split('\n').next());
     run(&["generate", "--stop", "\\q", "Hi"]).is_usage_error(&["no escape"]);
+    run(&["generate", "--stop", "", "Hi"]).is_usage_error(&["it is empty"]);
+    assert_eq!(of(&["-n", "0", "--logprobs", "2"])["logprobs"], json!([]));
 }
 
 #[test]

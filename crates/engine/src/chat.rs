@@ -26,8 +26,10 @@ pub struct Chat {
     rendered: String,
     /// Generated ids that are not cached yet.
     pending: Vec<u32>,
-    /// All ids since the sequence was empty.
+    /// All ids that are cached.
     history: Vec<u32>,
+    /// Answers so far: each takes a stream of the seed.
+    answers: u64,
 }
 
 /// What a turn feeds.
@@ -54,6 +56,7 @@ impl Chat {
             rendered: String::new(),
             pending: Vec::new(),
             history: Vec::new(),
+            answers: 0,
         })
     }
 
@@ -119,8 +122,7 @@ impl Chat {
             history,
             max_tokens,
             sampling: sampling.clone(),
-            // Answers of one conversation are streams of one seed.
-            stream: self.messages.len() as u64,
+            stream: self.answers,
             stop: Vec::new(),
             logprobs: None,
         };
@@ -141,7 +143,10 @@ impl Chat {
             }
         };
         self.rendered = text + &completion.text;
-        self.history.extend(request.prompt.iter().chain(&completion.tokens));
+        self.answers += 1;
+        // The last id is not cached: it comes with the next prompt, as it is or as the template writes it.
+        let cached = &completion.tokens[..completion.tokens.len() - 1];
+        self.history.extend(request.prompt.iter().chain(cached));
         let ended = completion.tokens.last().is_some_and(|id| engine.pretrained().stop_token_ids.contains(id));
         self.pending = match completion.tokens.last() {
             Some(&id) if !ended => vec![id],
@@ -156,22 +161,23 @@ impl Chat {
         let context = engine.context();
         // A turn that leaves no room for its answer is of no use, and one that leaves a quarter need not go for more.
         let room = if self.context_shift { max_tokens.min(context / 4) } else { 0 };
-        let mut dropped = 0;
-        loop {
-            let prompt = self.prompt(engine)?;
-            let tokens = prompt.ids.len() + if prompt.fresh { 0 } else { self.sequence.len() };
-            if tokens + room <= context {
-                if dropped > 0 {
-                    tracing::info!("the conversation outgrew the context: its oldest {dropped} messages are dropped");
-                }
-                return Ok(prompt);
-            }
+        let (mut dropped, mut prompt) = (0, self.prompt(engine)?);
+        let tokens = |prompt: &Prompt, cached| prompt.ids.len() + if prompt.fresh { 0 } else { cached };
+        while tokens(&prompt, self.sequence.len()) + room > context {
             match self.drop_oldest_turn() {
-                0 if tokens <= context => return Ok(prompt),
-                0 => return Err(self.too_long(tokens, context, engine)),
+                0 => break,
                 count => dropped += count,
             }
+            prompt = self.prompt(engine)?;
         }
+        let tokens = tokens(&prompt, self.sequence.len());
+        if tokens > context {
+            return Err(self.too_long(tokens, context, engine));
+        }
+        if dropped > 0 {
+            tracing::info!("the conversation outgrew the context: its oldest {dropped} messages are dropped");
+        }
+        Ok(prompt)
     }
 
     fn too_long<D: Device>(&self, prompt: usize, context: usize, engine: &Engine<'_, D>) -> EngineError {

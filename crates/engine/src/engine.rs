@@ -306,12 +306,13 @@ impl<'a, D: Device> Engine<'a, D> {
             }
             self.pass(&mut [(active.sequence.borrow_mut(), chunk)])?;
         }
-        let last = (prompt.len() - 1) % self.plan.pass_rows;
-        let next = self.choose(&mut [&mut *active], &[last])?[0];
-        active.done.timings.prefill = start.elapsed();
         if active.max_tokens == 0 {
+            active.done.timings.prefill = start.elapsed();
             active.end(FinishReason::Length, on_text)?;
         } else {
+            let last = (prompt.len() - 1) % self.plan.pass_rows;
+            let next = self.choose(&mut [&mut *active], &[last])?[0];
+            active.done.timings.prefill = start.elapsed();
             self.take(active, next, on_text)?;
         }
         active.done.usage = self.usage(active.sequence.borrow());

@@ -240,6 +240,10 @@ fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
         assert_eq!(messages[messages.len() - 2].content, text);
     }
     assert!(dropped);
+    // What leaves little room for an answer goes alone: nothing else is left to drop.
+    let large = "word ".repeat(110);
+    chat.answer(&mut engine, &large, 20, &Sampling::greedy(), |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(chat.messages().len(), 3);
     // What does not fit alone changes nothing, and says what to do.
     let messages = chat.messages().to_vec();
     let long = "word ".repeat(2000);

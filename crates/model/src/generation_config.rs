@@ -73,7 +73,9 @@ impl Reader {
         let value = self.object.get(field).filter(|value| !value.is_null())?;
         let found = read(value);
         if found.is_none() {
-            let message = format!("{field} is {}, not {wanted}; correct it or give your own", shown(value));
+            // No option says which tokens end a text.
+            let advice = if field == "eos_token_id" { "correct it there" } else { "correct it or give your own" };
+            let message = format!("{field} is {}, not {wanted}; {advice}", shown(value));
             self.problems.push(GenerationProblem { field, message });
         }
         found

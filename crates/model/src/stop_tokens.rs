@@ -2,7 +2,7 @@
 
 use crate::{GenerationConfig, ModelConfig, Tokenizer, TokenizerSettings};
 
-/// Special tokens that end a turn or a text in the families that have them. Makers of models forget to name them: then the
+/// Tokens that end a turn or a text in the families that have them. Makers of models forget to name them: then the
 /// configuration still has the token that ends a text of the base model.
 const KNOWN: [&str; 16] = [
     "<|im_end|>",
@@ -32,7 +32,8 @@ pub(crate) fn stop_token_ids(
     tokenizer: &Tokenizer,
 ) -> Vec<u32> {
     let named = settings.eos_token.as_deref().and_then(|token| tokenizer.id(token));
-    let known = KNOWN.iter().filter_map(|token| tokenizer.special_token(token));
+    // Some files do not call them special.
+    let known = KNOWN.iter().filter_map(|token| tokenizer.id(token));
     let told = config.eos_token_ids.iter().chain(&generation_config.eos_token_ids).copied();
     let mut ids: Vec<u32> = told.chain(named).chain(known).collect();
     ids.sort_unstable();

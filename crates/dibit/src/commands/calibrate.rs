@@ -1,4 +1,4 @@
-use super::{begin_windows, go_on, interrupt_flag};
+use super::{begin_windows, go_on, interrupt_flag, window_begin};
 use crate::args::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
 use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate};
 use dibit_device::Train;
-use dibit_model::Pretrained;
+use dibit_model::{ChatFormat, Pretrained, SpecialTokens};
 use indicatif::ProgressBar;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -77,11 +77,12 @@ fn run_on<D: Train>(
     let found = artefact.training.as_ref().map(render).unwrap_or_default();
     writeln!(
         std::io::stdout(),
-        "{}: {} for {} from {}{found}",
+        "{}: {} for {} from {}, {}{found}",
         args.out.display(),
         scheme.name,
         pretrained.name,
-        artefact.source
+        artefact.source,
+        window_begin(&pretrained, pretrained.window_bos)
     )
     .context(STDOUT)?;
     Ok(Outcome::Done)
@@ -90,9 +91,15 @@ fn run_on<D: Train>(
 /// Token ids of documents; all `joined` to one where documents play no part.
 fn encode(pretrained: &Pretrained, documents: &[Document], joined: bool) -> Result<Vec<Vec<u32>>> {
     let template = pretrained.chat_template(None)?;
-    let texts = documents.iter().map(|document| document.render(template.as_ref())).collect::<Result<Vec<_>>>()?;
+    let format = template.map(|template| ChatFormat {
+        template,
+        arguments: Default::default(),
+        special_tokens: SpecialTokens::Refuse,
+    });
+    let render = |document: &Document| document.render(format.as_ref(), &pretrained.tokenizer);
+    let texts = documents.iter().map(render).collect::<Result<Vec<_>>>()?;
     let texts = if joined { vec![texts.join("\n\n")] } else { texts };
-    texts.iter().map(|text| Ok(pretrained.tokenizer.encode(text, false)?)).collect()
+    texts.iter().map(|text| Ok(pretrained.tokenizer.encode_rendered(text)?)).collect()
 }
 
 fn options(args: &CalibrateArgs, pretrained: &Pretrained, state: PathBuf) -> Options {

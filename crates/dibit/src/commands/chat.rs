@@ -23,7 +23,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
 fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
-    let sampling = sampling(&args.sampling, &pretrained.generation_config)?;
+    let sampling = sampling(&args.sampling, &pretrained.generation_config, false)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let limit = pretrained.config.max_position_embeddings;
     let options = Options {
@@ -47,7 +47,8 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     let interrupted = interrupt_flag(false)?;
     loop {
         let line = match editor.readline("> ") {
-            Ok(line) => line,
+            // Some systems begin a piped text with a mark.
+            Ok(line) => line.trim_start_matches('\u{feff}').to_owned(),
             Err(ReadlineError::Interrupted) => continue,
             Err(ReadlineError::Eof) => break,
             Err(error) => return Err(error).context("cannot read the conversation"),

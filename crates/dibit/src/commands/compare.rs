@@ -74,7 +74,7 @@ fn run_on<D: Device>(
     }
     write!(std::io::stdout(), "{}", render(&comparison, &begin)).context(STDOUT)?;
     if let Some(path) = &args.json {
-        let value = serde_json::json!({"comparison": comparison, "study": studied});
+        let value = serde_json::json!({"comparison": comparison, "study": studied, "windows": begin});
         write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
     }
     if let Some(path) = &args.csv {

@@ -27,7 +27,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
 fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
-    let sampling = sampling(&args.sampling, &pretrained.generation_config)?;
+    let sampling = sampling(&args.sampling, &pretrained.generation_config, args.samples > 1)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let requests = requests(args, &pretrained, prompts, &sampling)?;
     let options = Options {
@@ -83,6 +83,12 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
 fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
     if let Some(option) = args.conversation.given().filter(|_| !args.chat) {
         bail!("{option} is for messages; add --chat, or leave it out");
+    }
+    if args.samples > 1 && args.sampling.temperature == Some(0.0) {
+        bail!(
+            "--samples {} of greedy decoding are as many times the same text; give a --temperature above 0",
+            args.samples
+        );
     }
     let prompts = if let Some(path) = &args.prompts {
         let text = text::read_named("prompts", path)?;

@@ -37,13 +37,13 @@ fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
 }
 
 /// What the user says, else what the model's makers say. As with Hugging Face, a model whose makers do not ask for
-/// sampling decodes greedily; who gives a sampling option asks for it, too.
+/// sampling decodes greedily; who gives a sampling option, or wants `several` texts of a prompt, asks for it, too.
 ///
 /// # Errors
 /// Where the model's makers say something that cannot be understood and the user says nothing else.
-fn sampling(args: &SamplingArgs, model: &GenerationConfig) -> Result<Sampling> {
+fn sampling(args: &SamplingArgs, model: &GenerationConfig, several: bool) -> Result<Sampling> {
     let seeded = matches!(args.seed, Some(Seed::Given(_)));
-    let asked = args.top_p.is_some() || args.top_k.is_some() || args.min_p.is_some() || seeded;
+    let asked = several || args.top_p.is_some() || args.top_k.is_some() || args.min_p.is_some() || seeded;
     let samples = asked || model.do_sample == Some(true);
     let temperature = args.temperature.or((!samples).then_some(0.0));
     let is_greedy = temperature == Some(0.0);

@@ -254,7 +254,7 @@ fn string(budget: &Budget, text: &str, name: &str, arguments: &Arguments) -> Res
         "removesuffix" => Value::from(text.strip_suffix(str_of(needed(0)?)?).unwrap_or(text)),
         "zfill" => {
             let (sign, digits) = text.split_at(usize::from(text.starts_with(['-', '+'])));
-            let width = arguments.integer(0, "width")?.unwrap_or(0) - sign.len() as i64;
+            let width = arguments.integer(0, "width")?.unwrap_or(0).saturating_sub(sign.len() as i64);
             Value::from(format!("{sign}{}", pad(budget, digits, width, "0", None)?))
         }
         "center" | "ljust" | "rjust" => {
@@ -263,7 +263,9 @@ fn string(budget: &Budget, text: &str, name: &str, arguments: &Arguments) -> Res
             Value::from(match name {
                 "center" => pad(budget, text, width, fill, Some(true))?,
                 "rjust" => pad(budget, text, width, fill, None)?,
-                _ => format!("{text}{}", pad(budget, "", width - text.chars().count() as i64, fill, None)?),
+                _ => {
+                    format!("{text}{}", pad(budget, "", width.saturating_sub(text.chars().count() as i64), fill, None)?)
+                }
             })
         }
         "isspace" => any(is_space),

@@ -72,7 +72,16 @@ impl ChatTemplate {
                 reason: error.to_string(),
             })?,
         };
-        let Some(source) = template.or_else(|| embedded(&config)) else { return Ok(None) };
+        let Some(source) = template.or_else(|| embedded(&config)) else {
+            return match config.get("chat_template").and_then(Json::as_array).map(Vec::as_slice) {
+                None | Some([]) => Ok(None),
+                Some(named) => {
+                    let names: Vec<&str> = named.iter().filter_map(|own| own.get("name")?.as_str()).collect();
+                    let names = names.join(", ");
+                    Err(ModelError::Template(format!("{origin} has templates {names}, and none called default")))
+                }
+            };
+        };
         let mut special_tokens = Map::new();
         for name in SPECIAL_TOKENS {
             if let Some(token) = config.get(name).and_then(token) {
@@ -213,6 +222,9 @@ mod tests {
         assert_eq!(template.render(&chat, false).unwrap(), "User");
         let named = r#"{"chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]}"#;
         assert_eq!(ChatTemplate::parse(Some(named), None, "m").unwrap().unwrap().render(&chat, true).unwrap(), "D");
+        let others = r#"{"chat_template": [{"name": "tools", "template": "T"}, {"name": "rag", "template": "R"}]}"#;
+        let error = ChatTemplate::parse(Some(others), None, "m").unwrap_err().to_string();
+        assert!(error.contains("tools, rag"), "{error}");
         assert!(ChatTemplate::parse(Some("{}"), None, "m").unwrap().is_none());
         assert!(ChatTemplate::parse(None, None, "m").unwrap().is_none());
     }

@@ -57,8 +57,10 @@ impl ModelFiles {
         let content = read(&bytes, name)?;
         let metadata = Metadata::new(&content, name);
         let config = config::config(&metadata, &bytes)?.to_string();
-        // Here, errors can name the metadata.
-        ModelConfig::parse(&config, &format!("the metadata of {name}"))?;
+        // Here, errors can name the metadata; what it warns of is said when the model is loaded.
+        tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::default(), || {
+            ModelConfig::parse(&config, &format!("the metadata of {name}"))
+        })?;
         Ok(ModelFiles {
             config: config.into(),
             generation_config: None,

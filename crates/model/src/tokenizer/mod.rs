@@ -87,14 +87,21 @@ impl Tokenizer {
             Ok((tokenizer, around))
         });
         let (tokenizer, around) = read.map_err(malformed)?;
-        let edge = |token: &Option<String>, found: Option<&u32>, wanted: Option<bool>| {
-            let id = token.as_deref().and_then(|token| tokenizer.token_to_id(token));
-            let usual = id.is_some() && found.copied() == id;
+        let special = |id: &u32| tokenizer.get_added_tokens_decoder().get(id).is_some_and(|token| token.special);
+        let edge = |name: &str, token: &Option<String>, found: Option<u32>, wanted: Option<bool>| {
+            // Where the settings name none, it is what the tokenizer.json puts there.
+            let id = token.as_deref().map_or(found.filter(special), |token| tokenizer.token_to_id(token));
+            if id.is_none() && wanted == Some(true) {
+                tracing::warn!(
+                    "{origin}: add_{name}_token is true, and there is no {name}_token to add; none is added"
+                );
+            }
+            let usual = id.is_some() && found == id;
             Edge { id, usual, wanted: id.is_some() && wanted.unwrap_or(usual) }
         };
-        let bos = edge(&settings.bos_token, around.first(), settings.add_bos_token);
-        let behind = around.get(usize::from(bos.usual)..).and_then(<[u32]>::last);
-        let eos = edge(&settings.eos_token, behind, settings.add_eos_token);
+        let bos = edge("bos", &settings.bos_token, around.first().copied(), settings.add_bos_token);
+        let behind = around.get(usize::from(bos.usual)..).and_then(<[u32]>::last).copied();
+        let eos = edge("eos", &settings.eos_token, behind, settings.add_eos_token);
         let (shield, cuts) = (Shield::new(bytes, &tokenizer), cuts_by_expressions(&tokenizer));
         let inner = Inner { shield, cuts, bos, eos, tokenizer: Box::new(tokenizer) };
         Ok(Tokenizer { inner: Some(inner), vocab_size })
@@ -227,12 +234,13 @@ impl Inner {
 
 /// Whether a tokenizer cuts a text by regular expressions.
 fn cuts_by_expressions(tokenizer: &tokenizers::Tokenizer) -> bool {
-    let json = serde_json::to_value(tokenizer.get_pre_tokenizer()).unwrap_or_default();
-    let steps = json.get("pretokenizers").and_then(Value::as_array).cloned().unwrap_or_else(|| vec![json]);
-    steps.iter().any(|step| {
+    fn cuts(step: &Value) -> bool {
         let expression = step.get("pattern").is_some_and(|pattern| pattern.get("Regex").is_some());
-        expression || (step["type"] == "ByteLevel" && step["use_regex"] != json!(false))
-    })
+        let steps = step.get("pretokenizers").and_then(Value::as_array);
+        let bytes = step["type"] == "ByteLevel" && step["use_regex"] != json!(false);
+        expression || bytes || steps.is_some_and(|steps| steps.iter().any(cuts))
+    }
+    cuts(&serde_json::to_value(tokenizer.get_pre_tokenizer()).unwrap_or_default())
 }
 
 /// Refuses a text with more white space in a row than expressions can be matched over.

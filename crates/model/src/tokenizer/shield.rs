@@ -83,9 +83,12 @@ impl Shield {
     }
 }
 
-/// Whether an added token controls: what is called special is, and what is spelled like `<|user|>`, which some files do not
-/// call special.
+/// Whether an added token controls: what is called special does, and what is spelled like `<|user|>` or `<｜User｜>`, which
+/// some files do not call special.
 fn is_control(content: &str, special: bool) -> bool {
-    let spelled = content.starts_with("<|") && content.ends_with("|>");
+    let spelled = ["|", "\u{ff5c}"].iter().any(|bar| {
+        content.strip_prefix('<').is_some_and(|rest| rest.starts_with(bar))
+            && content.strip_suffix('>').is_some_and(|rest| rest.ends_with(bar))
+    });
     (special || spelled) && content.chars().nth(1).is_some()
 }

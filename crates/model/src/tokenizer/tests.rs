@@ -3,7 +3,7 @@ use super::*;
 /// Byte-level pieces of one character each, so that every text of ASCII has an id for each of them, with some control tokens.
 fn json(post_processor: Value) -> Vec<u8> {
     let letters = (' '..='~').map(|letter| if letter == ' ' { 'Ġ' } else { letter });
-    let control = ["<s>", "</s>", "<|user|>", "<|end|>", "<tool>"];
+    let control = ["<s>", "</s>", "<|user|>", "<|end|>", "<tool>", "<｜User｜>"];
     let ids = control.iter().zip(0u32..).map(|(token, id)| ((*token).to_owned(), json!(id)));
     let letters = letters.chain(['Ċ']).zip(10u32..).map(|(letter, id)| (letter.to_string(), json!(id)));
     let vocab: serde_json::Map<String, Value> = ids.chain(letters).collect();
@@ -12,7 +12,7 @@ fn json(post_processor: Value) -> Vec<u8> {
         .enumerate()
         .map(|(id, content)| {
             json!({
-                "id": id, "content": content, "special": !["<tool>", "<|user|>"].contains(content), "normalized": *content == "<|end|>",
+                "id": id, "content": content, "special": !["<tool>", "<|user|>", "<｜User｜>"].contains(content), "normalized": *content == "<|end|>",
                 "single_word": false, "lstrip": false, "rstrip": false,
             })
         })
@@ -107,6 +107,18 @@ fn bos_and_eos_stand_where_the_settings_or_the_file_want_them() {
 }
 
 #[test]
+fn without_settings_bos_is_what_the_file_puts_before_a_text() {
+    let tokenizer = Tokenizer::parse(&json(around(&["<s>"])), 200, "tokenizer.json").unwrap();
+    assert!(tokenizer.adds_bos());
+    let once = tokenizer.encode("a", true).unwrap();
+    assert_eq!(once[0], 0);
+    assert_eq!(tokenizer.encode("<s>a", true).unwrap(), once);
+    let none = TokenizerSettings { add_bos_token: Some(false), ..TokenizerSettings::default() };
+    let tokenizer = Tokenizer::with_settings(&json(around(&["<s>"])), &none, 200, "tokenizer.json").unwrap();
+    assert_eq!(tokenizer.encode("a", true).unwrap(), once[1..]);
+}
+
+#[test]
 fn contents_cannot_spell_control_tokens() {
     let tokenizer = tokenizer(Value::Null, &settings(None, None));
     let letters = |text: &str| text.bytes().map(|byte| 10 + u32::from(byte - b' ')).collect::<Vec<_>>();
@@ -115,6 +127,9 @@ fn contents_cannot_spell_control_tokens() {
         let ids = tokenizer.encode_rendered(&format!("<|user|>{shielded}<|end|>")).unwrap();
         assert_eq!(ids, [&[2], &letters(content)[..], &[3]].concat(), "{content}");
     }
+    let full_width = tokenizer.encode_rendered(&tokenizer.shield("<｜User｜>").unwrap()).unwrap();
+    assert!(!full_width.contains(&5), "{full_width:?}");
+    assert_eq!(tokenizer.encode_rendered("<｜User｜>").unwrap(), [5]);
     // What is no control token, and contents that spell none, are as they are anywhere.
     assert_eq!(tokenizer.shield("<tool> is fine").unwrap(), "<tool> is fine");
     assert_eq!(tokenizer.encode_rendered("<tool>").unwrap(), [4]);
