@@ -136,7 +136,7 @@ fn samples_of_a_prompt_differ_and_a_seed_repeats_them() {
     assert_eq!((both.len(), &both[..3]), (4, &samples[..]));
     // Several texts are sampled even where the model's makers decode greedily.
     let done = run(&["generate", "--json", "--samples", "2", "-n", "8", "The sea"]).json();
-    assert_eq!(done[0]["sampling"]["temperature"], json!(1.0));
+    assert_ne!(done[0]["sampling"]["temperature"], json!(0.0));
     run(&["generate", "--samples", "2", "--temperature", "0", "Hi"])
         .fails_with(&["--samples 2", "--temperature above 0"]);
 }

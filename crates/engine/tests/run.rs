@@ -241,7 +241,7 @@ fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
     }
     assert!(dropped);
     // What leaves little room for an answer goes alone: nothing else is left to drop.
-    let large = "word ".repeat(110);
+    let large = "word ".repeat(72);
     chat.answer(&mut engine, &large, 20, &Sampling::greedy(), |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(chat.messages().len(), 3);
     // What does not fit alone changes nothing, and says what to do.

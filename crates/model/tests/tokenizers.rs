@@ -23,7 +23,11 @@ fn compare(name: &str, tokenizer: &Tokenizer, special: bool, ids: &Json) {
     let (texts, ids) = (texts(), ids.as_array().unwrap());
     assert!(texts.len() >= 40 && texts.len() == ids.len());
     for (text, ids) in texts.iter().zip(ids) {
-        let expected: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+        let mut expected: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+        // Hugging Face adds BOS to a text that begins with it; here a text has one.
+        if special && tokenizer.adds_bos() && expected.get(1) == expected.first() {
+            expected.remove(0);
+        }
         assert_eq!(tokenizer.encode(text, special).unwrap(), expected, "{name}: {text:?}");
     }
 }
