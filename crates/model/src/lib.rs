@@ -20,6 +20,7 @@ mod json;
 mod mixture;
 mod model;
 mod pretrained;
+mod quiet_panic;
 mod rope;
 mod rotation;
 mod stop_tokens;

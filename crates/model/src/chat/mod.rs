@@ -19,7 +19,7 @@ mod methods;
 mod operators;
 mod print;
 
-use crate::ModelError;
+use crate::{ModelError, quiet_panic};
 use minijinja::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
@@ -136,14 +136,13 @@ impl ChatTemplate {
         variables.insert("add_generation_prompt".to_owned(), options.add_generation_prompt.into());
         variables.extend(self.special_tokens.clone());
         variables.extend(options.arguments.clone());
+        let failed = |what: &str| ModelError::Template(format!("it cannot be rendered: {what}"));
         let render = || compile::render(&self.source, &variables).map_err(|cause| error(&cause, &self.source));
+        let render = || quiet_panic::catch(render).unwrap_or_else(|panic| Err(failed(&panic)));
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
-            let failed = |what: &str| ModelError::Template(format!("it cannot be rendered: {what}"));
-            thread
-                .map_err(|error| failed(&error.to_string()))?
-                .join()
-                .unwrap_or_else(|_| Err(failed("the renderer panicked")))
+            let thread = thread.map_err(|error| failed(&error.to_string()))?;
+            thread.join().unwrap_or_else(|_| Err(failed("the renderer panicked")))
         })
     }
 }

@@ -7,12 +7,11 @@ mod stream;
 pub use settings::TokenizerSettings;
 pub use stream::TextStream;
 
-use crate::ModelError;
+use crate::{ModelError, quiet_panic};
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use shield::Shield;
 use std::borrow::Cow;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// White space in a row from which on the expressions that cut a text fail, and cut it elsewhere without a word: their
 /// matcher holds a million states.
@@ -45,13 +44,9 @@ struct Edge {
 
 /// Runs what the tokenizers crate does with a stranger's file. It panics at some of what such files say; that is an error.
 fn guarded<T>(run: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(run)) {
+    match quiet_panic::catch(run) {
         Ok(result) => result.map_err(|error| error.to_string()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
-            Err(format!("the tokenizers library cannot use it ({text}); get the file again"))
-        }
+        Err(panic) => Err(format!("the tokenizers library cannot use it ({panic}); get the file again")),
     }
 }
 
