@@ -33,8 +33,16 @@ pub enum SpecialTokensArg {
 }
 
 impl ConversationArgs {
+    /// Refuses options of messages where there are none: without `--chat`.
+    pub fn check(&self, chat: bool) -> anyhow::Result<()> {
+        match self.given().filter(|_| !chat) {
+            Some(option) => anyhow::bail!("{option} is for messages; add --chat, or leave it out"),
+            None => Ok(()),
+        }
+    }
+
     /// The first of these options that was given.
-    pub fn given(&self) -> Option<&'static str> {
+    fn given(&self) -> Option<&'static str> {
         [
             ("--chat-template", self.chat_template.is_some()),
             ("--template-arg", !self.template_arg.is_empty()),

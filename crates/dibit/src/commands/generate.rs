@@ -81,9 +81,7 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
 }
 
 fn prompts(args: &GenerateArgs) -> Result<Vec<String>> {
-    if let Some(option) = args.conversation.given().filter(|_| !args.chat) {
-        bail!("{option} is for messages; add --chat, or leave it out");
-    }
+    args.conversation.check(args.chat)?;
     if args.samples > 1 && args.sampling.temperature == Some(0.0) {
         bail!(
             "--samples {} of greedy decoding are as many times the same text; give a --temperature above 0",

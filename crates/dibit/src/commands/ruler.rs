@@ -5,7 +5,7 @@ use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
 use crate::{Outcome, source};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_engine::{Engine, EngineError, Options};
@@ -33,9 +33,7 @@ struct Row<'a> {
 
 pub fn run(args: &RulerArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
-    if let Some(option) = args.conversation.given().filter(|_| !args.chat) {
-        bail!("{option} is for messages; add --chat, or leave it out");
-    }
+    args.conversation.check(args.chat)?;
     let tasks = tasks(&args.tasks)?;
     let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {

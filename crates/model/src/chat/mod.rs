@@ -19,6 +19,7 @@ mod methods;
 mod operators;
 mod print;
 
+use crate::tokenizer::token_text;
 use crate::{ModelError, quiet_panic};
 use minijinja::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
@@ -84,13 +85,13 @@ impl ChatTemplate {
         };
         let mut special_tokens = Map::new();
         for name in SPECIAL_TOKENS {
-            if let Some(token) = config.get(name).and_then(token) {
+            if let Some(token) = config.get(name).and_then(token_text) {
                 special_tokens.insert(name.to_owned(), token.into());
             }
         }
         let additional = "additional_special_tokens";
         if let Some(tokens) = config.get(additional).and_then(Json::as_array) {
-            let tokens: Vec<&str> = tokens.iter().filter_map(token).collect();
+            let tokens: Vec<&str> = tokens.iter().filter_map(token_text).collect();
             special_tokens.insert(additional.to_owned(), tokens.into());
         }
         // As Jinja does: one kind of line ending, and none at the end.
@@ -169,11 +170,6 @@ fn error(cause: &Error, source: &str) -> ModelError {
         text.push(')');
     }
     ModelError::Template(text)
-}
-
-/// A token of `tokenizer_config.json`: a text, or an object with it.
-fn token(token: &Json) -> Option<&str> {
-    token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
 /// The template in a `tokenizer_config.json`: a text, or the one called "default" of several.

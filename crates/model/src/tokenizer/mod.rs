@@ -5,6 +5,7 @@ mod shield;
 mod stream;
 
 pub use settings::TokenizerSettings;
+pub(crate) use settings::token_text;
 pub use stream::TextStream;
 
 use crate::{ModelError, quiet_panic};
@@ -113,7 +114,7 @@ impl Tokenizer {
     /// not get a second one. Special tokens spelled out in the text are recognised either way.
     ///
     /// # Errors
-    /// [`ModelError::Tokenizer`], and [`ModelError::TokenId`] where the text takes a token that the model has no row for.
+    /// [`ModelError::Tokenizer`], and [`ModelError::NoEmbedding`] where the text takes a token that the model has no row for.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {
         let Some(inner) = &self.inner else {
             return Ok(text.bytes().map(|byte| u32::from(byte) % self.vocab_size as u32).collect());

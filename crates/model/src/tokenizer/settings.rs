@@ -32,15 +32,14 @@ impl TokenizerSettings {
         Ok(TokenizerSettings {
             add_bos_token: flag("add_bos_token")?,
             add_eos_token: flag("add_eos_token")?,
-            bos_token: token(&config, "bos_token").map(str::to_owned),
-            eos_token: token(&config, "eos_token").map(str::to_owned),
+            bos_token: config.get("bos_token").and_then(token_text).map(str::to_owned),
+            eos_token: config.get("eos_token").and_then(token_text).map(str::to_owned),
         })
     }
 }
 
-/// The text of a token that a configuration names: as it is, or as the `content` of an object.
-fn token<'a>(config: &'a Value, name: &str) -> Option<&'a str> {
-    let token = config.get(name)?;
+/// The text of a token that a `tokenizer_config.json` names: as it is, or as the `content` of an object.
+pub(crate) fn token_text(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
