@@ -2,7 +2,7 @@
 
 use crate::layout::HALF_BYTES;
 use crate::{Axis, PAGE_TOKENS, Packed, Transform};
-use dibit_quant::{Bits, Quantizer, packed_len};
+use dibit_quant::{Bits, Clip, Quantizer, packed_len};
 use std::ops::Range;
 
 /// Which way the groups of a packed side run.
@@ -33,6 +33,8 @@ pub struct PackedSide {
     pub group: usize,
     /// What the parameters mean.
     pub quantizer: Quantizer,
+    /// Which part of a group's range the codes span.
+    pub clip: Clip,
     /// Whether the page is rotated along its tokens.
     pub token_hadamard: bool,
     /// Channels with different numbers of planes; the packed rows are then planes.
@@ -191,6 +193,7 @@ impl PackedSide {
             bits: packed.bits,
             group: packed.group.min(if along == Along::Lanes { lanes } else { rows }),
             quantizer: packed.quantizer,
+            clip: packed.clip,
             token_hadamard: packed.transform == Transform::TokenHadamard,
             planes,
             rows,
@@ -300,6 +303,7 @@ mod tests {
             axis,
             group,
             quantizer: Quantizer::FloatMin,
+            clip: Clip::None,
             transform: Transform::None,
             high_precision: 0.0,
             low_rank: 0,

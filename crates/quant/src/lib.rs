@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod affine;
+mod clip;
 mod error;
 mod hadamard;
 mod low_rank;
@@ -14,6 +15,7 @@ mod rope;
 mod splitmix;
 
 pub use affine::Affine;
+pub use clip::Clip;
 pub use error::QuantError;
 pub use hadamard::Hadamard;
 pub use low_rank::{LowRank, low_rank};

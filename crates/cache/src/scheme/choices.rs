@@ -1,6 +1,6 @@
 //! The choices that a scheme is made of.
 
-use dibit_quant::{Bits, Quantizer};
+use dibit_quant::{Bits, Clip, Quantizer};
 use serde::Deserialize;
 use std::fmt;
 use std::ops::Range;
@@ -79,6 +79,8 @@ pub struct Packed {
     pub group: usize,
     /// How a group becomes codes.
     pub quantizer: Quantizer,
+    /// Which part of a group's range the codes span.
+    pub clip: Clip,
     /// What happens before.
     pub transform: Transform,
     /// Share of the channels, the last ones after the transform, that stay in 16 bit (ResQ).
@@ -105,6 +107,11 @@ impl Side {
             Side::Half => Transform::None,
             Side::Packed(packed) => packed.transform,
         }
+    }
+
+    /// Whether the codes span no more of a range than what misses least.
+    pub(super) fn is_clipped(self) -> bool {
+        matches!(self, Side::Packed(Packed { clip: Clip::Mse, .. }))
     }
 
     /// Average bits of a channel, where there are planes.
@@ -315,7 +322,8 @@ impl fmt::Display for Correction {
 impl fmt::Display for Side {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Side::Packed(packed) = self else { return f.write_str("16 bit") };
-        let Packed { bits, planes, axis, group, quantizer, transform, high_precision, low_rank, outliers } = packed;
+        let Packed { bits, planes, axis, group, quantizer, clip, transform, high_precision, low_rank, outliers } =
+            packed;
         match planes {
             None => write!(f, "{} bit per {axis}", bits.count())?,
             Some(average) => write!(f, "0 to 4 planes of {} bit per {axis}, {average} bit on average", bits.count())?,
@@ -326,6 +334,9 @@ impl fmt::Display for Side {
             Quantizer::IntegerZero { clip, include_zero } => {
                 write!(f, "integer zero, clip {clip}{}", if *include_zero { ", zero in range" } else { "" })?;
             }
+        }
+        if *clip == Clip::Mse {
+            f.write_str(", clipped for the least squared error")?;
         }
         write!(f, ", {transform}")?;
         if *high_precision > 0.0 {

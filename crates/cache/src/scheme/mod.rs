@@ -184,6 +184,24 @@ impl Scheme {
             )
         })
     }
+
+    /// Choices that are allowed and cost much accuracy, as sentences.
+    pub fn warnings(&self) -> Vec<String> {
+        let clipped_keys = |own: &LayerOverride| own.keys.is_clipped();
+        let of_classes = self.classes.iter().any(|class| class.keys.is_clipped());
+        let any_clipped = self.keys.is_clipped() || of_classes || self.overrides().any(clipped_keys);
+        let corrected = (self.keys.is_clipped() && self.correction != Correction::NONE)
+            || self.layers.iter().any(|own| clipped_keys(own) && own.correction != Correction::NONE);
+        let sinks = (any_clipped && self.sinks == Sinks::None).then_some(
+            "keys.clip = \"mse\" without [sinks]: clipped keys of the first tokens, which take much of the attention, \
+             cost far more than clipping saves (kind = \"first\" with count = 4 protects them)",
+        );
+        let correction = corrected.then_some(
+            "a correction with keys.clip = \"mse\": clipping takes from the logits of packed keys what a correction is \
+             meant to take, and both together take too much (leave one of the two out)",
+        );
+        [sinks, correction].into_iter().flatten().map(|warning| format!("{}: {warning}", self.name)).collect()
+    }
 }
 
 fn unknown(name: &str) -> SchemeError {

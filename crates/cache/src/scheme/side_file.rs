@@ -3,7 +3,7 @@
 use super::check::{Problem, Which, check_planes, unsupported};
 use super::choices::{Axis, Packed, Permutation, PreRope, Side, Statistic, Transform};
 use crate::PAGE_TOKENS;
-use dibit_quant::{Bits, Quantizer};
+use dibit_quant::{Bits, Clip, Quantizer};
 use serde::Deserialize;
 
 const GROUPS: [usize; 3] = [32, 64, 128];
@@ -25,7 +25,7 @@ pub(super) struct SideFile {
     axis: Option<Axis>,
     group: Option<usize>,
     quantizer: Option<QuantizerFile>,
-    clip: Option<f32>,
+    clip: Option<ClipFile>,
     include_zero: Option<bool>,
     transform: Option<TransformFile>,
     position: Option<PositionFile>,
@@ -42,6 +42,14 @@ pub(super) struct SideFile {
 enum QuantizerFile {
     FloatMin,
     IntegerZero,
+}
+
+/// What both ends are multiplied by, or how the part of the range is found.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ClipFile {
+    Share(f32),
+    Word(String),
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
@@ -99,6 +107,7 @@ impl SideFile {
             axis: self.axis.unwrap_or(which.default_axis()),
             group,
             quantizer: self.quantizer(name)?,
+            clip: if let Some(ClipFile::Word(_)) = self.clip { Clip::Mse } else { Clip::None },
             transform: self.transform(which)?,
             high_precision: share(&format!("{name}.high_precision"), self.high_precision, 0.5)?,
             low_rank: self.low_rank.unwrap_or(0),
@@ -135,16 +144,24 @@ impl SideFile {
     }
 
     fn quantizer(&self, name: &str) -> Result<Quantizer, Problem> {
-        let clip = self.clip.unwrap_or(1.0);
+        let clip = match &self.clip {
+            None => None,
+            Some(ClipFile::Share(clip)) => Some(*clip),
+            Some(ClipFile::Word(word)) if word == "mse" => None,
+            Some(ClipFile::Word(word)) => {
+                return unsupported(format!("{name}.clip = \"{word}\""), "\"mse\", or a number above 0, at most 1");
+            }
+        };
         if self.quantizer != Some(QuantizerFile::IntegerZero) {
-            if self.clip.is_some() || self.include_zero.is_some() {
+            if clip.is_some() || self.include_zero.is_some() {
                 return unsupported(
-                    format!("{name}.clip or {name}.include_zero with the float-min quantizer"),
-                    "these with quantizer = \"integer-zero\"",
+                    format!("a number as {name}.clip, or {name}.include_zero, with the float-min quantizer"),
+                    "these with quantizer = \"integer-zero\", or clip = \"mse\"",
                 );
             }
             return Ok(Quantizer::FloatMin);
         }
+        let clip = clip.unwrap_or(1.0);
         if !(clip > 0.0 && clip <= 1.0) {
             return unsupported(format!("{name}.clip = {clip}"), "above 0, at most 1");
         }

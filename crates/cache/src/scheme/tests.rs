@@ -1,6 +1,6 @@
 use super::*;
 use crate::Schedule;
-use dibit_quant::{Bits, Quantizer};
+use dibit_quant::{Bits, Clip, Quantizer};
 
 const BASE: &str = "name = \"mine\"\n[keys]\nbits = 2\n[values]\nbits = 4\ngroup = 32\n[window]\ntokens = 64\nschedule = \"guaranteed\"\n";
 
@@ -30,6 +30,7 @@ fn a_file_of_ones_own() {
         axis: Axis::Channel,
         group: 128,
         quantizer: Quantizer::FloatMin,
+        clip: Clip::None,
         transform: Transform::None,
         high_precision: 0.0,
         low_rank: 0,
@@ -84,6 +85,7 @@ fn unsupported_combinations_name_what_is_supported() {
         (format!("correction = \"linear\"\n{}", two("position = \"pre-rope\"")), "after RoPE"),
         (two("clip = 0.8"), "quantizer = \"integer-zero\""),
         (two("quantizer = \"integer-zero\"\nclip = 1.5"), "at most 1"),
+        (two("clip = \"least\""), "\"mse\""),
         (two("transform = \"grouped-hadamard\"\nposition = \"post-rope\""), "pre-rope"),
         (two("transform = \"grouped-hadamard\"\nheads = 3"), "powers of two"),
         (two("permutation = \"local\""), "pre-rope"),

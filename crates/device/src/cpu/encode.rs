@@ -1,10 +1,11 @@
 //! Writing tokens into one packed side of a page.
 
+use super::clip::{Group, Search};
 use super::quantise::{self, RowParameters};
 use super::rotate;
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, Outliers, PAGE_TOKENS, PackedSide};
-use dibit_quant::{Bits, Hadamard, LowRank, Parameters, QuantError, put};
+use dibit_quant::{Bits, Clip, Hadamard, LowRank, Parameters, QuantError, put};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -35,6 +36,9 @@ pub(super) struct Encoder {
     /// Smallest and largest value of each channel.
     min: Vec<f32>,
     max: Vec<f32>,
+    /// The groups of the channels.
+    groups: Vec<Group>,
+    search: Search,
     /// One packed byte of each channel.
     bytes: Vec<u8>,
     /// Lanes of a row in the order of their values.
@@ -77,7 +81,7 @@ impl Tokens<'_> {
     }
 
     /// Those of some slots that are no sinks.
-    fn seen(&self, slots: Range<usize>) -> impl Iterator<Item = usize> {
+    fn seen(&self, slots: Range<usize>) -> impl Iterator<Item = usize> + Clone {
         slots.filter(|slot| !self.is_sink(*slot))
     }
 
@@ -257,6 +261,7 @@ impl Encoder {
             quantise::widen(isa, tokens.numbers(side, slot), &mut self.min, &mut self.max);
         }
         let is_empty = tokens.seen(group.clone()).next().is_none();
+        self.groups.clear();
         for (channel, (min, max)) in self.min.iter().zip(&self.max).enumerate() {
             let bits = bits(side, channel);
             let parameters = match bits {
@@ -264,8 +269,15 @@ impl Encoder {
                 Some(bits) => side.quantizer.fit_range(*min, *max, bits)?,
                 None => mean(tokens, side, group.clone(), channel),
             };
-            self.own.set(channel..channel + 1, parameters, bits.map_or(0, Bits::max_code));
-            write_parameters(side, page, group.start, channel, parameters);
+            self.groups.push(Group { min: *min, max: *max, bits, parameters });
+        }
+        if side.clip == Clip::Mse && !is_empty {
+            let rows = tokens.seen(group.clone()).map(|slot| tokens.numbers(side, slot));
+            self.search.columns(isa, side.quantizer, rows, &mut self.groups);
+        }
+        for (channel, Group { bits, parameters, .. }) in self.groups.iter().enumerate() {
+            self.own.set(channel..channel + 1, *parameters, bits.map_or(0, Bits::max_code));
+            write_parameters(side, page, group.start, channel, *parameters);
         }
         Ok(())
     }
@@ -282,10 +294,16 @@ impl Encoder {
         let numbers = tokens.numbers(side, slot);
         for (index, own) in numbers.chunks(side.group).enumerate() {
             let (min, max) = quantise::range(isa, own);
-            let parameters = if tokens.is_sink(slot) { NONE } else { side.quantizer.fit_range(min, max, side.bits)? };
+            let mut group = Group { min, max, bits: Some(side.bits), parameters: NONE };
+            if !tokens.is_sink(slot) {
+                group.parameters = side.quantizer.fit_range(min, max, side.bits)?;
+                if side.clip == Clip::Mse {
+                    self.search.row(isa, side.quantizer, own, &mut group);
+                }
+            }
             let first = index * side.group;
-            self.own.set(first..first + own.len(), parameters, side.bits.max_code());
-            write_parameters(side, page, slot, first, parameters);
+            self.own.set(first..first + own.len(), group.parameters, side.bits.max_code());
+            write_parameters(side, page, slot, first, group.parameters);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ mod amx;
 mod append;
 mod attention;
 mod block;
+mod clip;
 mod codes;
 mod dot;
 mod element;

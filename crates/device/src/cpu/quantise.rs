@@ -1,5 +1,6 @@
 //! Groups of numbers as codes, many at a time: what [`dibit_quant::Quantizer`] and [`dibit_quant::pack`] say, exactly.
 
+use super::clip::PLACES;
 use super::element::Element;
 use super::exp::ROUND;
 use super::scales::offset;
@@ -94,18 +95,24 @@ impl RowParameters {
     }
 }
 
+/// The code of a number with [`ROUND`] added to it, which leaves it in the lowest bits.
+#[inline(always)]
+fn rounded(value: f32, scale: f32, zero: f32, max_code: f32, quantizer: Quantizer) -> f32 {
+    let steps = match quantizer {
+        Quantizer::FloatMin => (value - zero) / scale,
+        // Beyond 2^22 this does not round, but no zero point is large enough to bring that back to a code.
+        Quantizer::IntegerZero { .. } => ((value / scale + ROUND) - ROUND) + zero,
+    };
+    let clamped = smaller(larger(steps, 0.0), max_code);
+    let clamped = if scale == 0.0 { 0.0 } else { clamped };
+    clamped + ROUND
+}
+
 #[inline(always)]
 fn code_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, codes: &mut [u8]) {
     let parameters = own.scales.iter().zip(&own.zeros).zip(&own.max_codes);
     for ((code, value), ((scale, zero), max_code)) in codes.iter_mut().zip(values).zip(parameters) {
-        let steps = match quantizer {
-            Quantizer::FloatMin => (value - zero) / scale,
-            // Beyond 2^22 this does not round, but no zero point is large enough to bring that back to a code.
-            Quantizer::IntegerZero { .. } => ((value / scale + ROUND) - ROUND) + zero,
-        };
-        let clamped = smaller(larger(steps, 0.0), *max_code);
-        let clamped = if *scale == 0.0 { 0.0 } else { clamped };
-        *code = (clamped + ROUND).to_bits() as u8;
+        *code = rounded(*value, *scale, *zero, *max_code, quantizer).to_bits() as u8;
     }
 }
 
@@ -134,6 +141,40 @@ dispatch! {
     avx2: missed_body(values, codes, own, quantizer, missed);
     avx512: missed_body(values, codes, own, quantizer, missed);
     neon: missed_body(values, codes, own, quantizer, missed);
+}
+
+#[inline(always)]
+fn add_squares_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, sums: &mut [f32]) {
+    let integer = quantizer != Quantizer::FloatMin;
+    let parameters = own.scales.iter().zip(&own.zeros).zip(&own.max_codes);
+    for ((sum, value), ((scale, zero), max_code)) in sums.iter_mut().zip(values).zip(parameters) {
+        let code = rounded(*value, *scale, *zero, *max_code, quantizer) - ROUND;
+        let missed = value - (code * scale + offset(integer, *scale, *zero));
+        *sum += missed * missed;
+    }
+}
+
+dispatch! {
+    /// Adds to the sum of each place the square of what the code of its number misses.
+    fn add_squares<>(values: &[f32], own: &RowParameters, quantizer: Quantizer, sums: &mut [f32]);
+    baseline: add_squares_body(values, own, quantizer, sums);
+    avx2: add_squares_body(values, own, quantizer, sums);
+    avx512: add_squares_body(values, own, quantizer, sums);
+    neon: add_squares_body(values, own, quantizer, sums);
+}
+
+#[inline(always)]
+fn add_squares_of_each_body(values: &[f32], own: &RowParameters, quantizer: Quantizer, sums: &mut [f32; PLACES]) {
+    values.iter().for_each(|value| add_squares_body(&[*value; PLACES], own, quantizer, sums));
+}
+
+dispatch! {
+    /// The same of every number with the parameters of every place.
+    fn add_squares_of_each<>(values: &[f32], own: &RowParameters, quantizer: Quantizer, sums: &mut [f32; PLACES]);
+    baseline: add_squares_of_each_body(values, own, quantizer, sums);
+    avx2: add_squares_of_each_body(values, own, quantizer, sums);
+    avx512: add_squares_of_each_body(values, own, quantizer, sums);
+    neon: add_squares_of_each_body(values, own, quantizer, sums);
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! What a cache holds, written one number at a time from the methods' equations. Only tests use it.
 
 use dibit_cache::{Axis, LayerCalibration, PAGE_TOKENS, Packed, Permutation, PreRope, Side, Transform};
-use dibit_quant::{Bits, Hadamard, Quantizer};
+use dibit_quant::{Bits, Clip, Hadamard, Quantizer};
 use half::f16;
 use std::ops::Range;
 
@@ -207,7 +207,7 @@ impl Reference {
             let values: Vec<f32> = cells.iter().map(|&(t, c)| rows[t][c]).collect();
             let mean = values.iter().sum::<f32>() / values.len() as f32;
             let means = || vec![half(mean); values.len()];
-            let replaced = bits.map_or_else(means, |bits| fake_quantise(form.quantizer, bits, &values));
+            let replaced = bits.map_or_else(means, |bits| fake_quantise(form, bits, &values));
             for ((t, c), value) in cells.into_iter().zip(replaced) {
                 rows[t][c] = value;
             }
@@ -316,14 +316,28 @@ fn along_tokens(heads: &mut Heads, packed: usize) {
     }
 }
 
-/// QF or QI on one group.
-fn fake_quantise(quantizer: Quantizer, bits: Bits, values: &[f32]) -> Vec<f32> {
+/// QF or QI on one group, or on as much of its range as misses least.
+fn fake_quantise(form: Packed, bits: Bits, values: &[f32]) -> Vec<f32> {
     if values.is_empty() {
         return Vec::new();
     }
+    let (max, min) = (values.iter().copied().fold(f32::MIN, f32::max), values.iter().copied().fold(f32::MAX, f32::min));
+    let mut best = fake_quantise_within(form.quantizer, bits, values, min, max);
+    if form.clip == Clip::Mse {
+        let error = |own: &[f32]| values.iter().zip(own).fold(0f32, |sum, (x, own)| sum + (x - own) * (x - own));
+        for share in [0.92, 0.84, 0.76, 0.68, 0.6, 0.5f32] {
+            let (middle, half) = ((min + max) / 2.0, share * ((max - min) / 2.0));
+            let own = fake_quantise_within(form.quantizer, bits, values, middle - half, middle + half);
+            if error(&own) < error(&best) {
+                best = own;
+            }
+        }
+    }
+    best
+}
+
+fn fake_quantise_within(quantizer: Quantizer, bits: Bits, values: &[f32], mut min: f32, mut max: f32) -> Vec<f32> {
     let top = f32::from(bits.max_code());
-    let (mut max, mut min) =
-        (values.iter().copied().fold(f32::MIN, f32::max), values.iter().copied().fold(f32::MAX, f32::min));
     match quantizer {
         Quantizer::FloatMin => {
             let (scale, min) = (half((max - min) / top), half(min));

@@ -30,7 +30,8 @@ fn schemes(names: &[String]) -> Result<Vec<Scheme>> {
 
 /// Says what a scheme that is about to run cannot do yet, or not on this model.
 fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
-    for note in CacheLayout::new(scheme, config.cache_shape())?.notes().into_iter().chain(scheme.notice()) {
+    let notes = CacheLayout::new(scheme, config.cache_shape())?.notes();
+    for note in notes.into_iter().chain(scheme.warnings()).chain(scheme.notice()) {
         tracing::info!("{note}");
     }
     Ok(())

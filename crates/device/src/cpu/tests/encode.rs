@@ -12,6 +12,8 @@ fn side(keys: bool, channel: bool, bits: usize, group: usize, quantizer: usize, 
         "quantizer = \"float-min\"",
         "quantizer = \"integer-zero\"\nclip = 0.8",
         "quantizer = \"integer-zero\"\ninclude_zero = true",
+        "clip = \"mse\"",
+        "quantizer = \"integer-zero\"\nclip = \"mse\"",
     ][quantizer];
     let own = format!("bits = {}\naxis = \"{axis}\"\ngroup = {group}\n{quantizer}", [2, 3, 4, 6, 8][bits]);
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"";
@@ -57,7 +59,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
     #[test]
     fn codes_and_parameters_are_those_of_the_quantiser(
-        keys: bool, channel: bool, bits in 0usize..5, group in 0usize..3, quantizer in 0usize..3, head_dim in 1usize..33,
+        keys: bool, channel: bool, bits in 0usize..5, group in 0usize..3, quantizer in 0usize..5, head_dim in 1usize..33,
         slots in (0usize..128, 1usize..129), kind in 0usize..6, seed in 0usize..1000, sinks in prop::collection::vec(0usize..128, 0..20),
     ) {
         let (group, head_dim) = ([32, 64, 128][group], 8 * head_dim);
@@ -91,7 +93,7 @@ proptest! {
                     let end = end.min(if side.along == Along::Lanes { side.lanes } else { side.rows });
                     let seen = (first..end).map(cell).filter(|(slot, _)| !sinks.contains(slot));
                     let numbers: Vec<f32> = seen.map(|(slot, channel)| value(slot, channel)).collect();
-                    let parameters = match side.quantizer.fit(&numbers, side.bits) {
+                    let parameters = match side.quantizer.fit_clipped(side.clip, &numbers, side.bits) {
                         Err(QuantError::Empty) => Parameters { scale: f16::ZERO, zero: f16::ZERO },
                         fitted => fitted.unwrap(),
                     };

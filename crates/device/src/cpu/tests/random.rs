@@ -7,11 +7,14 @@ proptest! {
     #[test]
     fn random_choices(
         (key_bits, value_bits) in (0usize..4, 0usize..4), group in 0usize..3, axes in 0usize..4,
-        (key_quantizer, value_quantizer) in (0usize..3, 0usize..3), (key_transform, value_transform) in (0usize..6, 0usize..4),
+        (key_quantizer, value_quantizer) in (0usize..5, 0usize..5), (key_transform, value_transform) in (0usize..6, 0usize..4),
         sinks in 0usize..3, window in 0usize..3, head_dim in 1usize..33, kv_heads in 1usize..5,
         passes in prop::collection::vec(1usize..300, 1..4),
     ) {
-        let quantizer = |which: usize| ["float-min\"", "integer-zero\"\nclip = 0.9", "integer-zero\"\ninclude_zero = true"][which];
+        let quantizer = |which: usize| [
+            "float-min\"", "integer-zero\"\nclip = 0.9", "integer-zero\"\ninclude_zero = true",
+            "float-min\"\nclip = \"mse\"", "integer-zero\"\nclip = \"mse\"",
+        ][which];
         let transform = |which: usize| [
             "transform = \"none\"", "transform = \"hadamard\"", "transform = \"basis\"", "transform = \"token-hadamard\"",
             "transform = \"grouped-hadamard\"\npermutation = \"global\"", "position = \"pre-rope\"",
