@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Golden values for whole schemes: one decode step over a cache that each scheme has packed.
 
-Nothing here shares code with the engine. It writes <out>/schemes.safetensors.
+Nothing here shares code with the engine. It writes <out>/schemes.safetensors, and <out>/clip.json with
+single groups that are clipped.
 
 Input sets A, B, C
 ------------------
@@ -45,9 +46,9 @@ from pathlib import Path
 
 import numpy as np
 
-from golden_quant import hadamard
+from golden_quant import dump, group_kinds, hadamard, nums32
 from scheme_oracle import F16, F32, F64, Grouped, attention, extremes, frame_heads, inv_freq, low_rank
-from scheme_oracle import qf, qi, quantise_channels, rope, run, splitmix
+from scheme_oracle import clipped, qf, qi, quantise_channels, rope, run, splitmix
 
 SEED = 20251123
 SETS = {"A": (400, 8, 4, 64), "B": (400, 4, 2, 128), "C": (300, 3, 3, 80)}  # T, heads, kv_heads, d
@@ -185,6 +186,13 @@ def cases():
     yield case("A", "keys-channel-qi", shifted, qi_token(3, 32))
     shifted = shifted | {"include_zero": True}
     yield case("B", "keys-channel-qi-zero", shifted, shifted | {"bits": 4})
+    # The part of each group's range that misses least.
+    clip = {"clip": "mse"}
+    yield case("A", "clip-keys", channel(2, **clip), token(2, **H), first=4)
+    yield case("B", "clip-keys-3", channel(3, **clip), token(2, **H), first=4)
+    yield case("C", "clip-token", token(2, 64, **clip), qi_token(3, 32, **clip), first=4)
+    zero = side(2, "channel", 32, "integer-zero", include_zero=True, **clip)
+    yield case("A", "clip-channel-qi", zero, channel(2, 64, **clip))
     # Rotations on both sides.
     quarot = qi_token(2, include_zero=True, **H)
     yield case("A", "quarot", quarot, quarot)
@@ -260,6 +268,28 @@ def case_tensors(data, name, scheme, positions):
     return extra
 
 
+def clip_cases():
+    """Groups with clip = "mse", number by number."""
+    rng = np.random.default_rng([SEED, *b"clip"])
+    shares = set()
+    for bits in (2, 3, 4, 8):
+        for n in (1, 32, 128):
+            # Outliers at both ends.
+            tails = np.concatenate([[-4, 4], rng.standard_normal(n)]).astype(F16)
+            for kind, x in [*group_kinds(bits, n, rng), ("tails", tails)]:
+                x = (x + F16(0)).astype(F32)
+                for quantizer in ("float-min", "integer-zero"):
+                    # Zero points of narrow groups far from zero are another rule's.
+                    if quantizer == "integer-zero" and kind in ("offset", "tiny_range", "subnormal"):
+                        continue
+                    _, codes, back, share = clipped(x[None], {"quantizer": quantizer, "bits": bits})
+                    shares.add(float(share[0, 0]))
+                    name = f"{kind}-{quantizer}-b{bits}-n{n}"
+                    yield {"name": name, "bits": bits, "quantizer": quantizer, "x": nums32(x), "xhat": nums32(back[0]),
+                           "codes": codes[0].astype(int).tolist()}
+    assert len(shares) == 7, shares
+
+
 # ---------------------------------------------------------------- checks
 
 
@@ -279,6 +309,10 @@ def check_quantisers():
         assert (qf(np.full(5, value, F32), 2)[0] == value).all()
         assert (qi(np.full(5, value, F32), 2, 1.0)[0] == value).all()
         assert np.allclose(qi(np.full(5, value, F32), 2, 1.0, True)[0], value, rtol=1e-3)
+    # Values that are spread evenly lie best in the middles of four quarters; four values at four codes are exact.
+    even = (np.arange(128, dtype=F32) / 64 - 1)[None]
+    assert clipped(even, channel(2))[3] == F32(0.76) and clipped(even, channel(8))[3] == 1
+    assert clipped(np.arange(4, dtype=F32)[None], channel(2))[3] == 1
     # One group at a time, in plain Python.
     rng = np.random.default_rng(SEED)
     for bits in (2, 3, 4, 8):
@@ -367,6 +401,7 @@ def main():
     check_rotations(sets)
     check_low_rank(sets)
 
+    dump(args.out / "clip.json", {"about": "see tools/golden_schemes.py", "groups": list(clip_cases())})
     tensors, metadata, names, outs = {}, {"about": "see tools/golden_schemes.py"}, [], {}
     for name, data in sets.items():
         metadata[f"{name}.shape"] = " ".join(map(str, data["shape"]))

@@ -82,6 +82,26 @@ __device__ __forceinline__ int code_of(const Side& side, float value, float scal
     return (int)(__float_as_uint(clamped + ROUND) & 0xff);
 }
 
+/// dibit_quant::Clip::SHARES.
+constexpr int SHARES = 7;
+
+/// Narrows a range to a share of it, around its middle.
+__device__ __forceinline__ void narrow(int share, float& low, float& high) {
+    constexpr float shares[SHARES] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f, 0.5f};
+    if (share == 0) return;
+    const float middle = 0.5f * (low + high), half = 0.5f * (high - low);
+    low = middle - shares[share] * half;
+    high = middle + shares[share] * half;
+}
+
+/// The square of what the code of a number misses.
+__device__ __forceinline__ float missed_square(const Side& side, float value, Parameters own, float max_code) {
+    const float scale = half_to_float(own.scale), zero = half_to_float(own.zero);
+    const float code = (float)code_of(side, value, scale, zero, max_code);
+    const float missed = value - (code * scale + stored::offset_of(side, scale, zero));
+    return missed * missed;
+}
+
 /// Bits of a channel in the order of storage; 0 where it has no plane.
 __device__ __forceinline__ int bits_of(const Side& side, int channel) {
     if (!side.planes) return side.bits;
@@ -118,6 +138,51 @@ struct Encoding {
             atomicExch(&flush.errors->ends, (u64)__float_as_uint(low) << 32 | __float_as_uint(high));
     }
 
+    /// Parameters of that share of a channel's range that misses least; of equals the largest. Shares that fp16 cannot hold
+    /// are left out.
+    __device__ Parameters clip_channel(int channel, int from, int to, float low, float high, int max_code) const {
+        Parameters best = {0, 0};
+        float least = INFINITE;
+        for (int share = 0; share < SHARES; share++) {
+            float min = low, max = high, error = 0.0f;
+            narrow(share, min, max);
+            Parameters tried;
+            if (!fit(side, min, max, max_code, tried)) continue;
+            for (int i = from; i < to; i++)
+                if (sinks[i] < 0) error += missed_square(side, x[i * stride + channel], tried, (float)max_code);
+            if (error < least) {
+                least = error;
+                best = tried;
+            }
+        }
+        return best;
+    }
+
+    /// The same of a group of channels of a token, by half a warp: a lane for each share.
+    __device__ Parameters clip_token(const float* own, int count, float low, float high, int max_code) const {
+        const int lane = threadIdx.x % 16;
+        Parameters tried = {0, 0};
+        float error = INFINITE;
+        if (lane < SHARES) {
+            narrow(lane, low, high);
+            if (fit(side, low, high, max_code, tried)) {
+                error = 0.0f;
+                for (int i = 0; i < count; i++) error += missed_square(side, own[i], tried, (float)max_code);
+            }
+        }
+        float least = INFINITE;
+        int best = 0;
+        for (int share = 0; share < SHARES; share++) {
+            const float other = __shfl_sync(ALL_LANES, error, share, 16);
+            if (other < least) {
+                least = other;
+                best = share;
+            }
+        }
+        const int both = __shfl_sync(ALL_LANES, (int)tried.scale << 16 | (int)tried.zero, best, 16);
+        return {(u16)((u32)both >> 16), (u16)both};
+    }
+
     /// Groups of tokens in each channel: a thread for each.
     __device__ void code_channels() const {
         const int channels = stored::coded_channels(side), end = run.slot + run.count;
@@ -143,6 +208,8 @@ struct Encoding {
                 own.zero = float_to_half((float)(sum / (double)seen));
             } else if (seen > 0 && !fit(side, low, high, max_code, own)) {
                 refuse(unit, low, high);
+            } else if (seen > 0 && side.clip_mse) {
+                own = clip_channel(channel, from, to, low, high, max_code);
             }
             write_parameters(run.slot + from, channel, own);
             const float scale = half_to_float(own.scale), zero = half_to_float(own.zero);
@@ -177,11 +244,14 @@ struct Encoding {
                 min = smaller(own[i], min);
                 max = larger(own[i], max);
             }
+            Parameters clipped = {0, 0};
+            if (side.clip_mse) clipped = clip_token(own, count, min, max, max_code);
             __syncwarp();
             if (!exists) continue;
             const bool is_sink = sinks[token] >= 0;
             Parameters parameters = {0, 0};
             if (!is_sink && !fit(side, min, max, max_code, parameters) && lane == 0) refuse(unit, min, max);
+            if (!is_sink && side.clip_mse) parameters = clipped;
             if (lane == 0) write_parameters(run.slot + token, first, parameters);
             const float scale = half_to_float(parameters.scale), zero = half_to_float(parameters.zero);
             for (int i = lane; i < count; i += 16)

@@ -10,13 +10,15 @@ struct Side {
     int tokens_are_lanes;
     /// Whether a group is consecutive lanes of a row; if not, consecutive rows of a lane.
     int along_lanes;
-    /// 2, 3, 4, 6 or 8.
+    /// 2, 3, 4, 5, 6 or 8.
     int bits;
     int group;
     /// 0: x = s c + z. 1: x = s (c - z).
     int integer_zero;
     float clip;
     int include_zero;
+    /// Whether codes span the part of a group's range that misses least.
+    int clip_mse;
     int token_hadamard;
     int rows;
     int lanes;

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 use dibit_cache::{Along, PackedSide, PageLayout, SideLayout};
-use dibit_quant::{Bits, Quantizer};
+use dibit_quant::{Bits, Clip, Quantizer};
 
 /// Codes and parameters of one side of a page.
 #[repr(C)]
@@ -16,6 +16,7 @@ pub(crate) struct Side {
     pub integer_zero: i32,
     pub clip: f32,
     pub include_zero: i32,
+    pub clip_mse: i32,
     pub token_hadamard: i32,
     pub rows: i32,
     pub lanes: i32,
@@ -275,6 +276,7 @@ impl From<&PackedSide> for Side {
             along_lanes: (own.along == Along::Lanes).into(),
             bits: number(Bits::count(own.bits)),
             group: number(own.group),
+            clip_mse: (own.clip == Clip::Mse).into(),
             token_hadamard: own.token_hadamard.into(),
             rows: number(own.rows),
             lanes: number(own.lanes),

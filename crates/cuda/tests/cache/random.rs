@@ -5,7 +5,13 @@ use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
 fn side(bits: usize, channel: bool, group: usize, quantizer: usize, transform: &str, beside: bool) -> String {
-    let quantizer = ["float-min\"", "integer-zero\"\nclip = 0.9", "integer-zero\"\ninclude_zero = true"][quantizer];
+    let quantizer = [
+        "float-min\"",
+        "integer-zero\"\nclip = 0.9",
+        "integer-zero\"\ninclude_zero = true",
+        "float-min\"\nclip = \"mse\"",
+        "integer-zero\"\nclip = \"mse\"",
+    ][quantizer];
     format!(
         "bits = {}\naxis = \"{}\"\ngroup = {}\nquantizer = \"{quantizer}\n{transform}\n{}",
         [2, 3, 4, 6][bits],
@@ -31,7 +37,7 @@ fn random_schemes_equal_the_cpu() {
     ];
     let choices = (
         (0usize..4, 0usize..4, 0usize..3, 0usize..4),
-        (0usize..3, 0usize..3, 0usize..6, 0usize..4),
+        (0usize..5, 0usize..5, 0usize..6, 0usize..4),
         (0usize..3, 0usize..3, 0usize..3, 1usize..4),
         prop::collection::vec(1usize..300, 1..4),
     );
