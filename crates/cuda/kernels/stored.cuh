@@ -3,7 +3,7 @@
 namespace stored {
 
 /// Bits of a code in the first plane of a packed row (dibit_quant::Bits::planes).
-__device__ __forceinline__ int first_width(int bits) { return bits == 3 ? 2 : bits == 6 ? 4 : bits; }
+__device__ __forceinline__ int first_width(int bits) { return bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits; }
 
 /// Bytes of one plane of a packed row.
 __device__ __forceinline__ int plane_bytes(int width, int lanes) { return (lanes * width + 7) / 8; }

@@ -76,7 +76,7 @@ fn a_scheme_file_that_cannot_be_used_says_why() {
     let base = "name = \"mine\"\n[keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\nschedule = \"kivi\"\n";
     run(&["generate", "--kv", &folder.file("nowhere.toml"), "Hello"]).fails_with(&["nowhere.toml", "No such file"]);
     let cases = [
-        (base.replacen("bits = 2", "bits = 5", 1), ["keys.bits = 5", "2, 3, 4, 6, 8, 16"]),
+        (base.replacen("bits = 2", "bits = 7", 1), ["keys.bits = 7", "2, 3, 4, 5, 6, 8, 16"]),
         (
             base.replacen("bits = 2", "bits = 2\nclip = 0.5", 1),
             ["keys.clip", "supported: these with quantizer = \"integer-zero\""],

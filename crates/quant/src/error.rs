@@ -23,7 +23,7 @@ pub enum QuantError {
     #[error("a quantisation group must hold at least one value")]
     Empty,
     /// No code width of this many bits exists.
-    #[error("{0} bits per code is not supported; supported: 2, 3, 4, 6, 8")]
+    #[error("{0} bits per code is not supported; supported: 2, 3, 4, 5, 6, 8")]
     Bits(u32),
     /// No Hadamard matrix of this order is available.
     #[error("no Hadamard matrix of order {0} is available; supported orders: 2^k, 12*2^k, 20*2^k, and multiples of 8")]

@@ -3,8 +3,8 @@
 //! A row of `n` lanes takes `stride = ceil(n / per_byte)` bytes. Lane `i` lies in byte `i % stride`,
 //! in the bit field number `i / stride` counted from the low end. Unpacking one bit field of
 //! consecutive bytes therefore yields consecutive lanes, with one shift and one mask. Codes of three bits
-//! are a packed row of their two low bits, followed by a packed row of their high bit; of six bits, of their four low bits
-//! and of their two high ones.
+//! are a packed row of their two low bits, followed by a packed row of their high bit; of five and six bits,
+//! of their four low bits and of the others.
 //!
 //! Packing and unpacking are inlined, so that a caller that is compiled for more instructions uses them.
 
@@ -19,6 +19,8 @@ pub enum Bits {
     Three,
     /// 4 bits, codes 0 to 15.
     Four,
+    /// 5 bits, codes 0 to 31.
+    Five,
     /// 6 bits, codes 0 to 63.
     Six,
     /// 8 bits, codes 0 to 255.
@@ -48,7 +50,7 @@ impl Plane {
 
 impl Bits {
     /// Every width.
-    pub const ALL: [Bits; 5] = [Bits::Two, Bits::Three, Bits::Four, Bits::Six, Bits::Eight];
+    pub const ALL: [Bits; 6] = [Bits::Two, Bits::Three, Bits::Four, Bits::Five, Bits::Six, Bits::Eight];
 
     /// Number of bits of one code.
     pub const fn count(self) -> usize {
@@ -56,6 +58,7 @@ impl Bits {
             Bits::Two => 2,
             Bits::Three => 3,
             Bits::Four => 4,
+            Bits::Five => 5,
             Bits::Six => 6,
             Bits::Eight => 8,
         }
@@ -72,6 +75,7 @@ impl Bits {
             Bits::Two => &[Plane { width: 2, shift: 0 }],
             Bits::Three => &[Plane { width: 2, shift: 0 }, Plane { width: 1, shift: 2 }],
             Bits::Four => &[Plane { width: 4, shift: 0 }],
+            Bits::Five => &[Plane { width: 4, shift: 0 }, Plane { width: 1, shift: 4 }],
             Bits::Six => &[Plane { width: 4, shift: 0 }, Plane { width: 2, shift: 4 }],
             Bits::Eight => &[Plane { width: 8, shift: 0 }],
         }
@@ -173,12 +177,12 @@ mod tests {
             assert_eq!(Bits::try_from(bits.count() as u32), Ok(bits));
             assert_eq!(1usize << bits.count(), bits.max_code() as usize + 1);
         }
-        assert_eq!(Bits::try_from(5), Err(QuantError::Bits(5)));
+        assert_eq!(Bits::try_from(7), Err(QuantError::Bits(7)));
     }
 
     proptest! {
         #[test]
-        fn unpack_inverts_pack(raw in prop::collection::vec(any::<u8>(), 0..300), which in 0usize..4) {
+        fn unpack_inverts_pack(raw in prop::collection::vec(any::<u8>(), 0..300), which in 0usize..6) {
             let bits = Bits::ALL[which];
             let codes: Vec<u8> = raw.iter().map(|c| c & bits.max_code()).collect();
             let mut packed = vec![0xa5; packed_len(bits, codes.len())];
@@ -189,7 +193,7 @@ mod tests {
         }
 
         #[test]
-        fn putting_lane_by_lane_is_packing(raw in prop::collection::vec(any::<u8>(), 1..200), which in 0usize..4) {
+        fn putting_lane_by_lane_is_packing(raw in prop::collection::vec(any::<u8>(), 1..200), which in 0usize..6) {
             let bits = Bits::ALL[which];
             let mut packed = vec![0; packed_len(bits, raw.len())];
             pack(bits, &raw, &mut packed);

@@ -180,7 +180,7 @@ mod tests {
     proptest! {
         #[test]
         fn errors_are_bounded_without_clipping(
-            group in prop::collection::vec(-100f32..100.0, 2..100), which in 0usize..4, include_zero: bool,
+            group in prop::collection::vec(-100f32..100.0, 2..100), which in 0usize..6, include_zero: bool,
         ) {
             let bits = Bits::ALL[which];
             let quantizer = Quantizer::IntegerZero { clip: 1.0, include_zero };

@@ -76,7 +76,7 @@ impl SideFile {
             BitsFile::Count(count) => (*count, None),
             BitsFile::Word(word) if word == "planes" => (2, Some(self.average_bits.unwrap_or(2.0))),
             BitsFile::Word(word) => {
-                return unsupported(format!("{name}.bits = \"{word}\""), "2, 3, 4, 6, 8, 16, \"planes\"");
+                return unsupported(format!("{name}.bits = \"{word}\""), "2, 3, 4, 5, 6, 8, 16, \"planes\"");
             }
         };
         if self.average_bits.is_some() && planes.is_none() {
@@ -89,13 +89,13 @@ impl SideFile {
             if self.has_choices() {
                 return unsupported(
                     format!("other choices of [{name}] with {name}.bits = 16"),
-                    "these choices on packed codes (bits = 2, 3, 4, 6, 8 or \"planes\")",
+                    "these choices on packed codes (bits = 2, 3, 4, 5, 6, 8 or \"planes\")",
                 );
             }
             return Ok(Side::Half);
         }
         let Ok(bits) = Bits::try_from(count) else {
-            return unsupported(format!("{name}.bits = {count}"), "2, 3, 4, 6, 8, 16, \"planes\"");
+            return unsupported(format!("{name}.bits = {count}"), "2, 3, 4, 5, 6, 8, 16, \"planes\"");
         };
         let group = self.group.unwrap_or(PAGE_TOKENS);
         if !GROUPS.contains(&group) {

@@ -54,7 +54,7 @@ fn unsupported_combinations_name_what_is_supported() {
     let two = |more: &str| BASE.replace("bits = 2", &format!("bits = 2\n{more}"));
     let no_window = BASE.split("[window]").next().unwrap().to_owned();
     let cases = [
-        (BASE.replace("bits = 2", "bits = 5"), "2, 3, 4, 6, 8, 16"),
+        (BASE.replace("bits = 2", "bits = 7"), "2, 3, 4, 5, 6, 8, 16"),
         (BASE.replace("mine", " "), "a name"),
         (BASE.replace("group = 32", "group = 48"), "32, 64, 128"),
         (BASE.replace("\"guaranteed\"", "\"kivi\""), "multiples of 128"),

@@ -6,9 +6,10 @@ struct Fields {
     int offset[4], shift[4], width[4];
 };
 
-__device__ __forceinline__ int plane_count(int bits) { return bits == 3 || bits == 6 ? 2 : 1; }
+__device__ __forceinline__ int plane_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
 __device__ __forceinline__ int plane_width(int bits, int plane) {
     if (bits == 3) return 2 - plane;
+    if (bits == 5) return 4 - 3 * plane;
     if (bits == 6) return 4 - 2 * plane;
     return bits;
 }

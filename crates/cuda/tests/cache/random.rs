@@ -14,7 +14,7 @@ fn side(bits: usize, channel: bool, group: usize, quantizer: usize, transform: &
     ][quantizer];
     format!(
         "bits = {}\naxis = \"{}\"\ngroup = {}\nquantizer = \"{quantizer}\n{transform}\n{}",
-        [2, 3, 4, 6][bits],
+        [2, 3, 4, 5, 6][bits],
         if channel { "channel" } else { "token" },
         [32, 64, 128][group],
         if beside { "low_rank = 2\noutliers = 0.02\nhigh_precision = 0.07\n" } else { "" },
@@ -36,7 +36,7 @@ fn random_schemes_equal_the_cpu() {
         "position = \"pre-rope\"",
     ];
     let choices = (
-        (0usize..4, 0usize..4, 0usize..3, 0usize..4),
+        (0usize..5, 0usize..5, 0usize..3, 0usize..4),
         (0usize..5, 0usize..5, 0usize..6, 0usize..4),
         (0usize..3, 0usize..3, 0usize..3, 1usize..4),
         prop::collection::vec(1usize..300, 1..4),

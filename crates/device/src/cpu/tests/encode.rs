@@ -15,7 +15,7 @@ fn side(keys: bool, channel: bool, bits: usize, group: usize, quantizer: usize, 
         "clip = \"mse\"",
         "quantizer = \"integer-zero\"\nclip = \"mse\"",
     ][quantizer];
-    let own = format!("bits = {}\naxis = \"{axis}\"\ngroup = {group}\n{quantizer}", [2, 3, 4, 6, 8][bits]);
+    let own = format!("bits = {}\naxis = \"{axis}\"\ngroup = {group}\n{quantizer}", [2, 3, 4, 5, 6, 8][bits]);
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"";
     let scheme = Scheme::parse(&format!("name = \"own\"\n[keys]\n{own}\n[values]\n{own}\n{window}"), "own").unwrap();
     let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim };
@@ -59,7 +59,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
     #[test]
     fn codes_and_parameters_are_those_of_the_quantiser(
-        keys: bool, channel: bool, bits in 0usize..5, group in 0usize..3, quantizer in 0usize..5, head_dim in 1usize..33,
+        keys: bool, channel: bool, bits in 0usize..6, group in 0usize..3, quantizer in 0usize..5, head_dim in 1usize..33,
         slots in (0usize..128, 1usize..129), kind in 0usize..6, seed in 0usize..1000, sinks in prop::collection::vec(0usize..128, 0..20),
     ) {
         let (group, head_dim) = ([32, 64, 128][group], 8 * head_dim);

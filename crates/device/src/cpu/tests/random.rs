@@ -6,7 +6,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
     #[test]
     fn random_choices(
-        (key_bits, value_bits) in (0usize..4, 0usize..4), group in 0usize..3, axes in 0usize..4,
+        (key_bits, value_bits) in (0usize..6, 0usize..6), group in 0usize..3, axes in 0usize..4,
         (key_quantizer, value_quantizer) in (0usize..5, 0usize..5), (key_transform, value_transform) in (0usize..6, 0usize..4),
         sinks in 0usize..3, window in 0usize..3, head_dim in 1usize..33, kv_heads in 1usize..5,
         passes in prop::collection::vec(1usize..300, 1..4),
@@ -22,7 +22,7 @@ proptest! {
         let beside = |on: bool| if on { "low_rank = 2\noutliers = 0.02\nhigh_precision = 0.07\n" } else { "" };
         let side = |bits: usize, channel: bool, which: usize, form: usize, more: &str| format!(
             "bits = {}\naxis = \"{}\"\ngroup = {}\nquantizer = \"{}\n{}\n{more}",
-            [2, 3, 4, 6, 8][bits], if channel { "channel" } else { "token" }, [32, 64, 128][group], quantizer(which), transform(form)
+            [2, 3, 4, 5, 6, 8][bits], if channel { "channel" } else { "token" }, [32, 64, 128][group], quantizer(which), transform(form)
         );
         let keys = side(key_bits, axes & 1 == 0, key_quantizer, key_transform, beside(key_transform < 3 && axes & 2 == 0));
         let values = side(value_bits, axes & 2 != 0, value_quantizer, value_transform, beside(value_transform < 3 && axes & 1 == 0));
