@@ -23,7 +23,7 @@ macro_rules! built_in {
     ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../schemes/", $name, ".toml")))),*] };
 }
 
-const BUILT_IN: [(&str, &str); 18] = built_in![
+const BUILT_IN: [(&str, &str); 25] = built_in![
     "fp16",
     "kivi",
     "kivi-paper",
@@ -31,6 +31,8 @@ const BUILT_IN: [(&str, &str); 18] = built_in![
     "kvlinc",
     "kvlinc-rotation",
     "dibit",
+    "k3v2",
+    "k2v2",
     "quarot",
     "quarot-official",
     "resq",
@@ -42,6 +44,11 @@ const BUILT_IN: [(&str, &str); 18] = built_in![
     "rotatekv-window",
     "rotatekv-paper",
     "akvq-vl",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q5_1",
+    "q4_0",
 ];
 
 /// A validated scheme.
@@ -197,8 +204,8 @@ impl Scheme {
              cost far more than clipping saves (kind = \"first\" with count = 4 protects them)",
         );
         let correction = corrected.then_some(
-            "a correction with keys.clip = \"mse\": clipping takes from the logits of packed keys what a correction is \
-             meant to take, and both together take too much (leave one of the two out)",
+            "a correction with keys.clip = \"mse\": it is for keys of whole ranges, which draw too much attention, and clipped \
+             ones draw less as it is (leave one of the two out)",
         );
         [sinks, correction].into_iter().flatten().map(|warning| format!("{}: {warning}", self.name)).collect()
     }
@@ -208,7 +215,7 @@ fn unknown(name: &str) -> SchemeError {
     let nearest = Scheme::built_in()
         .map(|known| (strsim::damerau_levenshtein(name, known), known))
         .min()
-        .filter(|(distance, _)| *distance <= 3);
+        .filter(|(distance, _)| *distance <= 3.min(name.len() / 2));
     SchemeError::Unknown {
         name: name.to_owned(),
         suggestion: nearest.map(|(_, known)| format!(" (did you mean '{known}'?)")).unwrap_or_default(),

@@ -111,6 +111,56 @@ fn unsupported_combinations_name_what_is_supported() {
 }
 
 #[test]
+fn clipping_is_a_choice_of_any_packed_side() {
+    let clipped = BASE.replace("bits = 4", "bits = 4\nquantizer = \"integer-zero\"\nclip = \"mse\"");
+    let scheme = Scheme::parse(&clipped, "mine.toml").unwrap();
+    assert!(scheme.values.is_clipped() && !scheme.keys.is_clipped() && scheme.warnings().is_empty());
+    assert!(scheme.values.to_string().contains("clip 1, clipped for the least squared error"), "{}", scheme.values);
+    // Other values of the same layer take it back.
+    let text = format!("{clipped}[layers.1]\nvalues = {{ quantizer = \"float-min\" }}\n");
+    assert!(!Scheme::parse(&text, "mine.toml").unwrap().sides(0, 1).1.is_clipped());
+    for name in ["k3v2", "k2v2"] {
+        let scheme = Scheme::load(name).unwrap();
+        assert!(scheme.keys.is_clipped() && !scheme.values.is_clipped() && scheme.warnings().is_empty());
+    }
+}
+
+#[test]
+fn clipped_keys_need_sinks_and_no_correction() {
+    let clipped = BASE.replace("bits = 2", "bits = 2\nclip = \"mse\"");
+    let sinks = "[sinks]\nkind = \"first\"\ncount = 4\n";
+    let layer = "[layers.1]\nkeys = { bits = 4, clip = \"mse\" }\n";
+    let warnings = |text: &str| Scheme::parse(text, "mine.toml").unwrap().warnings();
+    for text in [clipped.clone(), format!("{BASE}{layer}")] {
+        let said = warnings(&text);
+        assert!(said.len() == 1 && said[0].starts_with("mine: keys.clip = \"mse\" without [sinks]"), "{said:?}");
+    }
+    for (correction, text) in [("bias", format!("{clipped}{sinks}")), ("linear", format!("{BASE}{layer}{sinks}"))] {
+        let said = warnings(&format!("correction = \"{correction}\"\n{text}"));
+        assert!(said.len() == 1 && said[0].contains("a correction with keys.clip = \"mse\""), "{said:?}");
+    }
+    let without = layer.replacen("\n", "\ncorrection = \"none\"\n", 1);
+    let elsewhere = format!("correction = \"bias\"\n{BASE}{without}{sinks}");
+    for text in [BASE.to_owned(), format!("{clipped}{sinks}"), elsewhere] {
+        assert_eq!(warnings(&text), [""; 0]);
+    }
+    assert_eq!(warnings(&format!("correction = \"bias\"\n{clipped}")).len(), 2);
+}
+
+#[test]
+fn llama_cpp_names_are_schemes() {
+    for name in ["f16", "bf16"] {
+        assert!(Scheme::load(name).unwrap().is_exact());
+    }
+    for (name, bits) in [("q8_0", Bits::Eight), ("q5_1", Bits::Five), ("q4_0", Bits::Four)] {
+        let scheme = Scheme::load(name).unwrap();
+        let Side::Packed(keys) = scheme.keys else { panic!("{name}") };
+        assert_eq!((keys.bits, keys.group, keys.axis, keys.transform), (bits, 32, Axis::Token, Transform::None));
+        assert_eq!((scheme.values, scheme.window.schedule, scheme.sinks), (scheme.keys, Schedule::None, Sinks::None));
+    }
+}
+
+#[test]
 fn malformed_files_say_where() {
     assert!(message("name = ").contains("line 1"));
     let unknown = message(&format!("{BASE}[sink]\nfirst = 4\n"));

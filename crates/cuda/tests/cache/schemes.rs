@@ -29,6 +29,12 @@ fn all() -> Vec<Scheme> {
             "bits = 4\ntransform = \"basis\"\noutliers = 0.02",
         ),
         own("correction = \"linear\"", "bits = 2\noutliers = 0.02", "bits = 2\nlow_rank = 3"),
+        own(
+            "",
+            "bits = 2\naxis = \"token\"\nclip = \"mse\"",
+            "bits = 3\naxis = \"channel\"\ngroup = 32\nclip = \"mse\"",
+        ),
+        own("", "bits = \"planes\"\nclip = \"mse\"", "bits = 2\nquantizer = \"integer-zero\"\nclip = \"mse\""),
         own("", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
     ]);
     let only = std::env::var("DIBIT_TEST_SCHEME").unwrap_or_default();
