@@ -323,8 +323,9 @@ pub struct CompareArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Tasks: niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe.
+Tasks: niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, copying.
 An answer of several strings counts by the share that is found. Decoding is greedy.
+copying is none of RULER's: random tokens twice, of any --context, and what is expected in the second copy.
 
 Examples:
   dibit ruler --tasks niah_single_1,niah_multikey_2,vt --samples 10

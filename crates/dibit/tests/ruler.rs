@@ -91,6 +91,7 @@ fn all_tasks_fit_a_short_context() {
     let header = "scheme context single_1 single_2 single_3 multikey_1 multikey_2 multikey_3 multivalue multiquery vt cwe \
                   fwe mean";
     assert_eq!(cells(&done.stdout)[0], header.split(' ').collect::<Vec<_>>());
+    assert!(done.stdout.contains("\n\nscheme  copied"), "{}", done.stdout);
     let prompts = lines(&folder, "prompts.jsonl");
     assert_eq!(prompts.len(), 11);
     for prompt in prompts {
@@ -102,6 +103,50 @@ fn all_tasks_fit_a_short_context() {
         }
         assert!(text("answer_prefix").starts_with(' ') && text("input").ends_with(['?', '.']));
     }
+}
+
+#[test]
+fn random_tokens_are_copied_less_well_from_fewer_bits() {
+    let folder = Folder::new();
+    let of = |further: &[&str]| {
+        let (json, csv) = (folder.file("out.json"), folder.file("out.csv"));
+        let options =
+            ["ruler", "--kv=kivi,q4_0,q8_0", "--tasks=copying", "--samples=1", "--json", &json, "--csv", &csv];
+        let done = run(&[&options[..], further].concat()).succeeds();
+        let report: Value = serde_json::from_slice(&folder.read("out.json")).unwrap();
+        (done.stdout, report, String::from_utf8(folder.read("out.csv")).unwrap())
+    };
+    let (stdout, report, csv) = of(&[]);
+    let copying = &report["copying"];
+    assert!(report["results"].as_array().unwrap().is_empty());
+    assert_eq!(
+        ["copied_tokens", "context", "samples", "tokens"].map(|name| copying[name].as_u64().unwrap()),
+        [380, 761, 1, 379]
+    );
+    let table = cells(&stdout);
+    assert_eq!(table[0], ["scheme", "copied", "top-1", "KL", "mean"]);
+    let mut expected = "scheme,context,task,score\n".to_owned();
+    let figures: Vec<[f64; 3]> = ["fp16", "kivi", "q4_0", "q8_0"]
+        .iter()
+        .enumerate()
+        .map(|(index, scheme)| {
+            let row = &copying["schemes"][index];
+            assert_eq!(row["scheme"], *scheme);
+            let [copied, agreement, kl] =
+                ["copied", "top1_agreement", "kl_mean"].map(|name| row[name].as_f64().unwrap());
+            let shown = [100.0 * copied, 100.0 * agreement].map(|share| format!("{share:.1}"));
+            assert_eq!(table[index + 1], [*scheme, &shown[0], &shown[1], &format!("{kl:.4}")]);
+            expected += &format!("{scheme},761,copying,{:.2}\n", 100.0 * copied);
+            [copied, agreement, kl]
+        })
+        .collect();
+    assert_eq!(csv, expected);
+    assert_eq!(figures[0][1..], [1.0, 0.0]);
+    assert!(figures.iter().all(|[copied, ..]| (0.0..=1.0).contains(copied)), "{figures:?}");
+    let [_, kivi, four, eight] = [0, 1, 2, 3].map(|index| figures[index][2]);
+    assert!(0.0 < eight && eight < four && four < kivi, "{figures:?}");
+    assert_eq!((stdout, report.clone(), csv), of(&["--threads=1", "--context=512"]));
+    assert_ne!(report, of(&["--seed=1"]).1);
 }
 
 #[test]
@@ -154,7 +199,8 @@ fn an_unknown_task_gets_the_nearest_name() {
         ("niah_singel_1", ["'niah_singel_1'", "did you mean 'niah_single_1'?"]),
         ("vt,niah-multiquery", ["'niah-multiquery'", "did you mean 'niah_multiquery'?"]),
         ("", ["unknown task ''", "niah_single_1, niah_single_2"]),
-        ("qa_1", ["'qa_1'", "vt, cwe, fwe"]),
+        ("coping", ["'coping'", "did you mean 'copying'?"]),
+        ("qa_1", ["'qa_1'", "vt, cwe, fwe, copying"]),
     ] {
         ruler(&["--tasks", name]).fails_with(&words);
     }
@@ -175,6 +221,13 @@ fn a_context_must_suit_task_and_model() {
         run(&["ruler", "--kv=kivi", "--context=300", "--tasks", task])
             .fails_with(&[&[needs.as_str()], &short[..]].concat());
     }
+    let short = Folder::of_fixture("qwen2-bias-bf16");
+    short.edit("config.json", serde_json::json!({"max_position_embeddings": 700}));
+    run(&["ruler", "--kv=kivi", "--context=700", "--tasks=vt,copying", "-m", short.path()]).fails_with(&[
+        "copying needs 76",
+        "the model takes 700",
+        "--tasks",
+    ]);
     ruler(&["--context=512,1025"]).fails_with(&["a context of 1025 tokens", "1024", "max_position_embeddings"]);
     run(&["ruler", "--context=0"]).is_usage_error(&["--context"]);
     run(&["ruler", "--context=512,many"]).is_usage_error(&["--context"]);
@@ -246,7 +299,13 @@ fn ctrl_c_ends_a_run_without_figures() {
 #[test]
 fn help_shows_tasks_and_examples() {
     let help = run(&["ruler", "--help"]).succeeds().stdout;
-    for part in ["Examples:\n  dibit ruler", "niah_multikey_1 to 3", "[default: 4096]", "share that is found"] {
+    for part in [
+        "Examples:\n  dibit ruler",
+        "niah_multikey_1 to 3",
+        "copying is none of RULER's",
+        "[default: 4096]",
+        "share that is found",
+    ] {
         assert!(help.contains(part), "'{part}' is not in {help}");
     }
 }

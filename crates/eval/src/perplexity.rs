@@ -15,7 +15,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Rows whose logits are looked at together.
-const LOGIT_ROWS: usize = 128;
+pub(crate) const LOGIT_ROWS: usize = 128;
 
 /// What is evaluated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,15 +78,18 @@ pub struct Progress<'a> {
 }
 
 /// One scheme's model and cache.
-struct Runner<D: Device> {
-    scheme: Scheme,
+pub(crate) struct Runner<D: Device> {
+    pub scheme: Scheme,
     model: Arc<Model<D>>,
     manager: CacheManager,
     store: D::Store,
     workspace: Workspace<D>,
     nll: Vec<f32>,
     kl: Vec<f32>,
-    agreements: usize,
+    /// Tokens whose most likely token is the reference's.
+    pub agreements: usize,
+    /// Tokens that are the most likely ones.
+    pub hits: usize,
     logits: Vec<f32>,
 }
 
@@ -126,16 +129,7 @@ pub fn perplexity<D: Device>(
         // The last token of a window predicts nothing that is in it.
         for first in (0..window.len() - 1).step_by(LOGIT_ROWS) {
             let rows: Vec<usize> = (first..(window.len() - 1).min(first + LOGIT_ROWS)).collect();
-            let targets = &window[first + 1..=first + rows.len()];
-            for runner in &mut runners {
-                let Runner { model, workspace, logits, .. } = runner;
-                model.logits(device, workspace, &rows, logits)?;
-            }
-            let (reference, others) = runners.split_first_mut().expect("the reference is there");
-            reference.score(device, None, targets, config.vocab_size)?;
-            for runner in others {
-                runner.score(device, Some(&reference.logits), targets, config.vocab_size)?;
-            }
+            Runner::score_all(&mut runners, device, &rows, window, config.vocab_size)?;
         }
     }
     Ok(Some(Perplexity {
@@ -148,7 +142,7 @@ pub fn perplexity<D: Device>(
 }
 
 /// A runner for each scheme, the reference first.
-fn runners<D: Device>(
+pub(crate) fn runners<D: Device>(
     device: &D,
     pretrained: &Pretrained,
     schemes: &[Scheme],
@@ -170,6 +164,7 @@ fn runners<D: Device>(
             nll: Vec::new(),
             kl: Vec::new(),
             agreements: 0,
+            hits: 0,
             logits: Vec::new(),
         });
     }
@@ -177,7 +172,7 @@ fn runners<D: Device>(
 }
 
 impl<D: Device> Runner<D> {
-    fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
+    pub fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
         let mut sequence = self.manager.open()?;
         self.manager.reserve(&mut sequence, window.len())?;
         let mut batch = Batch::new(if self.scheme.is_exact() { Mode::Chunk } else { Mode::Streaming });
@@ -187,6 +182,23 @@ impl<D: Device> Runner<D> {
         Ok(result?)
     }
 
+    /// Scores what the rows of a window expect next, by all schemes.
+    pub fn score_all(
+        runners: &mut [Self],
+        device: &D,
+        rows: &[usize],
+        window: &[u32],
+        vocab_size: usize,
+    ) -> Result<(), EvalError> {
+        let targets: Vec<u32> = rows.iter().map(|row| window[row + 1]).collect();
+        for Runner { model, workspace, logits, .. } in runners.iter_mut() {
+            model.logits(device, workspace, rows, logits)?;
+        }
+        let (reference, others) = runners.split_first_mut().expect("the reference is there");
+        reference.score(device, None, &targets, vocab_size)?;
+        others.iter_mut().try_for_each(|runner| runner.score(device, Some(&reference.logits), &targets, vocab_size))
+    }
+
     fn score(
         &mut self,
         device: &D,
@@ -194,7 +206,7 @@ impl<D: Device> Runner<D> {
         targets: &[u32],
         vocab_size: usize,
     ) -> Result<(), EvalError> {
-        let rows: Vec<(f32, f32, bool)> = device.scope(|| {
+        let rows: Vec<(f32, f32, bool, bool)> = device.scope(|| {
             self.logits
                 .par_chunks(vocab_size)
                 .zip(targets)
@@ -202,21 +214,32 @@ impl<D: Device> Runner<D> {
                 .map(|(row, (logits, &target))| {
                     let own = Distribution::new(logits);
                     let nll = own.nll(target) as f32;
-                    let Some(reference) = reference else { return (nll, 0.0, true) };
+                    let hit = own.top == target as usize;
+                    let Some(reference) = reference else { return (nll, 0.0, true, hit) };
                     let reference = Distribution::new(&reference[row * vocab_size..(row + 1) * vocab_size]);
-                    (nll, reference.kl(&own) as f32, reference.top == own.top)
+                    (nll, reference.kl(&own) as f32, reference.top == own.top, hit)
                 })
                 .collect()
         });
-        for (nll, kl, agrees) in rows {
+        for (nll, kl, agrees, hit) in rows {
             if !(nll.is_finite() && kl.is_finite()) {
                 return Err(EvalError::NotFinite { scheme: self.scheme.name.clone() });
             }
             self.nll.push(nll);
             self.kl.push(kl);
             self.agreements += usize::from(agrees);
+            self.hits += usize::from(hit);
         }
         Ok(())
+    }
+
+    /// A count of tokens as a share of all.
+    pub fn share(&self, count: usize) -> f64 {
+        count as f64 / self.nll.len() as f64
+    }
+
+    pub fn kl_mean(&self) -> f64 {
+        mean(&self.kl)
     }
 
     fn result(self, device: &D, context: usize) -> SchemeResult {
@@ -224,11 +247,11 @@ impl<D: Device> Runner<D> {
         // Every window took the first of the sequence's slots, and left in it what the last one held.
         let usage = layout.usage(context, layout.blocks(context), device.extras(&self.store, 0, context));
         SchemeResult {
-            scheme: self.scheme.name,
             perplexity: mean(&self.nll).exp(),
-            kl_mean: mean(&self.kl),
+            kl_mean: self.kl_mean(),
             kl_p999: percentile(&self.kl, 0.999),
-            top1_agreement: self.agreements as f64 / self.nll.len() as f64,
+            top1_agreement: self.share(self.agreements),
+            scheme: self.scheme.name,
             bits: usage.bits(),
             allocated_bits: usage.allocated_bits(),
             nll: self.nll,

@@ -1,21 +1,36 @@
 use super::schemes::calibrated_schemes;
-use super::{announce, go_on, interrupt_flag, schemes};
+use super::{announce, evaluation_progress, go_on, interrupt_flag, schemes};
 use crate::args::RulerArgs;
 use crate::device::on_device;
 use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
 use crate::{Outcome, source};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::csv_field;
-use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
+use dibit_eval::ruler::{
+    COPYING, Copying, CopyingOptions, Haystack, Sample, SampleOptions, Task, copying, copying_context,
+};
 use dibit_model::Pretrained;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
+
+/// What is asked for.
+struct Tasks {
+    ruler: Vec<Task>,
+    copying: bool,
+}
+
+/// Figures of a run.
+struct Report<'a> {
+    tasks: &'a [Task],
+    rows: Vec<Row<'a>>,
+    copying: Option<Copying>,
+}
 
 /// The prompts of one length, task after task.
 struct Prompts {
@@ -39,13 +54,14 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
         check_writable(path)?;
     }
-    on_device!(&args.run.open_device()?, |device| run_on(device, args, &tasks, haystack))
+    on_device!(&args.run.open_device()?, |device| run_on(device, args, tasks, haystack))
 }
 
-fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: &[Task], haystack: Option<Haystack>) -> Result<Outcome> {
+fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: Tasks, haystack: Option<Haystack>) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
-    check(args, &pretrained, &schemes)?;
+    check(args, &tasks, &pretrained, &schemes)?;
+    let Tasks { ruler: tasks, copying: copies } = &tasks;
     let name = pretrained.name.clone();
     let stand_in = haystack.is_none() && tasks.iter().any(|task| task.takes_essay());
     if stand_in {
@@ -59,11 +75,21 @@ fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: &[Task], haystack: Opt
         write_complete(path, dump(&prompts).as_bytes())?;
     }
 
+    let options = CopyingOptions { samples: args.samples as usize, seed: args.seed };
+    let copying = match *copies {
+        true => {
+            let bar = bar(0);
+            let done = copying(device, &pretrained, &schemes, options, evaluation_progress(&bar, &interrupted));
+            bar.finish_and_clear();
+            done?
+        }
+        false => None,
+    };
     let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
     let mut rows = Vec::new();
     // A scheme may change the weights, so the next one takes fresh ones.
     let mut loaded = Some(pretrained);
-    for scheme in &schemes {
+    for scheme in schemes.iter().filter(|_| !tasks.is_empty()) {
         if interrupted.load(Ordering::Relaxed) {
             break;
         }
@@ -77,15 +103,20 @@ fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: &[Task], haystack: Opt
     }
     bar.finish_and_clear();
 
+    let report = Report { tasks, rows, copying };
     let stopped = interrupted.load(Ordering::Relaxed);
     if let Some(path) = args.json.as_deref().filter(|_| !stopped) {
-        write_complete(path, serde_json::to_string(&to_json(args, &name, tasks, &rows))?.as_bytes())?;
+        write_complete(path, serde_json::to_string(&to_json(args, &name, &report)?)?.as_bytes())?;
     }
     if let Some(path) = args.csv.as_deref().filter(|_| !stopped) {
-        write_complete(path, to_csv(tasks, &rows).as_bytes())?;
+        write_complete(path, to_csv(&report).as_bytes())?;
     }
-    if !rows.is_empty() {
-        write!(std::io::stdout(), "{}", render(args, tasks, &rows, stand_in)).context(STDOUT)?;
+    if !report.rows.is_empty() {
+        write!(std::io::stdout(), "{}", render(args, &report, stand_in)).context(STDOUT)?;
+    }
+    if let Some(copying) = &report.copying {
+        let gap = if report.rows.is_empty() { "" } else { "\n" };
+        write!(std::io::stdout(), "{gap}{}", render_copying(args, copying)).context(STDOUT)?;
     }
     if stopped {
         note("interrupted: what was not finished is left out, and no figures are written to files");
@@ -95,13 +126,18 @@ fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: &[Task], haystack: Opt
 }
 
 /// The tasks of these names, each once.
-fn tasks(names: &[String]) -> Result<Vec<Task>> {
-    let mut tasks = Vec::new();
+fn tasks(names: &[String]) -> Result<Tasks> {
+    let mut tasks = Tasks { ruler: Vec::new(), copying: false };
     for name in names.iter().map(|name| name.trim()) {
-        let named = if name == "all" { Task::ALL.to_vec() } else { vec![name.parse()?] };
+        tasks.copying |= ["all", COPYING].contains(&name);
+        let named = match name {
+            "all" => Task::ALL.to_vec(),
+            COPYING => Vec::new(),
+            name => vec![name.parse()?],
+        };
         for task in named {
-            if !tasks.contains(&task) {
-                tasks.push(task);
+            if !tasks.ruler.contains(&task) {
+                tasks.ruler.push(task);
             }
         }
     }
@@ -109,8 +145,12 @@ fn tasks(names: &[String]) -> Result<Vec<Task>> {
 }
 
 /// Refuses what cannot run before anything does.
-fn check(args: &RulerArgs, pretrained: &Pretrained, schemes: &[Scheme]) -> Result<()> {
+fn check(args: &RulerArgs, tasks: &Tasks, pretrained: &Pretrained, schemes: &[Scheme]) -> Result<()> {
     let limit = pretrained.config.max_position_embeddings;
+    let needed = copying_context(pretrained);
+    if tasks.copying && needed > limit {
+        bail!("{COPYING} needs {needed} tokens, and the model takes {limit}; leave the task out of --tasks");
+    }
     for &context in &args.context {
         let context = context as usize;
         if context > limit {
@@ -192,7 +232,8 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     sum / f64::from(count.max(1))
 }
 
-fn render(args: &RulerArgs, tasks: &[Task], rows: &[Row], stand_in: bool) -> String {
+fn render(args: &RulerArgs, report: &Report, stand_in: bool) -> String {
+    let Report { tasks, rows, .. } = report;
     let names = tasks.iter().map(|task| task.name().trim_start_matches("niah_"));
     let header: Vec<&str> = ["scheme", "context"].into_iter().chain(names).chain(["mean"]).collect();
     let cells = |row: &Row| {
@@ -210,7 +251,24 @@ fn render(args: &RulerArgs, tasks: &[Task], rows: &[Row], stand_in: bool) -> Str
     )
 }
 
-fn to_json(args: &RulerArgs, model: &str, tasks: &[Task], rows: &[Row]) -> Value {
+fn render_copying(args: &RulerArgs, copying: &Copying) -> String {
+    let cells = |of: &dibit_eval::ruler::CopyingResult| {
+        let shares = [of.copied, of.top1_agreement].map(|share| format!("{:.1}", 100.0 * share));
+        let [copied, agreement] = shares;
+        vec![of.scheme.clone(), copied, agreement, format!("{:.4}", of.kl_mean)]
+    };
+    format!(
+        "{}copying {} random tokens: per cent of the second copy that is the most likely token, and whose most likely token \
+         is that of fp16; KL in nats against fp16; --samples {} --seed {}\n",
+        table(&["scheme", "copied", "top-1", "KL mean"], &copying.schemes.iter().map(cells).collect::<Vec<_>>()),
+        copying.copied_tokens,
+        args.samples,
+        args.seed,
+    )
+}
+
+fn to_json(args: &RulerArgs, model: &str, report: &Report) -> Result<Value> {
+    let Report { tasks, rows, copying } = report;
     let answer = |(sample, answer): (&Sample, &Answer)| {
         json!({
             "index": sample.index,
@@ -233,22 +291,27 @@ fn to_json(args: &RulerArgs, model: &str, tasks: &[Task], rows: &[Row]) -> Value
             "tasks": tasks.iter().map(|&name| task(row, name)).collect::<Vec<_>>(),
         })
     };
-    json!({
+    Ok(json!({
         "model": model,
         "samples": args.samples,
         "seed": args.seed,
         "chat": args.chat,
         "haystack": args.haystack.haystack,
         "results": rows.iter().map(row).collect::<Vec<_>>(),
-    })
+        "copying": serde_json::to_value(copying)?,
+    }))
 }
 
-fn to_csv(tasks: &[Task], rows: &[Row]) -> String {
+fn to_csv(report: &Report) -> String {
+    let Report { tasks, rows, copying } = report;
     let mut csv = "scheme,context,task,score\n".to_owned();
     for row in rows {
-        for &task in tasks {
+        for &task in *tasks {
             csv += &format!("{},{},{task},{:.2}\n", csv_field(row.scheme), row.prompts.context, row.score(task));
         }
+    }
+    for (own, context) in copying.iter().flat_map(|all| all.schemes.iter().map(|own| (own, all.context))) {
+        csv += &format!("{},{context},{COPYING},{:.2}\n", csv_field(&own.scheme), 100.0 * own.copied);
     }
     csv
 }

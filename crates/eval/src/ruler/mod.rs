@@ -12,8 +12,11 @@
 //! - A prompt is filled up to less than one unit of haystack for its first sample, and as good as that for the
 //!   others; the original searches in steps of 5 to 500 units and takes no length that is below the first step.
 //! - The solved example of variable tracking is made anew for each sample; the original changes its names only.
+//!
+//! A task of our own is [`copying`].
 
 mod common;
+mod copying;
 mod frequent;
 mod haystack;
 mod needle;
@@ -24,6 +27,7 @@ mod task;
 mod variables;
 mod vocabulary;
 
+pub use copying::{COPIED, COPYING, Copying, CopyingOptions, CopyingResult, copying, copying_context};
 pub use haystack::Haystack;
 pub use sample::{Sample, SampleOptions, samples};
 pub use score::score;

@@ -1,5 +1,5 @@
-use super::RulerError;
 use super::needle::{Hay, Needles, Token};
+use super::{COPYING, RulerError};
 use std::fmt;
 use std::str::FromStr;
 
@@ -124,15 +124,15 @@ impl FromStr for Task {
         if let Some(task) = Task::ALL.into_iter().find(|task| task.name() == name) {
             return Ok(task);
         }
-        let nearest = Task::ALL
-            .map(|task| (strsim::damerau_levenshtein(name, task.name()), task.name()))
-            .into_iter()
+        let names = || Task::ALL.map(Task::name).into_iter().chain([COPYING]);
+        let nearest = names()
+            .map(|known| (strsim::damerau_levenshtein(name, known), known))
             .min()
             .filter(|(distance, known)| *distance <= known.len() / 3);
         Err(RulerError::UnknownTask {
             name: name.to_owned(),
             suggestion: nearest.map(|(_, known)| format!(" (did you mean '{known}'?)")).unwrap_or_default(),
-            known: Task::ALL.map(Task::name).join(", "),
+            known: names().collect::<Vec<_>>().join(", "),
         })
     }
 }
@@ -147,6 +147,7 @@ mod tests {
             assert_eq!(task.name().parse::<Task>().unwrap(), task);
         }
         let error = |name: &str| name.parse::<Task>().unwrap_err().to_string();
+        assert!(error("coping").contains("did you mean 'copying'?"));
         assert!(error("niah_singel_2").contains("did you mean 'niah_single_2'?"));
         assert!(error("VT").contains("there are niah_single_1, ") && !error("VT").contains("did you mean"));
         assert!(!error("").contains("did you mean"));
