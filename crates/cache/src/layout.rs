@@ -131,6 +131,8 @@ pub struct LayerLayout {
     pub keys: Transform,
     /// What happens to values before they are stored.
     pub values: Transform,
+    /// Whether values come as they are stored, and outputs are taken in their frame: the projections do the transform.
+    pub values_fused: bool,
     /// Adjacent KV heads whose keys are rotated together before RoPE.
     pub rotated_heads: usize,
     /// Adjacent KV heads that can only be read together: those that share a rotation or a permutation.
@@ -190,12 +192,18 @@ impl LayerLayout {
             offset,
             keys: keys.transform(),
             values: values.transform(),
+            values_fused: false,
             rotated_heads,
             frame,
             linear: correction.linear,
             states,
             bias: correction.bias,
         })
+    }
+
+    /// Whether values are stored in another frame than their own.
+    pub(crate) fn transforms_values(&self) -> bool {
+        matches!(self.values, Transform::Hadamard | Transform::Basis)
     }
 
     /// Bytes from one page to the next.
@@ -286,20 +294,13 @@ impl CacheLayout {
     /// # Errors
     /// [`SchemeError::Uncalibrated`], [`SchemeError::Calibration`].
     pub fn with_tables(mut self, inv_freq: Vec<f32>) -> Result<Self, SchemeError> {
-        let tables = Tables { inv_freq, calibration: self.calibration.clone() };
-        tables.check(&self)?;
-        self.tables = Some(Arc::new(tables));
+        self.tables = Some(Arc::new(Tables::new(&self, inv_freq, self.calibration.clone())?));
         Ok(self)
     }
 
     /// The numbers that transforms need, where they have been given.
     pub fn tables(&self) -> Option<&Arc<Tables>> {
         self.tables.as_ref()
-    }
-
-    /// For each layer, whether a Hadamard rotation of its values belongs into the projections.
-    pub fn rotated_values(&self) -> Vec<bool> {
-        self.layers.iter().map(|layer| layer.values == Transform::Hadamard).collect()
     }
 
     /// Name of the scheme.

@@ -5,6 +5,7 @@
 //! no kernels: a device allocates the storage and fills it.
 #![forbid(unsafe_code)]
 
+mod basis;
 mod error;
 mod layout;
 mod manager;
@@ -14,8 +15,10 @@ mod side;
 mod states;
 mod tables;
 mod usage;
+mod value_transform;
 mod window;
 
+pub use basis::Basis;
 pub use error::{CacheError, SchemeError};
 pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
@@ -27,6 +30,7 @@ pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
 pub use states::StateLayout;
 pub use tables::{Adapters, Calibration, LayerCalibration, Tables};
 pub use usage::{Extras, Usage};
+pub use value_transform::{TransformedValues, ValueTransform};
 pub use window::{Schedule, Window};
 
 /// Token slots of a page, and the spacing of the absolute grid on which pages begin.

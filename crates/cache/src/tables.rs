@@ -1,11 +1,9 @@
 //! Numbers that the transforms of a scheme need: the model's rotary frequencies and what was calibrated.
 
-use crate::{CacheLayout, LayerLayout, PageLayout, Planes, SchemeError, SideLayout, Transform};
+use crate::basis::Kind;
+use crate::{Basis, CacheLayout, LayerLayout, PageLayout, Planes, SchemeError, SideLayout, Transform};
 use crate::{Permutation, PreRope};
 use std::sync::Arc;
-
-/// How far `U U^T` may be from the identity.
-const ORTHONORMAL: f32 = 1e-3;
 
 /// What calibration found for one layer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -15,7 +13,7 @@ pub struct LayerCalibration {
     pub permutation: Option<Vec<u32>>,
     /// Orthogonal matrices `[kv head][head_dim][head_dim]`, applied to row vectors: `k U`.
     pub key_basis: Option<Vec<f32>>,
-    /// The same for values.
+    /// The same for values: `v T`. Where these have planes, T need not be orthogonal, but must have an inverse.
     pub value_basis: Option<Vec<f32>>,
     /// Two-bit planes of each key channel, `[kv head][head_dim]`, 0 to 4.
     pub key_planes: Option<Vec<u8>>,
@@ -61,15 +59,24 @@ pub struct Tables {
     pub inv_freq: Vec<f32>,
     /// What was calibrated, where the scheme needs it.
     pub calibration: Option<Arc<Calibration>>,
+    /// For each layer the bases of keys and of values, where they are stored in some; empty without a calibration.
+    bases: Vec<Bases>,
 }
 
+/// The bases of keys and of values.
+type Bases = [Option<Arc<Basis>>; 2];
+
 impl Tables {
-    pub(crate) fn check(&self, layout: &CacheLayout) -> Result<(), SchemeError> {
+    pub(crate) fn new(
+        layout: &CacheLayout,
+        inv_freq: Vec<f32>,
+        calibration: Option<Arc<Calibration>>,
+    ) -> Result<Self, SchemeError> {
         let problem = |problem: String| SchemeError::Calibration { name: layout.origin.clone(), problem };
-        if self.inv_freq.len() * 2 != layout.shape.head_dim {
+        if inv_freq.len() * 2 != layout.shape.head_dim {
             return Err(problem(format!(
                 "{} rotary frequencies for head_dim {}",
-                self.inv_freq.len(),
+                inv_freq.len(),
                 layout.shape.head_dim
             )));
         }
@@ -77,20 +84,32 @@ impl Tables {
             layer.needs_permutation() || layer.needs_basis() || layer.needs_planes().contains(&true)
         };
         let needed = layout.layers.iter().any(needed);
-        let Some(calibration) = &self.calibration else {
-            return if needed { Err(SchemeError::Uncalibrated(layout.origin.clone())) } else { Ok(()) };
+        let Some(own) = &calibration else {
+            return match needed {
+                true => Err(SchemeError::Uncalibrated(layout.origin.clone())),
+                false => Ok(Tables { inv_freq, calibration, bases: Vec::new() }),
+            };
         };
-        if calibration.layers.len() != layout.layers.len() {
-            return Err(problem(format!(
-                "it has {} layers, and the model {}",
-                calibration.layers.len(),
-                layout.layers.len()
-            )));
+        if own.layers.len() != layout.layers.len() {
+            return Err(problem(format!("it has {} layers, and the model {}", own.layers.len(), layout.layers.len())));
         }
-        for (index, (layer, own)) in layout.layers.iter().zip(&calibration.layers).enumerate() {
-            check_layer(layout, layer, own).map_err(|what| problem(format!("layer {index}: {what}")))?;
-        }
-        Ok(())
+        let layers = layout.layers.iter().zip(&own.layers).enumerate();
+        let bases = layers.map(|(index, (layer, own))| {
+            let checked = check_layer(layout, layer, own).and_then(|()| bases(layout, layer, own));
+            checked.map_err(|what| problem(format!("layer {index}: {what}")))
+        });
+        let bases = bases.collect::<Result<_, _>>()?;
+        Ok(Tables { inv_freq, calibration, bases })
+    }
+
+    /// The basis that keys of a layer are stored in, if they are.
+    pub fn key_basis(&self, layer: usize) -> Option<Arc<Basis>> {
+        self.bases.get(layer)?[0].clone()
+    }
+
+    /// The basis that values of a layer are stored in, if they are.
+    pub fn value_basis(&self, layer: usize) -> Option<Arc<Basis>> {
+        self.bases.get(layer)?[1].clone()
     }
 
     /// What was calibrated for a layer.
@@ -154,18 +173,28 @@ fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration
             }
         }
     }
-    for (transform, basis, side) in [(layer.keys, &own.key_basis, "key"), (layer.values, &own.value_basis, "value")] {
-        if transform == Transform::Basis {
-            let basis = basis.as_ref().ok_or_else(|| format!("the {side} basis is missing"))?;
-            if basis.len() != heads * d * d {
-                return Err(format!("a {side} basis of {} numbers, and {heads} x {d} x {d} are needed", basis.len()));
-            }
-            for (head, matrix) in basis.chunks_exact(d * d).enumerate() {
-                check_orthonormal(matrix, d).map_err(|what| format!("the {side} basis of KV head {head} {what}"))?;
-            }
-        }
-    }
     Ok(())
+}
+
+/// The bases that a layer stores keys and values in.
+fn bases(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> Result<Bases, String> {
+    let (heads, d) = (layout.shape.num_key_value_heads, layout.shape.head_dim);
+    let basis = |transform: Transform, matrices: &Option<Vec<f32>>, side: &str, kind: Kind| {
+        if transform != Transform::Basis {
+            return Ok(None);
+        }
+        let matrices = matrices.as_ref().ok_or_else(|| format!("the {side} basis is missing"))?;
+        if matrices.len() != heads * d * d {
+            return Err(format!("a {side} basis of {} numbers, and {heads} x {d} x {d} are needed", matrices.len()));
+        }
+        let basis = Basis::new(matrices, d, kind).map_err(|what| format!("the {side} basis {what}"))?;
+        Ok(Some(Arc::new(basis)))
+    };
+    let planes = layer.needs_planes()[1];
+    Ok([
+        basis(layer.keys, &own.key_basis, "key", Kind::Orthogonal)?,
+        basis(layer.values, &own.value_basis, "value", if planes { Kind::Invertible } else { Kind::Orthogonal })?,
+    ])
 }
 
 fn check_adapters(adapters: &Adapters, features: usize, kv_heads: usize, d: usize) -> Result<(), String> {
@@ -189,22 +218,6 @@ fn check_adapters(adapters: &Adapters, features: usize, kv_heads: usize, d: usiz
     let numbers = adapters.query.iter().chain(&adapters.key).chain([&adapters.gates]).flatten();
     if numbers.into_iter().any(|number| !number.is_finite()) {
         return Err("adapters that are not finite".into());
-    }
-    Ok(())
-}
-
-fn check_orthonormal(matrix: &[f32], d: usize) -> Result<(), String> {
-    if matrix.iter().any(|x| !x.is_finite()) {
-        return Err("holds a number that is not finite".into());
-    }
-    let rows: Vec<&[f32]> = matrix.chunks_exact(d).collect();
-    for (i, a) in rows.iter().enumerate() {
-        for (j, b) in rows.iter().enumerate().skip(i) {
-            let dot: f32 = a.iter().zip(*b).map(|(a, b)| a * b).sum();
-            if (dot - if i == j { 1.0 } else { 0.0 }).abs() > ORTHONORMAL {
-                return Err("is not orthogonal".into());
-            }
-        }
     }
     Ok(())
 }
@@ -253,5 +266,26 @@ mod tests {
         skewed[64 * 64 + 5] = f32::NAN;
         assert!(check("resq", basis(skewed, identity.clone())).unwrap_err().contains("not finite"));
         assert!(check("resq", basis(identity, vec![1.0])).unwrap_err().contains("4 x 64 x 64"));
+    }
+
+    #[test]
+    fn bases_of_values_with_planes_need_an_inverse() {
+        let with = |basis: Vec<f32>| {
+            let planes = Some(vec![1; 4 * 64]);
+            let (key_planes, value_planes) = (planes.clone(), planes);
+            check(
+                "dibit",
+                Some(LayerCalibration { value_basis: Some(basis), key_planes, value_planes, ..Default::default() }),
+            )
+        };
+        let scaled: Vec<f32> = (0..4 * 64 * 64).map(|i| if i / 64 % 64 == i % 64 { 3.0 } else { 0.01 }).collect();
+        assert_eq!(with(scaled.clone()), Ok(()));
+        let mut flat = scaled.clone();
+        flat[2 * 64 * 64..2 * 64 * 64 + 64].fill(0.0);
+        let error = with(flat).unwrap_err();
+        assert!(error.contains("layer 0: the value basis of KV head 2 cannot be inverted"), "{error}");
+        let mut broken = scaled;
+        broken[5] = f32::INFINITY;
+        assert!(with(broken).unwrap_err().contains("the value basis of KV head 0 holds a number that is not finite"));
     }
 }

@@ -103,7 +103,8 @@ impl Fingerprint {
 }
 
 /// SHA-256 of the shape of the model and of some rows of each weight, widened: conversions that lose nothing keep it.
-/// Value and output projections are left out, for a rotation may be fused into them.
+/// Value and output projections are left out, as they were when a rotation might have been fused into them: files that
+/// were made stay usable.
 fn model_hash(pretrained: &Pretrained) -> String {
     let mut hash = Sha256::new();
     let config = &pretrained.config;

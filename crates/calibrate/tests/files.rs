@@ -305,11 +305,8 @@ fn one_changed_weight_makes_another_model() {
         let mut pretrained = fixture(name);
         nudge(&mut pretrained.weights.embed);
         assert_ne!(Fingerprint::new(&pretrained, &scheme), own);
-        // Conversions that lose nothing, and fused rotations of values, leave the model what it is.
+        // Conversions that lose nothing leave the model what it is.
         assert_eq!(Fingerprint::new(&fixture_as(name, Some(DType::F32)), &scheme), own);
-        let (mut pretrained, cpu) = (fixture(name), dibit_device::Cpu::new(Some(1)).unwrap());
-        pretrained.weights.rotate_values(&cpu, pretrained.config.head_dim, &[true, true]).unwrap();
-        assert_eq!(Fingerprint::new(&pretrained, &scheme), own);
     }
 }
 

@@ -4,10 +4,12 @@
 mod common;
 
 use common::{FIXTURES, dummy, fixture, make, options, parse, resq, rotatekv, text};
-use dibit_cache::{CacheManager, Scheme};
-use dibit_device::{Batch, Cpu, Device, Mode};
-use dibit_model::{Model, Pretrained, Workspace};
+use dibit_cache::{CacheLayout, CacheManager, Scheme};
+use dibit_calibrate::Artefact;
+use dibit_device::{Batch, Cpu, DType, Device, Mode};
+use dibit_model::{Model, ModelFiles, Pretrained, WeightSource, Workspace};
 use serde_json::json;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Two pages, the second one not full.
@@ -18,11 +20,12 @@ const LONG_CONTEXT: usize = 300;
 
 /// Logits of each token, decoded one after the other.
 fn logits(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32]) -> Vec<Vec<f32>> {
+    of_layout(pretrained, pretrained.cache_layout(scheme).unwrap(), ids)
+}
+
+fn of_layout(pretrained: &Pretrained, layout: CacheLayout, ids: &[u32]) -> Vec<Vec<f32>> {
     let (cpu, config) = (Cpu::new(Some(2)).unwrap(), &pretrained.config);
-    let layout = config.cache_layout(scheme).unwrap();
-    let mut weights = pretrained.weights.clone();
-    weights.rotate_values(&cpu, config.head_dim, &layout.rotated_values()).unwrap();
-    let model = Model::new(&cpu, config, &weights).unwrap();
+    let model = Model::for_cache(&cpu, config, &pretrained.weights, &layout).unwrap();
     let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
     let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
     let mut workspace = Workspace::new(&cpu, config, ids.len(), ids.len()).unwrap();
@@ -109,4 +112,27 @@ fn the_built_in_schemes_run_and_cost_something() {
             assert!(cost > 1e-4 && cost < 10.0, "{name}, {}: {cost}", scheme.name);
         }
     }
+}
+
+#[test]
+fn values_in_planes_are_the_same_whoever_brings_them_into_their_basis() {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    let files = ModelFiles::open(&tiny).unwrap();
+    let bundled = Pretrained::load(&files, WeightSource::Checkpoint, Some(DType::F32)).unwrap();
+    let text = std::fs::read_to_string(tiny.join("../../README.md")).unwrap();
+    let ids = &bundled.tokenizer.encode(&text, true).unwrap()[..600];
+    let mut dibit = Scheme::load("dibit").unwrap();
+    Artefact::attach(&tiny.join("calibration/dibit.safetensors"), &bundled, &mut dibit).unwrap();
+    let exact = logits(&bundled, &Scheme::load("fp16").unwrap(), ids);
+    let fused = logits(&bundled, &dibit, ids);
+    let online = of_layout(&bundled, bundled.config.cache_layout(&dibit).unwrap(), ids);
+    let nll = |all: &[Vec<f32>]| {
+        let each = all.iter().zip(&ids[1..]).map(|(row, id)| -log_softmax(row)[*id as usize]);
+        each.sum::<f64>() / (ids.len() - 1) as f64
+    };
+    let [perplexity, online_perplexity] = [nll(&fused), nll(&online)].map(f64::exp);
+    let [cost, online_cost, apart] = [kl(&exact, &fused), kl(&exact, &online), kl(&online, &fused)];
+    println!("perplexity {perplexity} fused, {online_perplexity} online; KL {cost}, {online_cost}, apart {apart}");
+    assert!((perplexity / online_perplexity - 1.0).abs() < 1e-3, "{perplexity} {online_perplexity}");
+    assert!((cost - online_cost).abs() < 0.05 * cost && apart < 0.1 * cost, "{cost} {online_cost} {apart}");
 }

@@ -138,7 +138,7 @@ struct HadamardBlock {
     float norm;
 };
 
-/// A rotation of heads.
+/// A rotation of heads, or another basis.
 struct Rotation {
     /// 0: none. 1: Hadamard matrices on the diagonal. 2: a basis.
     int kind;
@@ -149,8 +149,8 @@ struct Rotation {
     const HadamardBlock* blocks;
     /// Signs, or bases [kv head][order][order].
     const float* matrix;
-    /// Bases transposed.
-    const float* transposed;
+    /// The way back: signs of the transposed matrices, or inverses of bases.
+    const float* back;
 };
 
 /// Keys that are stored before RoPE.

@@ -130,7 +130,7 @@ __device__ void hadamard(const Rotation& own, float* x, int rows, int stride) {
     }
 }
 
-/// y <- x U, or x U^T, by the rotation of a head; where it is none or a Hadamard matrix, in place. Rows are packed one behind
+/// y <- x T, or x T^-1, by the rotation of a head; where it is none or a Hadamard matrix, in place. Rows are packed one behind
 /// the other in shared memory, no more than ROWS of them. Returns where the result lies. All threads of the block call it.
 template <int ROWS, bool INVERSE>
 __device__ float* rotate(const Rotation& own, int head, float* x, float* y, int rows) {
@@ -141,7 +141,7 @@ __device__ float* rotate(const Rotation& own, int head, float* x, float* y, int 
         return x;
     }
     int order = own.order;
-    const float* matrix = (INVERSE ? own.transposed : own.matrix) + (i64)head * order * order;
+    const float* matrix = (INVERSE ? own.back : own.matrix) + (i64)head * order * order;
     for (int j = threadIdx.x; j < order; j += blockDim.x) {
         float sums[ROWS];
 #pragma unroll

@@ -152,13 +152,13 @@ pub(crate) struct Rotation {
     pub padding: i32,
     pub blocks: u64,
     pub matrix: u64,
-    pub transposed: u64,
+    pub back: u64,
 }
 
 impl Rotation {
-    /// The way back, of a basis.
+    /// The way back.
     pub(crate) fn inverse(self) -> Self {
-        Rotation { matrix: self.transposed, transposed: self.matrix, ..self }
+        Rotation { matrix: self.back, back: self.matrix, ..self }
     }
 }
 

@@ -153,6 +153,10 @@ impl Device for Cuda {
         CudaStore::new(self, layout, num_blocks, num_sequences, max_rows)
     }
 
+    fn layout<'a>(&self, store: &'a CudaStore) -> &'a CacheLayout {
+        &store.layout
+    }
+
     fn embed(&self, table: &Matrix, ids: &Ids, count: usize, out: &mut Buffer) {
         self.keep(rows::embed(self, table, ids, count, out));
     }

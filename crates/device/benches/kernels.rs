@@ -65,6 +65,7 @@ impl Cache {
         let scheme = Scheme::load(scheme).expect("a built-in scheme");
         let layout = CacheLayout::new(&scheme, SHAPE).expect("a scheme for every shape");
         let layout = layout.with_tables(vec![1.0; SHAPE.head_dim / 2]).expect("a scheme without calibration");
+        let layout = layout.with_fused_values(|_| true);
         let blocks = layout.blocks(capacity);
         let store = cpu.store(&layout, blocks, 1, capacity)?;
         let mut manager = CacheManager::new(layout, blocks, 1);

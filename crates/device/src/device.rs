@@ -128,6 +128,9 @@ pub trait Device: Send + Sync {
         max_rows: usize,
     ) -> Result<Self::Store, DeviceError>;
 
+    /// What a store was made for.
+    fn layout<'a>(&self, store: &'a Self::Store) -> &'a CacheLayout;
+
     /// `out[i] = table[ids[i]]` for the first `count` ids, rows of the table's width.
     fn embed(&self, table: &Self::Matrix, ids: &Self::Ids, count: usize, out: &mut Self::Buffer);
 
@@ -244,7 +247,7 @@ pub trait Device: Send + Sync {
 
     /// Causal attention of rows `rows` of the batch over packed pages, windows and the pass in flight.
     /// `q` and `out` hold `rows.len()` rows of `num_heads * head_dim`. The output is in the frame of the
-    /// stored values. In [`crate::Mode::Streaming`] every row is stored by [`Device::commit`]'s rules
+    /// values that [`Device::write_kv`] got. In [`crate::Mode::Streaming`] every row is stored by [`Device::commit`]'s rules
     /// before the next one attends.
     ///
     /// # Errors

@@ -72,32 +72,38 @@ impl<S: BorrowMut<Sequence>> Active<'_, S> {
 }
 
 impl<'a, D: Device> Engine<'a, D> {
-    /// Puts a model on a device and plans its cache. What the scheme fuses into the weights is fused into those of
-    /// `pretrained`, so that no second copy stays in memory: engines of schemes that differ in it need models of their
-    /// own.
+    /// Puts a model on a device and plans its cache.
     ///
     /// # Errors
-    /// [`EngineError::ContextTooLong`], a scheme that does not suit the model, a failed self-test of the value
-    /// rotation, or a lack of memory.
+    /// Those of [`Engine::with_model`], a scheme that does not suit the model, or a failed self-test of a transform of
+    /// values.
     pub fn new(
         device: &'a D,
-        pretrained: &'a mut Pretrained,
+        pretrained: &'a Pretrained,
         scheme: &Scheme,
         options: Options,
     ) -> Result<Self, EngineError> {
-        let layout = pretrained.config.cache_layout(scheme)?;
-        if options.sequences == 0 || options.context == 0 {
-            return Err(EngineError::NoRoom);
-        }
-        let (context, limit) = (options.context, pretrained.config.max_position_embeddings);
-        if context > limit {
-            return Err(EngineError::ContextTooLong { context, limit });
-        }
-        pretrained.weights.rotate_values(device, layout.shape.head_dim, &layout.rotated_values())?;
-        let pretrained: &'a Pretrained = pretrained;
+        let layout = pretrained.cache_layout(scheme)?;
+        check(pretrained, options)?;
+        let model = Model::for_cache(device, &pretrained.config, &pretrained.weights, &layout)?;
+        Self::with_model(device, pretrained, model, layout, options)
+    }
+
+    /// Plans a cache of this layout for a model of `pretrained` that is on the device already, and suits it
+    /// ([`Model::variant`]).
+    ///
+    /// # Errors
+    /// [`EngineError::ContextTooLong`], [`EngineError::NoRoom`], or a lack of memory.
+    pub fn with_model(
+        device: &'a D,
+        pretrained: &'a Pretrained,
+        model: Model<D>,
+        layout: CacheLayout,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        check(pretrained, options)?;
         let config = &pretrained.config;
         let plan = MemoryPlan::new(config, &layout, options, &device.budget());
-        let model = Model::new(device, config, &pretrained.weights)?;
         let blocks = plan.sequence_blocks * options.sequences;
         // A decoding step has a row for each sequence.
         let max_rows = plan.pass_rows.max(options.sequences);
@@ -419,4 +425,16 @@ impl<'a, D: Device> Engine<'a, D> {
             Ok(())
         }
     }
+}
+
+/// Refuses room that a model cannot use, or that is none.
+fn check(pretrained: &Pretrained, options: Options) -> Result<(), EngineError> {
+    if options.sequences == 0 || options.context == 0 {
+        return Err(EngineError::NoRoom);
+    }
+    let (context, limit) = (options.context, pretrained.config.max_position_embeddings);
+    if context > limit {
+        return Err(EngineError::ContextTooLong { context, limit });
+    }
+    Ok(())
 }

@@ -13,7 +13,7 @@ fn pretrained(name: &str) -> Pretrained {
     Pretrained::load(&ModelFiles::open(&directory).unwrap(), WeightSource::Checkpoint, None).unwrap()
 }
 
-fn engine<'a>(cpu: &'a Cpu, model: &'a mut Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
+fn engine<'a>(cpu: &'a Cpu, model: &'a Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
     let options = Options { context: 1024, sequences, prefill_chunk: None };
     let mut scheme = Scheme::load(scheme).unwrap();
     if scheme.takes_calibration() {
@@ -86,15 +86,15 @@ fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
         })
         .collect();
     for scheme in Scheme::built_in() {
-        let mut model = pretrained("llama32-old-bf16");
+        let model = pretrained("llama32-old-bf16");
         let single = Cpu::new(Some(1)).unwrap();
         let alone: Vec<Completion> = requests
             .iter()
-            .map(|r| engine(&single, &mut model, scheme, 1).generate(std::slice::from_ref(r), go_on).unwrap().remove(0))
+            .map(|r| engine(&single, &model, scheme, 1).generate(std::slice::from_ref(r), go_on).unwrap().remove(0))
             .collect();
         for (threads, sequences) in [(1, 5), (3, 2)] {
             let cpu = Cpu::new(Some(threads)).unwrap();
-            let together = engine(&cpu, &mut model, scheme, sequences).generate(&requests, go_on).unwrap();
+            let together = engine(&cpu, &model, scheme, sequences).generate(&requests, go_on).unwrap();
             for (alone, together) in alone.iter().zip(&together) {
                 assert_eq!(answer(alone), answer(together), "{scheme}, {threads} threads, {sequences} at once");
             }
@@ -104,8 +104,8 @@ fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
 
 #[test]
 fn an_engine_gives_back_what_its_requests_took() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &mut model, "kvlinc", 2);
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 2);
     let requests = [request(1, 300, 5, Sampling::greedy()), request(2, 20, 5, Sampling::greedy())];
     let first = engine.generate(&requests, go_on).unwrap();
     // A request that is ended at once leaves nothing behind either.
@@ -119,8 +119,8 @@ fn an_engine_gives_back_what_its_requests_took() {
 
 #[test]
 fn texts_end_for_the_reason_they_say() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &mut model, "fp16", 1);
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "fp16", 1);
     let mut run = |request: &Request| engine.generate(std::slice::from_ref(request), go_on).unwrap().remove(0);
     let plain = run(&request(1, 10, 8, Sampling::greedy()));
     assert_eq!((plain.finish, plain.tokens.len(), plain.usage.tokens), (FinishReason::Length, 8, 17));
@@ -135,8 +135,8 @@ fn texts_end_for_the_reason_they_say() {
 
 #[test]
 fn impossible_requests_are_refused_before_anything_runs() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
     let good = request(1, 10, 2, Sampling::greedy());
     for (bad, expected) in [
         (request(1, 0, 2, Sampling::greedy()), "empty"),
@@ -149,8 +149,8 @@ fn impossible_requests_are_refused_before_anything_runs() {
         assert_eq!(engine.generate(std::slice::from_ref(&good), go_on).unwrap().len(), 1);
     }
     let options = Options { context: 1025, sequences: 1, prefill_chunk: None };
-    let mut model = pretrained("qwen2-bias-bf16");
-    let mut refused = |options| Engine::new(&cpu, &mut model, &Scheme::load("kivi").unwrap(), options).err().unwrap();
+    let model = pretrained("qwen2-bias-bf16");
+    let refused = |options| Engine::new(&cpu, &model, &Scheme::load("kivi").unwrap(), options).err().unwrap();
     assert!(matches!(refused(options), EngineError::ContextTooLong { context: 1025, limit: 1024 }));
     assert!(matches!(refused(Options { context: 8, sequences: 0, prefill_chunk: None }), EngineError::NoRoom));
 }
@@ -160,9 +160,9 @@ fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
     let cpu = Cpu::new(Some(2)).unwrap();
     let request = request(7, 700, 10, Sampling::greedy());
     let run = |scheme: &str, prefill_chunk| {
-        let mut model = pretrained("llama32-old-bf16");
+        let model = pretrained("llama32-old-bf16");
         let options = Options { context: 1024, sequences: 1, prefill_chunk };
-        let mut engine = Engine::new(&cpu, &mut model, &Scheme::load(scheme).unwrap(), options).unwrap();
+        let mut engine = Engine::new(&cpu, &model, &Scheme::load(scheme).unwrap(), options).unwrap();
         engine.generate(std::slice::from_ref(&request), go_on).unwrap().remove(0)
     };
     let (whole, parts) = (run("kvlinc", None), run("kvlinc", Some(100)));
@@ -173,8 +173,8 @@ fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
 
 #[test]
 fn a_conversation_feeds_only_what_is_new() {
-    let (cpu, mut model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
+    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
     let mut chat = conversation(&mut engine, Some("Be brief."), false);
     let mut fed = Vec::new();
     for text in ["Hello there, how are you?", "And now?", "A third thing."] {
@@ -199,8 +199,8 @@ fn a_conversation_feeds_only_what_is_new() {
 
 #[test]
 fn a_cancelled_answer_stays_as_far_as_it_came() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
-    let mut engine = engine(&cpu, &mut model, "kvlinc", 1);
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let mut engine = engine(&cpu, &model, "kvlinc", 1);
     let mut chat = conversation(&mut engine, None, false);
     let mut pieces = 0;
     let done = chat
@@ -222,10 +222,10 @@ fn a_cancelled_answer_stays_as_far_as_it_came() {
 
 #[test]
 fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
-    let (cpu, mut model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
     let options = Options { context: 300, sequences: 1, prefill_chunk: None };
     let scheme = Scheme::load("kivi").unwrap();
-    let mut engine = Engine::new(&cpu, &mut model, &scheme, options).unwrap();
+    let mut engine = Engine::new(&cpu, &model, &scheme, options).unwrap();
     let mut chat = conversation(&mut engine, Some("Be brief."), true);
     let mut dropped = false;
     for turn in 0..8 {
@@ -254,8 +254,8 @@ fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
 
 #[test]
 fn requests_of_one_seed_differ_by_their_stream() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama32-old-bf16"));
-    let mut engine = engine(&cpu, &mut model, "kivi", 3);
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama32-old-bf16"));
+    let mut engine = engine(&cpu, &model, "kivi", 3);
     let warm = Sampling { temperature: 1.5, seed: 3, ..Sampling::greedy() };
     let of = |stream| Request { stream, ..request(1, 9, 12, warm.clone()) };
     let done = engine.generate(&[of(0), of(1), of(0)], go_on).unwrap();
@@ -272,7 +272,7 @@ fn a_stop_string_that_is_a_special_token_is_that_token() {
     let special: Vec<(u32, String)> =
         special.filter(|(id, token)| model.tokenizer.special_token(token) == Some(*id)).collect();
     let (id, token) = special.last().expect("the fixture has special tokens").clone();
-    let mut engine = engine(&cpu, &mut model, "kivi", 1);
+    let mut engine = engine(&cpu, &model, "kivi", 1);
     // A bias makes the model choose it.
     let sampling = Sampling { logit_bias: vec![(id, 100.0)], ..Sampling::greedy() };
     let plain = request(1, 9, 5, sampling);
@@ -283,8 +283,8 @@ fn a_stop_string_that_is_a_special_token_is_that_token() {
 
 #[test]
 fn log_probabilities_are_those_of_the_model_whatever_is_chosen() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama32-old-bf16"));
-    let mut engine = engine(&cpu, &mut model, "kivi", 1);
+    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama32-old-bf16"));
+    let mut engine = engine(&cpu, &model, "kivi", 1);
     let greedy = Request { logprobs: Some(3), ..request(1, 9, 6, Sampling::greedy()) };
     let done = engine.generate(std::slice::from_ref(&greedy), go_on).unwrap().remove(0);
     assert_eq!(done.logprobs.len(), done.tokens.len());

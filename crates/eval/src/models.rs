@@ -4,11 +4,12 @@ use dibit_device::Device;
 use dibit_model::{Model, Pretrained};
 use std::sync::Arc;
 
-/// Models of the same weights. Schemes that rotate the same values share one.
+/// Models of the same weights. Schemes that transform values alike share one; those of others share all matrices on the
+/// device, but for the value and output projections that differ.
 pub(crate) struct Models<'a, D: Device> {
     device: &'a D,
     pretrained: &'a Pretrained,
-    made: Vec<(Vec<bool>, Arc<Model<D>>)>,
+    made: Vec<Arc<Model<D>>>,
 }
 
 impl<'a, D: Device> Models<'a, D> {
@@ -16,18 +17,22 @@ impl<'a, D: Device> Models<'a, D> {
         Models { device, pretrained, made: Vec::new() }
     }
 
-    /// The model that writes values as this cache stores them.
+    /// The model that computes values as this cache takes them.
     pub fn get(&mut self, layout: &CacheLayout) -> Result<Arc<Model<D>>, EvalError> {
-        let rotated = layout.rotated_values();
-        if let Some((_, model)) = self.made.iter().find(|(other, _)| *other == rotated) {
+        if let Some(model) = self.made.iter().find(|model| model.suits(layout)) {
             return Ok(model.clone());
         }
         let Pretrained { config, weights, .. } = self.pretrained;
-        let mut weights = weights.clone();
-        // Refuses weights that are rotated already where they should not be.
-        weights.rotate_values(self.device, config.head_dim, &rotated)?;
-        let model = Arc::new(Model::new(self.device, config, &weights)?);
-        self.made.push((rotated, model.clone()));
+        let model = Arc::new(match self.made.first() {
+            Some(first) => first.variant(self.device, weights, layout)?,
+            None => Model::for_cache(self.device, config, weights, layout)?,
+        });
+        self.made.push(model.clone());
         Ok(model)
+    }
+
+    /// Lets go of all models but the first one, and with them of their projections, once nobody else has them.
+    pub fn keep_first(&mut self) {
+        self.made.truncate(1);
     }
 }

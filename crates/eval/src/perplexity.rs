@@ -6,12 +6,12 @@
 
 use crate::EvalError;
 use crate::models::Models;
-use dibit_cache::{CacheManager, Scheme};
+use dibit_cache::{CacheLayout, CacheManager, Scheme};
 use dibit_device::{Batch, Device, Mode};
 use dibit_model::{Distribution, Model, Pretrained, Workspace, windows};
 use rayon::prelude::*;
 use serde::Serialize;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 /// Rows whose logits are looked at together.
@@ -71,8 +71,8 @@ pub struct Progress<'a> {
     pub window: usize,
     /// Windows in all.
     pub windows: usize,
-    /// Forward passes of a window: one for each scheme, the reference included.
-    pub schemes: usize,
+    /// Forward passes of all windows, those of the reference included.
+    pub passes: usize,
     /// Scheme whose forward pass comes next.
     pub scheme: &'a str,
 }
@@ -93,8 +93,12 @@ pub(crate) struct Runner<D: Device> {
     logits: Vec<f32>,
 }
 
-/// Evaluates schemes on a tokenised text, all in one pass over it. The reference `fp16` is added where it is not
-/// among them. `None` where `progress` broke it off.
+/// Evaluates schemes on a tokenised text. The reference `fp16` is added where it is not among them. `None` where
+/// `progress` broke it off.
+///
+/// Schemes that transform values alike run side by side, one such group after the other, and the reference with each: so
+/// the device holds the value and output projections of one group at a time, beside the plain ones, and everything else
+/// once.
 ///
 /// # Errors
 /// [`EvalError`].
@@ -104,7 +108,7 @@ pub fn perplexity<D: Device>(
     schemes: &[Scheme],
     ids: &[u32],
     options: PerplexityOptions,
-    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+    progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Perplexity>, EvalError> {
     let config = &pretrained.config;
     let (context, limit) = (options.context, config.max_position_embeddings);
@@ -116,62 +120,104 @@ pub fn perplexity<D: Device>(
         let needed = context - pretrained.window_bos.iter().len();
         return Err(EvalError::TextTooShort { tokens: ids.len(), needed });
     }
-    let mut runners = runners(device, pretrained, schemes, context)?;
-    for (index, window) in windows.iter().enumerate() {
-        let schemes = runners.len();
-        for runner in &mut runners {
-            let next = Progress { window: index, windows: windows.len(), schemes, scheme: &runner.scheme.name };
-            if progress(next).is_break() {
-                return Ok(None);
-            }
-            runner.forward(device, window)?;
-        }
-        // The last token of a window predicts nothing that is in it.
-        for first in (0..window.len() - 1).step_by(LOGIT_ROWS) {
-            let rows: Vec<usize> = (first..(window.len() - 1).min(first + LOGIT_ROWS)).collect();
-            Runner::score_all(&mut runners, device, &rows, window, config.vocab_size)?;
-        }
-    }
+    let scored = 0..context - 1;
+    let finish = |runner: Runner<D>| runner.result(device, context);
+    let Some(schemes) = run_windows(device, pretrained, schemes, (context, &windows), scored, finish, progress)? else {
+        return Ok(None);
+    };
     Ok(Some(Perplexity {
         context,
         windows: windows.len(),
         bos: pretrained.window_bos,
         tokens: windows.len() * (context - 1),
-        schemes: runners.into_iter().map(|runner| runner.result(device, context)).collect(),
+        schemes,
     }))
 }
 
-/// A runner for each scheme, the reference first.
-pub(crate) fn runners<D: Device>(
+/// Runs windows of up to `context` tokens with all schemes, and scores these rows of each; what `finish` makes of each
+/// scheme, the reference first. Schemes are run by the transforms of values that are fused into the model, one after the
+/// other, each beside the reference. `None` where `progress` broke it off.
+pub(crate) fn run_windows<D: Device, R>(
     device: &D,
     pretrained: &Pretrained,
     schemes: &[Scheme],
-    context: usize,
-) -> Result<Vec<Runner<D>>, EvalError> {
-    let config = &pretrained.config;
+    (context, windows): (usize, &[Vec<u32>]),
+    scored: Range<usize>,
+    finish: impl Fn(Runner<D>) -> R,
+    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Option<Vec<R>>, EvalError> {
+    let schemes = Scheme::with_reference(schemes)?;
+    let layouts = schemes.iter().map(|scheme| pretrained.cache_layout(scheme)).collect::<Result<Vec<_>, _>>()?;
+    let groups = groups(&layouts);
+    let passes = windows.len() * (groups.len() + schemes.len() - 1);
     let mut models = Models::new(device, pretrained);
-    let mut runners = Vec::new();
-    for scheme in Scheme::with_reference(schemes)? {
-        let layout = config.cache_layout(&scheme)?;
+    let mut results: Vec<Option<R>> = schemes.iter().map(|_| None).collect();
+    for group in &groups {
+        models.keep_first();
+        let runner =
+            |index: &usize| Runner::new(device, &mut models, &schemes[*index], layouts[*index].clone(), context);
+        let mut runners = std::iter::once(&0).chain(group).map(runner).collect::<Result<Vec<_>, _>>()?;
+        for (index, window) in windows.iter().enumerate() {
+            for runner in &mut runners {
+                let next = Progress { window: index, windows: windows.len(), passes, scheme: &runner.scheme.name };
+                if progress(next).is_break() {
+                    return Ok(None);
+                }
+                runner.forward(device, window)?;
+            }
+            for first in scored.clone().step_by(LOGIT_ROWS) {
+                let rows: Vec<usize> = (first..scored.end.min(first + LOGIT_ROWS)).collect();
+                Runner::score_all(&mut runners, device, &rows, window, pretrained.config.vocab_size)?;
+            }
+        }
+        for (index, runner) in std::iter::once(&0).chain(group).zip(runners) {
+            results[*index] = Some(finish(runner));
+        }
+    }
+    Ok(Some(results.into_iter().flatten().collect()))
+}
+
+/// The schemes behind the reference, the first one, grouped by the transforms of values that are fused into the model.
+/// One group is empty where there are none.
+fn groups(layouts: &[CacheLayout]) -> Vec<Vec<usize>> {
+    let mut groups: Vec<(Vec<_>, Vec<usize>)> = Vec::new();
+    for (index, layout) in layouts.iter().enumerate().skip(1) {
+        let fused = layout.fused_values();
+        match groups.iter_mut().find(|(other, _)| *other == fused) {
+            Some((_, group)) => group.push(index),
+            None => groups.push((fused, vec![index])),
+        }
+    }
+    if groups.is_empty() {
+        return vec![Vec::new()];
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
+}
+
+impl<D: Device> Runner<D> {
+    fn new(
+        device: &D,
+        models: &mut Models<D>,
+        scheme: &Scheme,
+        layout: CacheLayout,
+        context: usize,
+    ) -> Result<Self, EvalError> {
         let model = models.get(&layout)?;
         let blocks = layout.blocks(context);
-        runners.push(Runner {
+        Ok(Runner {
             store: device.store(&layout, blocks, 1, context)?,
-            workspace: Workspace::new(device, config, context, LOGIT_ROWS)?,
+            workspace: Workspace::new(device, model.config(), context, LOGIT_ROWS)?,
             manager: CacheManager::new(layout, blocks, 1),
-            scheme,
+            scheme: scheme.clone(),
             model,
             nll: Vec::new(),
             kl: Vec::new(),
             agreements: 0,
             hits: 0,
             logits: Vec::new(),
-        });
+        })
     }
-    Ok(runners)
-}
 
-impl<D: Device> Runner<D> {
     pub fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
         let mut sequence = self.manager.open()?;
         self.manager.reserve(&mut sequence, window.len())?;

@@ -4,7 +4,7 @@ use crate::EvalError;
 use crate::random_cache::{RandomCache, random};
 use dibit_cache::Scheme;
 use dibit_device::Device;
-use dibit_model::ModelConfig;
+use dibit_model::Pretrained;
 use dibit_timing::rounds;
 use std::time::Duration;
 
@@ -18,16 +18,17 @@ const STEPS: usize = 15;
 /// [`EvalError`].
 pub fn attention_times<D: Device>(
     device: &D,
-    config: &ModelConfig,
+    pretrained: &Pretrained,
     schemes: &[Scheme],
     context: usize,
 ) -> Result<Vec<Duration>, EvalError> {
+    let config = &pretrained.config;
     let heads = config.num_attention_heads;
     let q = device.upload(&random(0, heads * config.head_dim))?;
     let mut out = device.buffer(heads * config.head_dim)?;
     let mut caches = Vec::new();
     for scheme in schemes {
-        let mut cache = RandomCache::new(device, config.cache_layout(scheme)?, 1, context, 1)?;
+        let mut cache = RandomCache::new(device, pretrained.cache_layout(scheme)?, 1, context, 1)?;
         cache.write_next(device)?;
         caches.push(cache);
     }

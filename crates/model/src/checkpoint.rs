@@ -155,6 +155,15 @@ impl Checkpoint {
         self.entries.contains_key(&self.file_name(name))
     }
 
+    /// Whether a matrix can be multiplied into the value and output projections of a layer: see
+    /// [`crate::LayerWeights::takes_fused_values`].
+    pub fn takes_fused_values(&self, layer: usize) -> bool {
+        ["v_proj", "o_proj"].into_iter().all(|projection| {
+            let name = self.file_name(&format!("model.layers.{layer}.self_attn.{projection}.weight"));
+            !matches!(self.entries.get(&name), Some(Entry { format: Format::Blocks(_), .. }))
+        })
+    }
+
     /// How the numbers of matrices are stored, by their share of the bytes: `Q4_K 81 %, Q6_K 19 %`.
     pub fn formats(&self) -> String {
         mixture(self.entries.values().filter_map(|entry| {

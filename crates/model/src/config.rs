@@ -188,7 +188,8 @@ impl ModelConfig {
         }
     }
 
-    /// A scheme's cache for this model, with all that it needs to hold tokens.
+    /// A scheme's cache for this model, with all that it needs to hold tokens. It takes values as plain weights compute them,
+    /// and transforms them itself; [`crate::Pretrained::cache_layout`] leaves that to the weights where it can.
     ///
     /// # Errors
     /// [`SchemeError`] where the scheme does not suit the model, or lacks its calibration.

@@ -125,11 +125,12 @@ pub enum ModelError {
         /// Rows planned.
         max_rows: usize,
     },
-    /// Fused value rotation changed the model.
+    /// A transform of values that was fused into the projections changed the model.
     #[error(
-        "value rotation of layer {layer} failed its self-test: {part} differ by {difference:.2e}, more than {tolerance:.0e}"
+        "the transform of values fused into layer {layer} failed its self-test: {part} differ by {difference:.2e}, more than \
+         {tolerance:.0e}; take another scheme, or calibrate this one again"
     )]
-    RotationTest {
+    FusionTest {
         /// Decoder layer.
         layer: usize,
         /// "values" or "outputs".
@@ -138,6 +139,24 @@ pub enum ModelError {
         difference: f32,
         /// The limit.
         tolerance: f32,
+    },
+    /// A transform of values was to be fused into quantised projections.
+    #[error(
+        "the value and output projections of layer {layer} are quantised, and no transform of values is fused into them; take \
+         the cache's layout from the weights, or load them in 16 bit"
+    )]
+    QuantisedValues {
+        /// Decoder layer.
+        layer: usize,
+    },
+    /// A cache takes values in another frame than the model computes them in.
+    #[error(
+        "the cache of scheme {scheme} takes values in another frame than this model computes them in; make the model for the \
+         cache's layout"
+    )]
+    OtherValues {
+        /// The scheme of the cache.
+        scheme: String,
     },
     /// A download failed.
     #[error("cannot get {model} from the hub: {reason}")]

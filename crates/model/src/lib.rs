@@ -11,6 +11,7 @@ mod distribution;
 mod error;
 mod exact;
 mod files;
+mod fusion;
 mod generation_config;
 mod gguf;
 #[cfg(feature = "hub")]
@@ -22,7 +23,6 @@ mod model;
 mod pretrained;
 mod quiet_panic;
 mod rope;
-mod rotation;
 mod stop_tokens;
 mod tokenizer;
 mod unread_keys;

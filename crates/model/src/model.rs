@@ -1,7 +1,9 @@
 //! The forward pass.
 
+use crate::fusion::Fusion;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
+use dibit_cache::{CacheLayout, ValueTransform};
 use dibit_device::{Batch, Device, Heads, Norm, Output, Phase, Projection, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,17 +20,19 @@ pub fn argmax(values: &[f32]) -> usize {
     best
 }
 
-struct Linear<D: Device> {
+/// A linear layer on a device; copies share its numbers.
+pub(crate) struct Linear<D: Device> {
     weight: D::Matrix,
     bias: Option<Arc<D::Buffer>>,
 }
 
-struct Layer<D: Device> {
+/// A decoder layer on a device; copies share its numbers.
+pub(crate) struct Layer<D: Device> {
     input_norm: Arc<D::Buffer>,
     q: Linear<D>,
     k: Linear<D>,
-    v: Linear<D>,
-    o: Linear<D>,
+    pub v: Linear<D>,
+    pub o: Linear<D>,
     q_norm: Option<Arc<D::Buffer>>,
     k_norm: Option<Arc<D::Buffer>>,
     post_norm: Arc<D::Buffer>,
@@ -48,7 +52,7 @@ pub struct Observation<'a> {
     pub q: &'a [f32],
     /// `[row][num_key_value_heads][head_dim]`
     pub k: &'a [f32],
-    /// The same for values, rotated where the weights are.
+    /// The same for values, transformed where a transform is fused into the projections.
     pub v: &'a [f32],
 }
 
@@ -62,13 +66,46 @@ pub struct Model<D: Device> {
     config: ModelConfig,
     embed: D::Matrix,
     layers: Vec<Layer<D>>,
+    /// For each layer the transform of values that is fused into its projections.
+    fused: Vec<Option<ValueTransform>>,
     norm: Arc<D::Buffer>,
     lm_head: D::Matrix,
-    inv_freq: D::Buffer,
+    inv_freq: Arc<D::Buffer>,
+}
+
+impl<D: Device> Clone for Linear<D> {
+    fn clone(&self) -> Self {
+        Linear { weight: self.weight.clone(), bias: self.bias.clone() }
+    }
+}
+
+impl<D: Device> Clone for Layer<D> {
+    fn clone(&self) -> Self {
+        let Layer { input_norm, q, k, v, o, q_norm, k_norm, post_norm, gate, up, down } = self;
+        Layer {
+            input_norm: input_norm.clone(),
+            q: q.clone(),
+            k: k.clone(),
+            v: v.clone(),
+            o: o.clone(),
+            q_norm: q_norm.clone(),
+            k_norm: k_norm.clone(),
+            post_norm: post_norm.clone(),
+            gate: gate.clone(),
+            up: up.clone(),
+            down: down.clone(),
+        }
+    }
+}
+
+/// A number for a model.
+fn number() -> u32 {
+    static MODELS: AtomicU32 = AtomicU32::new(0);
+    MODELS.fetch_add(1, Ordering::Relaxed)
 }
 
 impl<D: Device> Linear<D> {
-    fn new(device: &D, weights: &LinearWeights) -> Result<Self, ModelError> {
+    pub(crate) fn new(device: &D, weights: &LinearWeights) -> Result<Self, ModelError> {
         let bias = weights.bias.as_ref().map(|bias| upload(device, bias)).transpose()?;
         Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
     }
@@ -77,9 +114,56 @@ impl<D: Device> Linear<D> {
         Projection { weight: &self.weight, bias: self.bias.as_deref(), out }
     }
 
-    fn run(&self, device: &D, phase: Phase, x: &D::Buffer, rows: usize, out: &mut D::Buffer, output: Output) {
+    pub(crate) fn run(
+        &self,
+        device: &D,
+        phase: Phase,
+        x: &D::Buffer,
+        rows: usize,
+        out: &mut D::Buffer,
+        output: Output,
+    ) {
         device.linear(phase, x, rows, &self.weight, self.bias.as_deref(), out, output);
     }
+}
+
+/// Says where values are transformed.
+fn tell(config: &ModelConfig, layout: &CacheLayout) {
+    let values = layout.transformed_values(config.num_attention_heads).to_string();
+    if !values.is_empty() {
+        tracing::info!("{}: {values}", layout.scheme_name());
+    }
+}
+
+/// The value and output projections of a layer, with a transform fused into them; `plain` are those without one, where
+/// they are on the device already.
+fn projections<D: Device>(
+    device: &D,
+    config: &ModelConfig,
+    layer: usize,
+    weights: &LayerWeights,
+    transform: Option<&ValueTransform>,
+    plain: Option<[&Linear<D>; 2]>,
+) -> Result<[Linear<D>; 2], ModelError> {
+    let both = |[v, o]: [&LinearWeights; 2]| -> Result<_, ModelError> {
+        Ok([Linear::new(device, v)?, Linear::new(device, o)?])
+    };
+    let load = || both([&weights.v, &weights.o]);
+    let Some(transform) = transform else { return load() };
+    if !weights.takes_fused_values() {
+        return Err(ModelError::QuantisedValues { layer });
+    }
+    let fusion = Fusion::new(config.cache_shape(), transform)?;
+    device.scope(|| {
+        let fused = fusion.fuse(weights);
+        let fused = both([&fused.v, &fused.o])?;
+        let loaded = if plain.is_none() { Some(load()?) } else { None };
+        let plain = plain.or(loaded.as_ref().map(|own| own.each_ref())).expect("one of the two");
+        fusion.self_test(device, layer, plain, fused.each_ref(), weights)?;
+        // Pages of a mapped file need not stay.
+        [&weights.v, &weights.o].into_iter().for_each(|linear| linear.weight.release());
+        Ok(fused)
+    })
 }
 
 fn upload<D: Device>(device: &D, vector: &Tensor) -> Result<Arc<D::Buffer>, ModelError> {
@@ -87,14 +171,14 @@ fn upload<D: Device>(device: &D, vector: &Tensor) -> Result<Arc<D::Buffer>, Mode
 }
 
 impl<D: Device> Layer<D> {
-    fn new(device: &D, weights: &LayerWeights) -> Result<Self, ModelError> {
+    fn new(device: &D, weights: &LayerWeights, [v, o]: [Linear<D>; 2]) -> Result<Self, ModelError> {
         let head_norm = |norm: &Option<Tensor>| norm.as_ref().map(|norm| upload(device, norm)).transpose();
         Ok(Layer {
             input_norm: upload(device, &weights.input_norm)?,
             q: Linear::new(device, &weights.q)?,
             k: Linear::new(device, &weights.k)?,
-            v: Linear::new(device, &weights.v)?,
-            o: Linear::new(device, &weights.o)?,
+            v,
+            o,
             q_norm: head_norm(&weights.q_norm)?,
             k_norm: head_norm(&weights.k_norm)?,
             post_norm: upload(device, &weights.post_norm)?,
@@ -106,26 +190,90 @@ impl<D: Device> Layer<D> {
 }
 
 impl<D: Device> Model<D> {
-    /// Puts weights on a device as they are.
+    /// Puts weights on a device as they are. The model runs with caches that transform values themselves, as layouts do
+    /// of which nothing else was said.
     ///
     /// # Errors
     /// [`ModelError::Device`].
     pub fn new(device: &D, config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
-        static MODELS: AtomicU32 = AtomicU32::new(0);
+        Self::with_fused(device, config, weights, vec![None; weights.layers.len()])
+    }
+
+    /// Puts weights on a device for caches of this layout: what it says to be fused into the value and output projections
+    /// is, and each layer is checked by a self-test. Of these projections the plain ones do not stay on the device.
+    ///
+    /// # Errors
+    /// [`ModelError::FusionTest`], [`ModelError::QuantisedValues`], [`ModelError::Device`].
+    pub fn for_cache(
+        device: &D,
+        config: &ModelConfig,
+        weights: &Weights,
+        layout: &CacheLayout,
+    ) -> Result<Self, ModelError> {
+        tell(config, layout);
+        Self::with_fused(device, config, weights, layout.fused_values())
+    }
+
+    fn with_fused(
+        device: &D,
+        config: &ModelConfig,
+        weights: &Weights,
+        fused: Vec<Option<ValueTransform>>,
+    ) -> Result<Self, ModelError> {
         let embed = device.matrix(weights.embed.clone())?;
         let lm_head = match weights.embed.same_numbers(&weights.lm_head) {
             true => embed.clone(),
             false => device.matrix(weights.lm_head.clone())?,
         };
+        let layers = weights.layers.iter().zip(&fused).enumerate();
+        let layer = |(index, (own, transform)): (usize, (&LayerWeights, &Option<ValueTransform>))| {
+            Layer::new(device, own, projections(device, config, index, own, transform.as_ref(), None)?)
+        };
         Ok(Model {
-            number: MODELS.fetch_add(1, Ordering::Relaxed),
+            number: number(),
             embed,
-            layers: weights.layers.iter().map(|layer| Layer::new(device, layer)).collect::<Result<_, _>>()?,
+            layers: layers.map(layer).collect::<Result<_, _>>()?,
+            fused,
             norm: upload(device, &weights.norm)?,
             lm_head,
-            inv_freq: device.upload(&config.rope.inv_freq(config.head_dim))?,
+            inv_freq: Arc::new(device.upload(&config.rope.inv_freq(config.head_dim))?),
             config: config.clone(),
         })
+    }
+
+    /// The same model for caches of another layout. It shares every matrix on the device with this one, but for the value
+    /// and output projections of the layers in which something else is fused into them: these it has of its own. `weights`
+    /// are those that this model was made of.
+    ///
+    /// # Errors
+    /// Those of [`Model::for_cache`].
+    pub fn variant(&self, device: &D, weights: &Weights, layout: &CacheLayout) -> Result<Self, ModelError> {
+        tell(&self.config, layout);
+        let mut layers = self.layers.clone();
+        let fused = layout.fused_values();
+        for (index, (layer, transform)) in layers.iter_mut().zip(&fused).enumerate() {
+            if self.fused[index] != *transform {
+                let plain = self.fused[index].is_none().then_some([&self.layers[index].v, &self.layers[index].o]);
+                let own = &weights.layers[index];
+                [layer.v, layer.o] = projections(device, &self.config, index, own, transform.as_ref(), plain)?;
+            }
+        }
+        let Model { config, embed, norm, lm_head, inv_freq, .. } = self;
+        Ok(Model {
+            number: number(),
+            config: config.clone(),
+            embed: embed.clone(),
+            layers,
+            fused,
+            norm: norm.clone(),
+            lm_head: lm_head.clone(),
+            inv_freq: inv_freq.clone(),
+        })
+    }
+
+    /// Whether the model computes values as caches of this layout take them.
+    pub fn suits(&self, layout: &CacheLayout) -> bool {
+        self.fused == layout.fused_values()
     }
 
     /// The model's configuration.
@@ -140,7 +288,7 @@ impl<D: Device> Model<D> {
     /// parts of their windows.
     ///
     /// # Errors
-    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::Device`].
+    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::Device`].
     ///
     /// # Panics
     /// If the batch does not have one row for each id.
@@ -191,6 +339,10 @@ impl<D: Device> Model<D> {
         let (rows, max_rows) = (ids.len(), workspace.max_rows);
         if rows > max_rows {
             return Err(ModelError::TooManyRows { rows, max_rows });
+        }
+        let layout = device.layout(store);
+        if !self.suits(layout) {
+            return Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() });
         }
         let ws = workspace;
         let positions: Vec<u32> = batch.positions().collect();

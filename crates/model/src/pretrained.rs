@@ -3,6 +3,7 @@ use crate::{
     ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, Tokenizer, TokenizerSettings, WeightSource,
     Weights,
 };
+use dibit_cache::{CacheLayout, Scheme};
 use dibit_device::DType;
 use std::borrow::Cow;
 
@@ -71,6 +72,14 @@ impl Pretrained {
             chat_template: files.chat_template.clone(),
             generation_config,
         })
+    }
+
+    /// A scheme compiled for the model and its weights, with what its transforms need: see [`Weights::fuse`].
+    ///
+    /// # Errors
+    /// As [`ModelConfig::cache_layout`].
+    pub fn cache_layout(&self, scheme: &Scheme) -> Result<CacheLayout, ModelError> {
+        Ok(self.weights.fuse(self.config.cache_layout(scheme)?))
     }
 
     /// The chat template: `source`, or else the model's, if it has one. Special tokens are the model's either way.

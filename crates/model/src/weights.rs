@@ -1,9 +1,9 @@
 //! The weights of a model on the host, checked against its configuration.
 
 use crate::mixture::mixture;
-use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, rotation, unread_tensors};
-use dibit_device::{Bytes, DType, Device, Tensor};
-use dibit_quant::Hadamard;
+use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, unread_tensors};
+use dibit_cache::CacheLayout;
+use dibit_device::{Bytes, DType, Tensor};
 use std::cell::RefCell;
 use std::collections::HashSet;
 
@@ -72,8 +72,14 @@ pub struct Weights {
     pub norm: Tensor,
     /// `[vocab_size, hidden_size]`; the embedding itself where the two are tied.
     pub lm_head: Tensor,
-    /// For each layer, whether a Hadamard rotation of the values is fused into the value and output projections.
-    pub rotated_values: Vec<bool>,
+}
+
+impl LayerWeights {
+    /// Whether a matrix can be multiplied into the value and output projections: not where they are quantised, for the
+    /// product would have to be stored in numbers of more bits, which decoding reads for every token.
+    pub fn takes_fused_values(&self) -> bool {
+        [&self.v, &self.o].into_iter().all(|linear| linear.weight.block_type().is_none())
+    }
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -118,7 +124,6 @@ impl Weights {
         let weights = Weights {
             layers: (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
             norm: loader.norm("model.norm.weight", hidden)?,
-            rotated_values: vec![false; config.num_hidden_layers],
             embed,
             lm_head,
         };
@@ -126,50 +131,10 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Fuses a Hadamard rotation of the values of these layers into their value and output projections, and checks each
-    /// by a self-test on the device. The plain projections are given up. After an error the weights must not be used.
-    ///
-    /// # Errors
-    /// [`ModelError::RotationTest`]; [`ModelError::Unsupported`] where another layer is rotated already, or no
-    /// Hadamard matrix has the order of a head.
-    ///
-    /// # Panics
-    /// If there is not one choice for each layer.
-    pub fn rotate_values<D: Device>(&mut self, device: &D, head_dim: usize, layers: &[bool]) -> Result<(), ModelError> {
-        assert_eq!(layers.len(), self.layers.len(), "one choice for each layer");
-        if self.rotated_values.iter().zip(layers).any(|(is, wanted)| *is && !wanted) {
-            return Err(ModelError::Unsupported {
-                what: "taking a fused value rotation back".into(),
-                supported: "loading the model again".into(),
-            });
-        }
-        if self.rotated_values == layers {
-            return Ok(());
-        }
-        let hadamard = Hadamard::new(head_dim).map_err(|error| ModelError::Unsupported {
-            what: format!("rotating values of head_dim {head_dim}"),
-            supported: error.to_string(),
-        })?;
-        let quantised =
-            |layer: &LayerWeights| [&layer.v, &layer.o].map(|linear| linear.weight.block_type()) != [None; 2];
-        if self.layers.iter().zip(layers).any(|(layer, wanted)| *wanted && quantised(layer)) {
-            tracing::info!("value and output projections are rotated, and stored in bf16 where they were quantised");
-        }
-        device.scope(|| {
-            for (index, layer) in self.layers.iter_mut().enumerate() {
-                if self.rotated_values[index] || !layers[index] {
-                    continue;
-                }
-                let rotated = rotation::rotate(layer, &hadamard);
-                rotation::self_test(device, index, layer, &rotated, &hadamard)?;
-                for (plain, rotated) in [(&mut layer.v, rotated.v), (&mut layer.o, rotated.o)] {
-                    plain.weight.release();
-                    *plain = rotated;
-                }
-                self.rotated_values[index] = true;
-            }
-            Ok::<(), ModelError>(())
-        })
+    /// The layout for a model of these weights ([`crate::Model::for_cache`]): transforms of values are fused into the
+    /// projections of layers whose weights are numbers, and the cache does those of the others.
+    pub fn fuse(&self, layout: CacheLayout) -> CacheLayout {
+        layout.with_fused_values(|layer| self.layers[layer].takes_fused_values())
     }
 
     /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row.

@@ -163,16 +163,6 @@ fn only_query_and_key_projections_of_a_llama_are_copied() {
 }
 
 #[test]
-fn values_of_quantised_weights_can_be_rotated() {
-    let mut gguf = load_gguf(&made_up(GgmlDType::Q6K), None).unwrap();
-    let ids: Vec<u32> = (5..60).collect();
-    let plain = logits(&gguf, &ids, &[55]);
-    gguf.weights.rotate_values(&Cpu::new(Some(1)).unwrap(), 64, &[true, true]).unwrap();
-    assert_eq!(gguf.weights.layers[0].v.weight.format(), "bf16");
-    assert!(divergence(&plain, &logits(&gguf, &ids, &[55])) < 1e-3);
-}
-
-#[test]
 fn the_tokenizer_is_that_of_the_checkpoint() {
     let texts = [
         TEXT,

@@ -42,11 +42,9 @@ impl Case {
     }
 
     fn logits(&self, cpu: &Cpu, scheme: &Scheme, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
-        let mut weights = self.weights.clone();
-        let layout = self.config.cache_layout(scheme).unwrap();
-        weights.rotate_values(cpu, self.config.head_dim, &layout.rotated_values()).unwrap();
-        let model = Model::new(cpu, &self.config, &weights).unwrap();
-        passes::logits(cpu, &model, scheme, Mode::Chunk, ids, passes)
+        let layout = self.weights.fuse(self.config.cache_layout(scheme).unwrap());
+        let model = Model::for_cache(cpu, &self.config, &self.weights, &layout).unwrap();
+        passes::logits(cpu, &model, &layout, Mode::Chunk, ids, passes)
     }
 
     fn reference(&self, ids: &[u32]) -> Vec<Vec<f64>> {

@@ -79,6 +79,15 @@ impl Hadamard {
         self.blocks.iter().map(|block| block.order)
     }
 
+    /// Sums and products that rotating a row takes.
+    pub fn multiply_adds(&self) -> usize {
+        let of_block = |block: &Block| {
+            let outer = if block.outer > 1 { block.outer } else { 0 };
+            block.order * ((block.order / block.outer).ilog2() as usize + outer + 1)
+        };
+        self.blocks.iter().map(of_block).sum()
+    }
+
     /// Rotates `row` in place: `row <- row H`.
     ///
     /// # Panics
@@ -237,6 +246,13 @@ mod tests {
             row
         };
         (0..order).map(row).collect()
+    }
+
+    #[test]
+    fn work_is_counted_by_block() {
+        let work = |order: usize| Hadamard::new(order).unwrap().multiply_adds();
+        // 40 is 20 * 2, and 72 is 40 + 32.
+        assert_eq!([1, 8, 64, 40, 72].map(work), [1, 8 * 4, 64 * 7, 40 * 22, 40 * 22 + 32 * 6]);
     }
 
     #[test]

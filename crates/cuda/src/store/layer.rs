@@ -8,6 +8,7 @@ use crate::memory::Memory;
 use bytemuck::Zeroable;
 use dibit_cache::{
     CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, Planes, PreRope, SideLayout, StateType, Transform,
+    ValueTransform,
 };
 use dibit_device::DeviceError;
 use dibit_device::host::FeatureMaps;
@@ -21,7 +22,7 @@ pub(crate) struct Layer {
     pub classes: Memory,
     /// Rotation of keys and queries after RoPE.
     pub keys: Rotation,
-    /// Rotation of values.
+    /// Transform of values, taken back from outputs, where the weights do not do it.
     pub values: Rotation,
     pub pre_rope: Option<PreRopeKeys>,
     /// Key channels in the order in which pages hold them, `[kv head][head_dim]`.
@@ -59,18 +60,25 @@ impl Layer {
         let own = &layout.layers[index];
         let shape = layout.shape;
         let missing = || DeviceError::Tables(layout.scheme_name().to_owned());
-        let calibration = layout.tables().and_then(|tables| tables.layer(index));
-        let basis = |matrix: Option<&Vec<f32>>| -> Result<Rotation, DeviceError> {
-            Ok(Rotation::basis(gpu, shape.head_dim, matrix.ok_or_else(missing)?)?)
-        };
+        let tables = layout.tables();
+        let calibration = tables.and_then(|tables| tables.layer(index));
+        let hadamard = || -> Result<_, DeviceError> { Rotation::hadamard(gpu, shape.head_dim)?.map_err(|_| missing()) };
         let keys = match own.keys {
-            Transform::Hadamard => Rotation::hadamard(gpu, shape.head_dim)?.map_err(|_| missing())?,
-            Transform::Basis => basis(calibration.and_then(|own| own.key_basis.as_ref()))?,
+            Transform::Hadamard => hadamard()?,
+            Transform::Basis => {
+                let basis = tables.and_then(|tables| tables.key_basis(index)).ok_or_else(missing)?;
+                Rotation::basis(gpu, shape.head_dim, &basis)?
+            }
             _ => Rotation::None,
         };
-        let values = match own.values {
-            Transform::Basis => basis(calibration.and_then(|own| own.value_basis.as_ref()))?,
-            _ => Rotation::None,
+        // Without tables it would be taken for values as they are.
+        if own.values == Transform::Basis && tables.and_then(|tables| tables.value_basis(index)).is_none() {
+            return Err(missing());
+        }
+        let values = match layout.online_values(index) {
+            Some(ValueTransform::Hadamard) => hadamard()?,
+            Some(ValueTransform::Basis(basis)) => Rotation::basis(gpu, shape.head_dim, &basis)?,
+            None => Rotation::None,
         };
         let pre_rope = match own.keys {
             Transform::PreRope(choice) => Some(PreRopeKeys::new(gpu, layout, own, choice, index, num_blocks)?),

@@ -1,14 +1,15 @@
-//! Rotations of heads on a GPU.
+//! Rotations of heads on a GPU, and other bases.
 
 use crate::CudaError;
 use crate::abi;
 use crate::gpu::Gpu;
 use crate::memory::Memory;
 use bytemuck::Zeroable;
+use dibit_cache::Basis;
 use dibit_quant::{Hadamard, QuantError};
 use std::sync::Arc;
 
-/// An orthogonal matrix for each KV head, or one for all.
+/// An invertible matrix for each KV head, or one for all; one that turns, for keys.
 pub(crate) enum Rotation {
     None,
     /// Hadamard matrices on the diagonal.
@@ -17,12 +18,15 @@ pub(crate) enum Rotation {
         blocks: Memory,
         block_count: usize,
         signs: Memory,
+        /// Signs of the transposed matrices: the way back.
+        back: Memory,
     },
     Basis {
         order: usize,
         /// `[kv head][order][order]`
-        matrix: Memory,
-        transposed: Memory,
+        there: Memory,
+        /// The inverses.
+        back: Memory,
     },
 }
 
@@ -33,7 +37,7 @@ impl Rotation {
             Ok(whole) => whole,
             Err(error) => return Ok(Err(error)),
         };
-        let (mut blocks, mut signs) = (Vec::new(), Vec::new());
+        let (mut blocks, mut signs, mut back) = (Vec::new(), Vec::new(), Vec::new());
         for order in whole.blocks() {
             let fits = |outer: &usize| order.is_multiple_of(*outer) && (order / outer).is_power_of_two();
             let outer = [1, 12, 20].into_iter().find(fits).expect("the matrix exists");
@@ -43,28 +47,26 @@ impl Rotation {
                 signs: signs.len() as i32,
                 norm: 1.0 / (order as f32).sqrt(),
             });
-            signs.extend(outer_signs(outer));
+            let own = outer_signs(outer);
+            back.extend(transposed(&own, outer));
+            signs.extend(own);
         }
         Ok(Ok(Rotation::Hadamard {
             order,
             block_count: blocks.len(),
             blocks: Memory::of(gpu, "a rotation", &blocks)?,
             signs: Memory::of(gpu, "a rotation", &signs)?,
+            back: Memory::of(gpu, "a rotation", &back)?,
         }))
     }
 
     /// A basis for each KV head.
-    pub(super) fn basis(gpu: &Arc<Gpu>, order: usize, matrix: &[f32]) -> Result<Self, CudaError> {
-        let mut transposed = vec![0f32; matrix.len()];
-        for (to, from) in transposed.chunks_exact_mut(order * order).zip(matrix.chunks_exact(order * order)) {
-            for (at, x) in from.iter().enumerate() {
-                to[at % order * order + at / order] = *x;
-            }
-        }
+    pub(super) fn basis(gpu: &Arc<Gpu>, order: usize, basis: &Basis) -> Result<Self, CudaError> {
+        let inverses = basis.back.chunks_exact(order * order).flat_map(|own| transposed(own, order));
         Ok(Rotation::Basis {
             order,
-            matrix: Memory::of(gpu, "a basis", matrix)?,
-            transposed: Memory::of(gpu, "a basis", &transposed)?,
+            there: Memory::of(gpu, "a basis", &basis.there)?,
+            back: Memory::of(gpu, "a basis", &inverses.collect::<Vec<f32>>())?,
         })
     }
 
@@ -75,26 +77,31 @@ impl Rotation {
     pub(crate) fn for_kernels(&self) -> abi::Rotation {
         match self {
             Rotation::None => abi::Rotation::zeroed(),
-            Rotation::Hadamard { order, blocks, block_count, signs } => abi::Rotation {
+            Rotation::Hadamard { order, blocks, block_count, signs, back } => abi::Rotation {
                 kind: 1,
                 order: *order as i32,
                 block_count: *block_count as i32,
                 padding: 0,
                 blocks: blocks.at(0),
                 matrix: signs.at(0),
-                transposed: 0,
+                back: back.at(0),
             },
-            Rotation::Basis { order, matrix, transposed } => abi::Rotation {
+            Rotation::Basis { order, there, back } => abi::Rotation {
                 kind: 2,
                 order: *order as i32,
                 block_count: 0,
                 padding: 0,
                 blocks: 0,
-                matrix: matrix.at(0),
-                transposed: transposed.at(0),
+                matrix: there.at(0),
+                back: back.at(0),
             },
         }
     }
+}
+
+/// A square matrix with its rows as columns.
+fn transposed(matrix: &[f32], order: usize) -> Vec<f32> {
+    (0..matrix.len()).map(|at| matrix[at % order * order + at / order]).collect()
 }
 
 /// Signs of a Hadamard matrix that is an outer factor, `[outer][outer]`.

@@ -21,8 +21,9 @@ use std::sync::Arc;
 
 const LAYER: usize = 1;
 
-/// How far outputs may be from the CPU's, as a share of their root mean square: its weights of packed codes have 16 bits.
-const TOLERANCE: f64 = 6e-3;
+/// How far outputs may be from the CPU's, as a share of their root mean square: its weights of packed codes have 16 bits,
+/// and what all channels of a head miss alike is in one of them once a Hadamard matrix is taken back.
+const TOLERANCE: f64 = 1e-2;
 
 /// The same where nothing is packed.
 const EXACT: f64 = 1e-4;

@@ -5,7 +5,10 @@ use super::dot::{self, dot_rows};
 use super::elementwise;
 use super::rotate;
 use super::simd::Isa;
-use dibit_cache::{CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, Planes, PreRope, SideLayout, Tables, Transform};
+use dibit_cache::{
+    Basis, CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, Planes, PreRope, SideLayout, Tables, Transform,
+    ValueTransform,
+};
 use dibit_quant::{Hadamard, turn_back};
 use std::sync::Arc;
 
@@ -14,7 +17,7 @@ use std::sync::Arc;
 pub(super) struct Frames {
     /// Rotation of keys and queries after RoPE.
     pub keys: Option<HeadRotation>,
-    /// Rotation of values, taken back from outputs. (A Hadamard rotation of values is fused into the weights.)
+    /// Transform of values, taken back from outputs, where the weights do not do it.
     pub values: Option<HeadRotation>,
     /// Keys stored before RoPE.
     pub pre_rope: Option<PreRopeKeys>,
@@ -24,11 +27,10 @@ pub(super) struct Frames {
     pub adapters: Option<FeatureMaps>,
 }
 
-/// An orthogonal matrix for each KV head.
+/// An invertible matrix for each KV head; one that turns, for keys.
 pub(super) enum HeadRotation {
     Hadamard(Hadamard),
-    /// `[kv head][head_dim][head_dim]`
-    Basis(Vec<f32>),
+    Basis(Arc<Basis>),
 }
 
 impl Frames {
@@ -36,14 +38,20 @@ impl Frames {
         let layer = &layout.layers[index];
         let tables = layout.tables();
         let calibration = tables.and_then(|tables| tables.layer(index));
+        let hadamard = || Some(HeadRotation::Hadamard(Hadamard::new(layout.shape.head_dim).ok()?));
         let keys = match layer.keys {
-            Transform::Hadamard => Some(HeadRotation::Hadamard(Hadamard::new(layout.shape.head_dim).ok()?)),
-            Transform::Basis => Some(HeadRotation::Basis(calibration?.key_basis.clone()?)),
+            Transform::Hadamard => Some(hadamard()?),
+            Transform::Basis => Some(HeadRotation::Basis(tables?.key_basis(index)?)),
             _ => None,
         };
-        let values = match layer.values {
-            Transform::Basis => Some(HeadRotation::Basis(calibration?.value_basis.clone()?)),
-            _ => None,
+        // Without tables it would be taken for values as they are.
+        if layer.values == Transform::Basis {
+            tables?.value_basis(index)?;
+        }
+        let values = match layout.online_values(index) {
+            Some(ValueTransform::Hadamard) => Some(hadamard()?),
+            Some(ValueTransform::Basis(basis)) => Some(HeadRotation::Basis(basis)),
+            None => None,
         };
         let pre_rope = match layer.keys {
             Transform::PreRope(choice) => Some(PreRopeKeys::new(layout, layer, choice, tables?, index)?),
@@ -65,19 +73,19 @@ impl Frames {
 }
 
 impl HeadRotation {
-    /// `row <- row U`, with a buffer of a head's size.
+    /// `row <- row T`, with a buffer of a head's size.
     pub(super) fn apply(&self, isa: Isa, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
         match self {
             HeadRotation::Hadamard(hadamard) => rotate::hadamard(isa, hadamard, row),
             HeadRotation::Basis(basis) => {
                 buffer.resize(row.len(), 0.0);
-                rotate::times(isa, row, matrix(basis, kv_head, row.len()), buffer);
+                rotate::times(isa, row, matrix(&basis.there, kv_head, row.len()), buffer);
                 row.copy_from_slice(buffer);
             }
         }
     }
 
-    /// `row <- row U^T`.
+    /// `row <- row T^-1`.
     pub(super) fn apply_inverse(&self, isa: Isa, kv_head: usize, row: &mut [f32], buffer: &mut Vec<f32>) {
         match self {
             HeadRotation::Hadamard(hadamard) => rotate::hadamard_inverse(isa, hadamard, row),
@@ -85,7 +93,9 @@ impl HeadRotation {
                 let d = row.len();
                 buffer.resize(d, 0.0);
                 let shape = dot::Shape { m: 1, n: d, k: d };
-                dot_rows(isa, row, matrix(basis, kv_head, d), shape, &mut |_, channel, sum| buffer[channel] = sum);
+                dot_rows(isa, row, matrix(&basis.back, kv_head, d), shape, &mut |_, channel, sum| {
+                    buffer[channel] = sum
+                });
                 row.copy_from_slice(buffer);
             }
         }
@@ -93,8 +103,8 @@ impl HeadRotation {
 }
 
 /// One head's matrix.
-fn matrix(basis: &[f32], kv_head: usize, d: usize) -> &[f32] {
-    &basis[kv_head * d * d..(kv_head + 1) * d * d]
+fn matrix(all: &[f32], kv_head: usize, d: usize) -> &[f32] {
+    &all[kv_head * d * d..(kv_head + 1) * d * d]
 }
 
 /// Keys that are stored before RoPE, rotated over adjacent heads and reordered (RotateKV).

@@ -179,6 +179,10 @@ impl Device for Cpu {
         Ok(CpuCache { store, buffers: Buffers::default() })
     }
 
+    fn layout<'a>(&self, cache: &'a CpuCache) -> &'a CacheLayout {
+        cache.store.layout()
+    }
+
     fn embed(&self, table: &Tensor, ids: &Vec<u32>, count: usize, out: &mut Vec<f32>) {
         let values = table.values();
         for (id, out) in ids[..count].iter().zip(out.chunks_exact_mut(table.cols())) {

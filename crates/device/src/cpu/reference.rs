@@ -3,6 +3,7 @@
 use dibit_cache::{Axis, LayerCalibration, PAGE_TOKENS, Packed, Permutation, PreRope, Side, Transform};
 use dibit_quant::{Bits, Clip, Hadamard, Quantizer};
 use half::f16;
+use nalgebra::DMatrix;
 use std::ops::Range;
 
 /// Keys or values: `[kv head][token][channel]`.
@@ -45,8 +46,9 @@ impl Reference {
             self.quantise(form, is_keys, &mut stored, packed);
         }
         for (head, rows) in stored.iter_mut().enumerate() {
+            let back = (side.transform() == Transform::Basis).then(|| self.inverse(is_keys, head));
             for row in rows.iter_mut() {
-                *row = self.unframed(side, is_keys, head, row);
+                *row = self.unframed(side, back.as_ref(), row);
             }
             rows.extend_from_slice(&exact[head][rows.len()..]);
         }
@@ -62,20 +64,26 @@ impl Reference {
     fn framed(&self, side: Side, is_keys: bool, head: usize, row: &[f32]) -> Vec<f32> {
         let mut row = row.to_vec();
         match side.transform() {
-            // A Hadamard rotation of values is fused into the weights.
-            Transform::Hadamard if is_keys => Hadamard::new(row.len()).unwrap().apply(&mut row),
+            Transform::Hadamard => Hadamard::new(row.len()).unwrap().apply(&mut row),
             Transform::Basis => row = times(&row, |i, j| self.basis(is_keys, head)[i * self.head_dim + j]),
             _ => {}
         }
         row
     }
 
-    fn unframed(&self, side: Side, is_keys: bool, head: usize, row: &[f32]) -> Vec<f32> {
+    fn inverse(&self, is_keys: bool, head: usize) -> DMatrix<f64> {
+        let numbers = self.basis(is_keys, head).iter().map(|x| f64::from(*x));
+        DMatrix::from_row_iterator(self.head_dim, self.head_dim, numbers).try_inverse().unwrap()
+    }
+
+    fn unframed(&self, side: Side, back: Option<&DMatrix<f64>>, row: &[f32]) -> Vec<f32> {
         let mut row = row.to_vec();
-        match side.transform() {
-            Transform::Hadamard if is_keys => Hadamard::new(row.len()).unwrap().apply_inverse(&mut row),
-            Transform::Basis => row = times(&row, |i, j| self.basis(is_keys, head)[j * self.head_dim + i]),
-            _ => {}
+        match back {
+            Some(back) => row = times(&row, |i, j| back[(i, j)] as f32),
+            None if side.transform() == Transform::Hadamard => {
+                Hadamard::new(row.len()).unwrap().apply_inverse(&mut row);
+            }
+            None => {}
         }
         row
     }

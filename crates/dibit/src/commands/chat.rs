@@ -21,7 +21,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
 }
 
 fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
-    let mut pretrained = source::load(device, &args.run.model)?;
+    let pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, false)?;
     sampling.validate(pretrained.config.vocab_size)?;
@@ -31,7 +31,7 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
         sequences: 1,
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(device, &mut pretrained, &scheme, options)?;
+    let mut engine = Engine::new(device, &pretrained, &scheme, options)?;
     let pretrained = engine.pretrained();
     let chat_options = ChatOptions {
         format: args.conversation.format(pretrained)?,

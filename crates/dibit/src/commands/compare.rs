@@ -14,7 +14,7 @@ use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{
     Choices, Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study,
 };
-use dibit_model::{Pretrained, windows};
+use dibit_model::{Model, Pretrained, windows};
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
@@ -69,7 +69,7 @@ fn run_on<D: Device>(
     }
     comparison.text = args.text.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let studied = page.as_ref().map(|_| look(device, &pretrained, &schemes, &ids, args.context)).transpose()?;
-    if !prompts.is_empty() && !retrieve(args, device, pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
+    if !prompts.is_empty() && !retrieve(args, device, &pretrained, &schemes, &prompts, &interrupted, &mut comparison)? {
         return Ok(stopped());
     }
     write!(std::io::stdout(), "{}", render(&comparison, &begin)).context(STDOUT)?;
@@ -134,7 +134,7 @@ fn measure<D: Device>(
     let figures = perplexity(device, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
     let Some(figures) = figures else { return Ok(None) };
     bar.set_message("attention");
-    let times = attention_times(device, &pretrained.config, schemes, args.context)?;
+    let times = attention_times(device, pretrained, schemes, args.context)?;
     bar.finish_and_clear();
     let mut rows = Vec::new();
     for ((scheme, own), time) in schemes.iter().zip(&figures.schemes).zip(times) {
@@ -221,21 +221,21 @@ fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystac
 fn retrieve<D: Device>(
     args: &CompareArgs,
     device: &D,
-    pretrained: Pretrained,
+    pretrained: &Pretrained,
     schemes: &[Scheme],
     prompts: &[Prompts],
     interrupted: &AtomicBool,
     comparison: &mut Comparison,
 ) -> Result<bool> {
     let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
-    // A scheme may change the weights, so the next one takes fresh ones.
-    let mut loaded = Some(pretrained);
+    let plain = Model::new(device, &pretrained.config, &pretrained.weights)?;
     let mut done = 0;
     for (scheme, row) in schemes.iter().zip(&mut comparison.rows) {
-        let mut pretrained = loaded.take().map_or_else(|| source::load(device, &args.run.model), Ok)?;
         let longest = prompts.iter().map(|prompts| prompts.context).max().unwrap_or(args.context);
         let options = Options { context: longest, sequences: 1, prefill_chunk: None };
-        let mut engine = Engine::new(device, &mut pretrained, scheme, options)?;
+        let layout = pretrained.cache_layout(scheme)?;
+        let model = plain.variant(device, &pretrained.weights, &layout)?;
+        let mut engine = Engine::with_model(device, pretrained, model, layout, options)?;
         for Prompts { context, samples } in prompts {
             bar.set_message(format!("{}: retrieval at {context}", scheme.name));
             let answers = retrieval::run(&mut engine, samples, |begun| {

@@ -25,7 +25,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
 }
 
 fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
-    let mut pretrained = source::load(device, &args.run.model)?;
+    let pretrained = source::load(device, &args.run.model)?;
     let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, args.samples > 1)?;
     sampling.validate(pretrained.config.vocab_size)?;
@@ -35,7 +35,7 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
         sequences: requests.len().min(usize::from(args.parallel)),
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(device, &mut pretrained, &scheme, options)?;
+    let mut engine = Engine::new(device, &pretrained, &scheme, options)?;
     let pretrained = engine.pretrained();
     for request in &requests {
         engine.check(request, 0)?;

@@ -4,7 +4,7 @@ use crate::device::{self, AnyDevice, DeviceChoice, on_device};
 use crate::output::{STDOUT, bytes, columns, table};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::{CacheLayout, Scheme, TransformedValues};
 use dibit_device::{Budget, DType, Device};
 use dibit_engine::{MemoryPlan, Options};
 use dibit_model::{Checkpoint, ModelConfig, ModelFiles};
@@ -51,6 +51,8 @@ struct Row {
     fitting_tokens: usize,
     /// Sequences of the whole context that fit beside the weights.
     fitting_batch: usize,
+    /// Where values are transformed.
+    values: TransformedValues,
     /// What the model's shape changes of the scheme.
     notes: Vec<String>,
 }
@@ -74,7 +76,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
     let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
-    let (weights, formats) = weights(args, &files, &config)?;
+    let Stored { bytes: weights, formats, takes_fused_values } = Stored::of(args, &files, &config)?;
     let device = device::open(args.device.unwrap_or(DeviceChoice::Auto), None, &IsaArgs::default())?;
     let Machine { name, available, budget } = on_device!(&device, |device| Machine::of(device));
     let options = Options {
@@ -83,7 +85,11 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
         prefill_chunk: None,
     };
     let free = available.saturating_sub(weights);
-    let rows = schemes.iter().map(|scheme| row(scheme, &config, options, &budget, free)).collect::<Result<Vec<_>>>()?;
+    let row = |scheme: &Scheme| {
+        let layout = CacheLayout::new(scheme, config.cache_shape())?;
+        Ok(row(layout.with_fused_values(|layer| takes_fused_values[layer]), &config, options, &budget, free))
+    };
+    let rows = schemes.iter().map(row).collect::<Result<Vec<_>>>()?;
     let found = args.device.map(|choice| found(choice, &device, &name, &schemes, &config)).transpose()?;
     let report = Report { files, config, options, weights, formats, device: name, available, rows, found };
     let mut stdout = std::io::stdout().lock();
@@ -137,36 +143,54 @@ impl Found {
     }
 }
 
-/// Bytes of the weights, and how they are stored.
-fn weights(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Result<(usize, String)> {
-    let of_dtype = |dtype: DType| (config.num_parameters() * dtype.size(), dtype.name().to_owned());
-    Ok(match args.model.dtype.dtype() {
-        Some(dtype) => of_dtype(dtype),
-        None if files.weights.is_empty() => of_dtype(config.dtype.unwrap_or(DType::Bf16)),
-        None => {
-            // Opening checks the headers, so that a damaged checkpoint is known here already.
-            let checkpoint = Checkpoint::open(&files.weights)?;
-            (files.weights.iter().map(|file| file.bytes.len()).sum(), checkpoint.formats())
-        }
-    })
+/// How weights are stored.
+struct Stored {
+    bytes: usize,
+    formats: String,
+    /// For each layer, whether a transform of values can be fused into its projections.
+    takes_fused_values: Vec<bool>,
 }
 
-fn row(scheme: &Scheme, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Result<Row> {
-    let layout = CacheLayout::new(scheme, config.cache_shape())?;
+impl Stored {
+    fn of(args: &InspectArgs, files: &ModelFiles, config: &ModelConfig) -> Result<Self> {
+        let layers = config.num_hidden_layers;
+        let of_dtype = |dtype: DType| Stored {
+            bytes: config.num_parameters() * dtype.size(),
+            formats: dtype.name().to_owned(),
+            takes_fused_values: vec![true; layers],
+        };
+        Ok(match args.model.dtype.dtype() {
+            Some(dtype) => of_dtype(dtype),
+            None if files.weights.is_empty() => of_dtype(config.dtype.unwrap_or(DType::Bf16)),
+            None => {
+                // Opening checks the headers, so that a damaged checkpoint is known here already.
+                let checkpoint = Checkpoint::open(&files.weights)?;
+                Stored {
+                    bytes: files.weights.iter().map(|file| file.bytes.len()).sum(),
+                    formats: checkpoint.formats(),
+                    takes_fused_values: (0..layers).map(|layer| checkpoint.takes_fused_values(layer)).collect(),
+                }
+            }
+        })
+    }
+}
+
+fn row(layout: CacheLayout, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Row {
     let plan = MemoryPlan::new(config, &layout, options, budget);
     let usage = layout.planned_usage(options.context);
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
     let fixed = layout.allocated_bytes(layout.blocks(0)) + plan.pass_bytes;
-    Ok(Row {
-        scheme: scheme.name.clone(),
+    Row {
+        scheme: layout.scheme_name().to_owned(),
         plan,
         token_bytes,
         bits: usage.bits(),
         allocated_bits: usage.allocated_bits(),
         fitting_tokens: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
         fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
+        values: layout.transformed_values(config.num_attention_heads),
         notes: layout.notes(),
-    })
+    }
 }
 
 impl Report {
@@ -199,7 +223,12 @@ impl Report {
                 ]
             })
             .collect();
-        let notes: Vec<String> = rows.iter().flat_map(|row| &row.notes).map(|note| format!("{note}\n")).collect();
+        let values = |row: &Row| {
+            let text = row.values.to_string();
+            (!text.is_empty()).then(|| format!("{}: {text}", row.scheme))
+        };
+        let notes = rows.iter().flat_map(|row| row.notes.iter().cloned().chain(values(row)));
+        let notes: Vec<String> = notes.map(|note| format!("{note}\n")).collect();
         let gap = if notes.is_empty() { "" } else { "\n" };
         let limit = config.max_position_embeddings;
         let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
@@ -239,6 +268,11 @@ impl Report {
                     "pass_bytes": row.plan.pass_bytes,
                     "tokens_that_fit": row.fitting_tokens,
                     "batch_that_fits": row.fitting_batch,
+                    "values": {
+                        "fused_layers": row.values.fused,
+                        "online_layers": row.values.online,
+                        "multiply_adds_per_token": row.values.multiply_adds,
+                    },
                     "notes": row.notes,
                 })
             })

@@ -123,7 +123,7 @@ fn evaluation_progress<'a>(
 ) -> impl FnMut(dibit_eval::Progress) -> ControlFlow<()> + 'a {
     let mut steps = 0;
     move |progress| {
-        bar.set_length((progress.windows * progress.schemes) as u64);
+        bar.set_length(progress.passes as u64);
         bar.set_message(format!("window {} of {}: {}", progress.window + 1, progress.windows, progress.scheme));
         bar.set_position(steps);
         steps += 1;

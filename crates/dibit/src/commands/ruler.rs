@@ -13,7 +13,7 @@ use dibit_eval::csv_field;
 use dibit_eval::ruler::{
     COPYING, Copying, CopyingOptions, Haystack, Sample, SampleOptions, Task, copying, copying_context,
 };
-use dibit_model::Pretrained;
+use dibit_model::{Model, Pretrained};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -87,15 +87,13 @@ fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: Tasks, haystack: Optio
     };
     let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
     let mut rows = Vec::new();
-    // A scheme may change the weights, so the next one takes fresh ones.
-    let mut loaded = Some(pretrained);
+    let plain = Model::new(device, &pretrained.config, &pretrained.weights)?;
     for scheme in schemes.iter().filter(|_| !tasks.is_empty()) {
         if interrupted.load(Ordering::Relaxed) {
             break;
         }
-        let mut pretrained = loaded.take().map_or_else(|| source::load(device, &args.run.model), Ok)?;
         let done: usize = rows.iter().map(|row: &Row| row.answers.len()).sum();
-        rows.extend(run_scheme(args, device, &mut pretrained, scheme, &prompts, |prompts, sample, before| {
+        rows.extend(run_scheme(args, device, (&pretrained, &plain), scheme, &prompts, |prompts, sample, before| {
             bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
             bar.set_position((done + before) as u64);
             go_on(&interrupted)
@@ -179,7 +177,7 @@ fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: 
 fn run_scheme<'a, D: Device>(
     args: &RulerArgs,
     device: &D,
-    pretrained: &mut Pretrained,
+    (pretrained, plain): (&Pretrained, &Model<D>),
     scheme: &'a Scheme,
     prompts: &'a [Prompts],
     mut progress: impl FnMut(&Prompts, &Sample, usize) -> ControlFlow<()>,
@@ -189,7 +187,9 @@ fn run_scheme<'a, D: Device>(
         sequences: usize::from(args.parallel).min(prompts[0].samples.len()),
         prefill_chunk: args.prefill_chunk.map(|tokens| tokens as usize),
     };
-    let mut engine = Engine::new(device, pretrained, scheme, options)?;
+    let layout = pretrained.cache_layout(scheme)?;
+    let model = plain.variant(device, &pretrained.weights, &layout)?;
+    let mut engine = Engine::with_model(device, pretrained, model, layout, options)?;
     let longest = prompts.iter().flat_map(|prompts| &prompts.samples).map(|sample| sample.prompt.len()).max();
     let pass_rows = engine.plan().pass_rows;
     if longest > Some(pass_rows) {

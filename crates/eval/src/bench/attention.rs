@@ -156,7 +156,8 @@ pub fn attention<D: Device>(
         let inv_freq = Rope { theta: 10_000.0, scaling: RopeScaling::Default }.inv_freq(head_dim);
         let layout = |scheme| {
             let scheme = calibrated(scheme, shape, heads.query);
-            Ok(CacheLayout::new(&scheme, shape)?.with_tables(inv_freq.clone())?)
+            // As in a model whose projections transform values.
+            Ok(CacheLayout::new(&scheme, shape)?.with_tables(inv_freq.clone())?.with_fused_values(|_| true))
         };
         schemes.iter().map(layout).collect()
     };

@@ -128,7 +128,7 @@ pub fn decode<D: Device>(
     let mut models = Models::new(device, pretrained);
     let mut layouts = Vec::new();
     for scheme in schemes {
-        let layout = config.cache_layout(scheme)?;
+        let layout = pretrained.cache_layout(scheme)?;
         layouts.push((models.get(&layout)?, layout));
     }
     let sweep = device.sweep(options.sweep_bytes)?;

@@ -152,7 +152,7 @@ pub fn throughput<D: Device>(
     for scheme in schemes {
         let made_up = options.made_up && scheme.calibration.is_none();
         let made_up = made_up.then(|| calibrated(scheme, config.cache_shape(), config.num_attention_heads));
-        layouts.push(config.cache_layout(made_up.as_ref().unwrap_or(scheme))?);
+        layouts.push(pretrained.cache_layout(made_up.as_ref().unwrap_or(scheme))?);
     }
     for layout in layouts {
         let name = layout.scheme_name().to_owned();
@@ -165,12 +165,12 @@ pub fn throughput<D: Device>(
         });
         told(&bench, format!("{name}: weights"));
         // One model at a time: a GPU may not hold two.
-        let model = loaded(device, pretrained, &layout);
+        let model = Model::for_cache(device, config, &pretrained.weights, &layout);
         let own = bench.schemes.len() - 1;
         let model = match model {
             Ok(model) => model,
             Err(error) => {
-                bench.schemes[own].out_of_memory = Some(out_of_memory(error, 0)?);
+                bench.schemes[own].out_of_memory = Some(out_of_memory(error.into(), 0)?);
                 continue;
             }
         };
@@ -212,13 +212,6 @@ fn out_of_memory(error: EvalError, batch: usize) -> Result<OutOfMemory, EvalErro
         }
         _ => Err(error),
     }
-}
-
-fn loaded<D: Device>(device: &D, pretrained: &Pretrained, layout: &CacheLayout) -> Result<Model<D>, EvalError> {
-    let Pretrained { config, weights, .. } = pretrained;
-    let mut weights = weights.clone();
-    weights.rotate_values(device, config.head_dim, &layout.rotated_values())?;
-    Ok(Model::new(device, config, &weights)?)
 }
 
 /// One scheme on its way through the batches.

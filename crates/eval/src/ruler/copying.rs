@@ -5,7 +5,7 @@
 
 use super::random::Random;
 use crate::EvalError;
-use crate::perplexity::{LOGIT_ROWS, Progress, Runner, runners};
+use crate::perplexity::{Progress, Runner, run_windows};
 use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_model::Pretrained;
@@ -87,41 +87,30 @@ pub fn copying<D: Device>(
     pretrained: &Pretrained,
     schemes: &[Scheme],
     options: CopyingOptions,
-    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+    progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Copying>, EvalError> {
     let (context, limit) = (copying_context(pretrained), pretrained.config.max_position_embeddings);
     if context > limit {
         return Err(EvalError::Context { context, limit });
     }
-    let mut runners = runners(device, pretrained, schemes, context)?;
     let sequences = sequences(pretrained, options);
     // The row of a token expects the next one.
     let scored = context - COPIED..context - 1;
-    for (index, ids) in sequences.iter().enumerate() {
-        let schemes = runners.len();
-        for runner in &mut runners {
-            let next = Progress { window: index, windows: sequences.len(), schemes, scheme: &runner.scheme.name };
-            if progress(next).is_break() {
-                return Ok(None);
-            }
-            runner.forward(device, ids)?;
-        }
-        for first in scored.clone().step_by(LOGIT_ROWS) {
-            let rows: Vec<usize> = (first..scored.end.min(first + LOGIT_ROWS)).collect();
-            Runner::score_all(&mut runners, device, &rows, ids, pretrained.config.vocab_size)?;
-        }
-    }
-    let result = |runner: &Runner<D>| CopyingResult {
+    let finish = |runner: Runner<D>| CopyingResult {
         scheme: runner.scheme.name.clone(),
         copied: runner.share(runner.hits),
         top1_agreement: runner.share(runner.agreements),
         kl_mean: runner.kl_mean(),
+    };
+    let windows = (context, &sequences[..]);
+    let Some(schemes) = run_windows(device, pretrained, schemes, windows, scored.clone(), finish, progress)? else {
+        return Ok(None);
     };
     Ok(Some(Copying {
         copied_tokens: COPIED,
         context,
         samples: sequences.len(),
         tokens: sequences.len() * scored.len(),
-        schemes: runners.iter().map(result).collect(),
+        schemes,
     }))
 }

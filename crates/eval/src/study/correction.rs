@@ -39,7 +39,7 @@ pub struct CorrectionStudy {
 /// see nothing packed are left out, so a short text has nothing to show.
 ///
 /// Left out are schemes that also subtract the bias of rounding, that choose sinks by their activations, or whose values
-/// are more than codes in the frame of a head: factors, outliers, rotations along tokens.
+/// are more than codes in the frame of a head: factors, outliers, rotations along tokens, planes, whose bases need not turn.
 ///
 /// # Errors
 /// [`EvalError`].
@@ -93,8 +93,8 @@ pub fn corrections<D: Device>(
 fn is_studied(scheme: &Scheme) -> bool {
     let plain = |side: Side| match side {
         Side::Half => true,
-        Side::Packed(Packed { transform, low_rank, outliers, .. }) => {
-            transform != Transform::TokenHadamard && low_rank == 0 && outliers == 0.0
+        Side::Packed(Packed { transform, low_rank, outliers, planes, .. }) => {
+            transform != Transform::TokenHadamard && low_rank == 0 && outliers == 0.0 && planes.is_none()
         }
     };
     let values = std::iter::once(scheme.values).chain(scheme.layers.iter().map(|own| own.values));

@@ -1,6 +1,6 @@
 //! Running a model over tokens.
 
-use dibit_cache::{CacheManager, Scheme};
+use dibit_cache::{CacheLayout, CacheManager};
 use dibit_device::{Batch, Cpu, Device, Mode};
 use dibit_model::{Model, Workspace};
 
@@ -8,15 +8,14 @@ use dibit_model::{Model, Workspace};
 pub fn logits(
     cpu: &Cpu,
     model: &Model<Cpu>,
-    scheme: &Scheme,
+    layout: &CacheLayout,
     mode: Mode,
     ids: &[u32],
     passes: &[usize],
 ) -> Vec<Vec<f32>> {
     let config = model.config();
-    let layout = config.cache_layout(scheme).unwrap();
     let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
-    let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
+    let mut store = cpu.store(layout, manager.num_blocks(), 1, ids.len()).unwrap();
     let mut workspace = Workspace::new(cpu, config, ids.len(), ids.len()).unwrap();
     let mut sequence = manager.open().unwrap();
     let mut all = Vec::new();

@@ -16,7 +16,8 @@ pub(crate) fn noise(seed: usize, len: usize, width: usize) -> Vec<f32> {
         .collect()
 }
 
-/// A made-up calibration: channels of each frame in another order, and reflections as bases.
+/// A made-up calibration: channels of each frame in another order, and reflections as bases; those of values that have
+/// planes stretched.
 pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize, frame: usize) -> LayerCalibration {
     let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
     let adapters = scheme.linear().map(|Linear { features, .. }| {
@@ -43,7 +44,10 @@ pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
     LayerCalibration {
         permutation: Some((0..heads * d).map(|place| order(place) as u32).collect()),
         key_basis: Some(basis(50)),
-        value_basis: Some(basis(70)),
+        value_basis: Some(match scheme.values.average_bits() {
+            Some(_) => basis(70).iter().enumerate().map(|(at, x)| x * 2f32.powi(at as i32 % 4 - 1)).collect(),
+            None => basis(70),
+        }),
         key_planes: Some((0..heads * d).map(|channel| (channel * channel % 7 % 5) as u8).collect()),
         value_planes: Some((0..heads * d).map(|channel| (4 * (heads * d - channel) / (heads * d)) as u8).collect()),
         adapters,

@@ -508,7 +508,7 @@ fn a_constant_added_to_all_logits_changes_nothing() {
 
 #[test]
 fn numbers_that_fp16_cannot_hold_are_refused_by_name() {
-    let case = Case::new(scheme("kvlinc"), 1, 1, 64);
+    let case = Case::new(scheme("kivi"), 1, 1, 64);
     let cpu = Cpu::new(Some(1)).unwrap();
     let mut manager = case.manager(8, 1);
     let mut cache = cpu.store(manager.layout(), 0, 1, 8).unwrap();
