@@ -4,7 +4,10 @@
 //! same 128 tokens form a **block**, the unit that the pool hands out, so that one block table serves
 //! the whole model. Order within a block: layer, then KV head.
 
-use crate::{Calibration, Correction, LayerCalibration, Linear, PackedSide, Scheme, SchemeError, Side, Sinks};
+use crate::page_sinks::PageSinks;
+use crate::{
+    AutoSinks, Calibration, Correction, LayerCalibration, Linear, PackedSide, Scheme, SchemeError, Side, Sinks,
+};
 use crate::{PAGE_TOKENS, Permutation, PreRope, Sees};
 use crate::{StateLayout, Tables, Transform, Window};
 use dibit_quant::Hadamard;
@@ -98,25 +101,39 @@ pub struct PageLayout {
     pub key_bytes: usize,
     /// Bytes of the values of a whole page, parameters included.
     pub value_bytes: usize,
+    /// Places of tokens that the page protects, behind the values.
+    pub sinks: Option<PageSinks>,
     /// Bytes of what a chunk of pages shares; it lies in the chunk's first page.
     pub chunk_bytes: usize,
-    /// Bytes from one page to the next: all of the above, keys and the rest each rounded up to a multiple of 64; the same
-    /// for all KV heads of a layer.
-    pub stride: usize,
+    /// Bytes of the page: all of the above, keys and the rest each rounded up to a multiple of 64. Pages of the KV heads of
+    /// a layer differ where their channels have planes by calibration.
+    pub bytes: usize,
+    /// Offset of the page from the layer's first one.
+    pub offset: usize,
 }
 
 impl PageLayout {
-    fn new(keys: Side, values: Side, head_dim: usize, planes: [Option<&[u8]>; 2]) -> Result<Self, (String, String)> {
+    fn new(
+        keys: Side,
+        values: Side,
+        head_dim: usize,
+        planes: [Option<&[u8]>; 2],
+        auto: Option<AutoSinks>,
+    ) -> Result<Self, (String, String)> {
         let mut keys = SideLayout::new(keys, true, head_dim, 0, planes[0])?;
         let key_bytes = keys.bytes(head_dim);
         let start = key_bytes.next_multiple_of(ALIGNMENT);
         let mut values = SideLayout::new(values, false, head_dim, start, planes[1])?;
         let value_bytes = values.bytes(head_dim);
-        let end = start + value_bytes;
+        let mut end = start + value_bytes;
+        let sinks = auto.map(|auto| PageSinks::new(auto, head_dim, end.next_multiple_of(HALF_BYTES)));
+        if let Some(sinks) = &sinks {
+            end = sinks.end();
+        }
         let mut chunk_bytes = keys.place_chunk(head_dim, end);
         chunk_bytes += values.place_chunk(head_dim, end + chunk_bytes);
-        let stride = (end + chunk_bytes).next_multiple_of(ALIGNMENT);
-        Ok(PageLayout { keys, values, key_bytes, value_bytes, chunk_bytes, stride })
+        let bytes = (end + chunk_bytes).next_multiple_of(ALIGNMENT);
+        Ok(PageLayout { keys, values, key_bytes, value_bytes, sinks, chunk_bytes, bytes, offset: 0 })
     }
 }
 
@@ -151,6 +168,7 @@ impl LayerLayout {
         correction: Correction,
         shape: CacheShape,
         offset: usize,
+        sinks: Sinks,
         calibration: Option<&LayerCalibration>,
     ) -> Result<Self, (String, String)> {
         let heads = shape.num_key_value_heads;
@@ -177,14 +195,23 @@ impl LayerLayout {
         // What is no calibration of this model is refused with the tables.
         let planes = calibration.map(|own| [&own.key_planes, &own.value_planes]).unwrap_or([&None, &None]);
         let planes = planes.map(|own| own.as_ref().filter(|own| own.len() == heads * shape.head_dim));
+        // Where nothing is known of a layer, its pages have places. Tokens of a layer in 16 bit need none.
+        let packed = (keys, values) != (Side::Half, Side::Half);
+        let auto = match sinks {
+            Sinks::Auto(auto) if packed && calibration.is_none_or(|own| own.sink_places != Some(false)) => Some(auto),
+            _ => None,
+        };
         let page = |head: usize| {
             let own = head * shape.head_dim..(head + 1) * shape.head_dim;
             let planes = planes.map(|planes| planes.map(|planes| &planes[own.clone()]));
-            PageLayout::new(keys, values, shape.head_dim, planes)
+            PageLayout::new(keys, values, shape.head_dim, planes, auto)
         };
         let mut pages: Vec<PageLayout> = (0..heads).map(page).collect::<Result<_, _>>()?;
-        let stride = pages.iter().map(|page| page.stride).max().unwrap_or(0);
-        pages.iter_mut().for_each(|page| page.stride = stride);
+        let mut end = 0;
+        for page in &mut pages {
+            page.offset = end;
+            end += page.bytes;
+        }
         let adapters = calibration.and_then(|own| own.adapters.as_ref());
         let states = correction.linear.zip(adapters).and_then(|(linear, own)| StateLayout::new(linear, own, shape));
         Ok(LayerLayout {
@@ -206,9 +233,9 @@ impl LayerLayout {
         matches!(self.values, Transform::Hadamard | Transform::Basis)
     }
 
-    /// Bytes from one page to the next.
-    pub fn stride(&self) -> usize {
-        self.pages.first().map_or(0, |page| page.stride)
+    /// Bytes of the pages of all KV heads.
+    pub fn bytes(&self) -> usize {
+        self.pages.last().map_or(0, |page| page.offset + page.bytes)
     }
 }
 
@@ -259,8 +286,8 @@ impl CacheLayout {
                 let own = scheme.calibration.as_ref().and_then(|own| own.layers.get(layer));
                 let correction = if class == 0 { scheme.correction(layer) } else { Correction::NONE };
                 let sides = scheme.sides(class, layer);
-                let layer = LayerLayout::new(sides, correction, shape, bytes, own).map_err(error)?;
-                bytes += shape.num_key_value_heads * layer.stride();
+                let layer = LayerLayout::new(sides, correction, shape, bytes, scheme.sinks, own).map_err(error)?;
+                bytes += layer.bytes();
                 layers.push(layer);
             }
             block_bytes = block_bytes.max(bytes);
@@ -324,7 +351,7 @@ impl CacheLayout {
     /// Offset in the arena of a page of a block that holds tokens of this class.
     pub fn page_offset(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> usize {
         let own = self.layer(class, layer);
-        block as usize * self.block_bytes + own.offset + kv_head * own.stride()
+        block as usize * self.block_bytes + own.offset + own.pages[kv_head].offset
     }
 
     /// Bytes of one fp16 row of every layer and KV head.
@@ -382,8 +409,8 @@ mod tests {
     #[test]
     fn a_two_bit_page_of_128_channels_takes_9216_bytes() {
         let page = layout("kvlinc", 128).layers[0].pages[0];
-        assert_eq!((page.key_bytes, page.value_bytes, page.stride), (4608, 4608, 9216));
-        assert_eq!(layout("fp16", 128).layers[1].stride(), 65536);
+        assert_eq!((page.key_bytes, page.value_bytes, page.bytes), (4608, 4608, 9216));
+        assert_eq!(layout("fp16", 128).layers[1].pages[0].bytes, 65536);
     }
 
     #[test]
@@ -420,9 +447,9 @@ mod tests {
             }
         }
         for (i, offset) in offsets.iter().enumerate() {
-            assert_eq!(*offset, i * layout.layers[0].stride());
+            assert_eq!(*offset, i * layout.layers[0].pages[0].bytes);
         }
-        assert_eq!(layout.block_bytes(), 6 * layout.layers[0].stride());
+        assert_eq!(layout.block_bytes(), 6 * layout.layers[0].pages[0].bytes);
     }
 
     #[test]
@@ -450,7 +477,7 @@ mod tests {
         let scheme = Scheme::parse(text, "mixed").unwrap();
         let shape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim: 128 };
         let layout = CacheLayout::new(&scheme, shape).unwrap();
-        let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.stride()).collect();
+        let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.pages[1].offset).collect();
         assert_eq!(strides, [128 * 64 + 512 + 32768, 9216, 9216]);
         assert_eq!(layout.layers[2].offset, 2 * (strides[0] + strides[1]));
         assert_eq!(layout.page_offset(0, 1, 1, 1), layout.block_bytes() + 2 * strides[0] + strides[1]);

@@ -10,6 +10,7 @@ mod error;
 mod layout;
 mod manager;
 mod notes;
+mod page_sinks;
 mod scheme;
 mod side;
 mod states;
@@ -22,13 +23,14 @@ pub use basis::Basis;
 pub use error::{CacheError, SchemeError};
 pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
+pub use page_sinks::PageSinks;
 pub use scheme::{
-    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Scheme,
-    Sees, Side, Sinks, StateType, Statistic, Transform,
+    AutoSinks, Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope,
+    Scheme, Sees, Side, Sinks, StateType, Statistic, Transform,
 };
 pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
 pub use states::StateLayout;
-pub use tables::{Adapters, Calibration, LayerCalibration, Tables};
+pub use tables::{Adapters, Calibration, KeyFeedback, LayerCalibration, Tables};
 pub use usage::{Extras, Usage};
 pub use value_transform::{TransformedValues, ValueTransform};
 pub use window::{Schedule, Window};

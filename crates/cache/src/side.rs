@@ -37,6 +37,8 @@ pub struct PackedSide {
     pub clip: Clip,
     /// Whether the page is rotated along its tokens.
     pub token_hadamard: bool,
+    /// Whether channels take up what others miss.
+    pub feedback: bool,
     /// Channels with different numbers of planes; the packed rows are then planes.
     pub planes: Option<Planes>,
     /// Number of packed rows.
@@ -195,6 +197,7 @@ impl PackedSide {
             quantizer: packed.quantizer,
             clip: packed.clip,
             token_hadamard: packed.transform == Transform::TokenHadamard,
+            feedback: packed.feedback,
             planes,
             rows,
             lanes,
@@ -308,6 +311,7 @@ mod tests {
             high_precision: 0.0,
             low_rank: 0,
             outliers: 0.0,
+            feedback: false,
         }
     }
 

@@ -19,8 +19,23 @@ pub struct LayerCalibration {
     pub key_planes: Option<Vec<u8>>,
     /// The same of values.
     pub value_planes: Option<Vec<u8>>,
+    /// What channels of keys take up of what others miss.
+    pub key_feedback: Option<KeyFeedback>,
+    /// Whether pages have places for tokens with small values, where the scheme protects such tokens.
+    pub sink_places: Option<bool>,
     /// Adapters of the linear correction.
     pub adapters: Option<Adapters>,
+}
+
+/// Error feedback among the channels of keys of a layer: what the code of a channel misses, `e = k - k^`, changes the
+/// channels that are coded after it, `k_j <- k_j - e F_ij`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct KeyFeedback {
+    /// Channels of each KV head in the order in which they are coded, `[kv head][head_dim]`.
+    pub order: Vec<u32>,
+    /// F of each KV head, `[kv head][head_dim][head_dim]`, rows and columns in the order of coding; nothing below the
+    /// diagonal, nor on it, is read.
+    pub factors: Vec<f32>,
 }
 
 /// Adapters of a layer's linear correction (KVLinC, section 3.2, equations 4 to 6): the feature maps
@@ -81,7 +96,10 @@ impl Tables {
             )));
         }
         let needed = |layer: &LayerLayout| {
-            layer.needs_permutation() || layer.needs_basis() || layer.needs_planes().contains(&true)
+            layer.needs_permutation()
+                || layer.needs_basis()
+                || layer.needs_feedback()
+                || layer.needs_planes().contains(&true)
         };
         let needed = layout.layers.iter().any(needed);
         let Some(own) = &calibration else {
@@ -130,6 +148,10 @@ impl LayerLayout {
         [any(|page| page.keys), any(|page| page.values)]
     }
 
+    fn needs_feedback(&self) -> bool {
+        self.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.feedback))
+    }
+
     fn needs_basis(&self) -> bool {
         self.keys == Transform::Basis || self.values == Transform::Basis
     }
@@ -152,6 +174,10 @@ fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration
         if let Some(head) = counts.chunks_exact(d).position(|own| own.iter().all(|count| *count == 0)) {
             return Err(format!("the {side} channels of KV head {head} have no planes"));
         }
+    }
+    if layer.needs_feedback() {
+        let feedback = own.key_feedback.as_ref().ok_or("the error feedback of keys is missing")?;
+        check_feedback(feedback, heads, d)?;
     }
     if let (Some(linear), Some(adapters)) = (layer.linear, &own.adapters) {
         check_adapters(adapters, linear.features, heads, d)?;
@@ -195,6 +221,25 @@ fn bases(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> R
         basis(layer.keys, &own.key_basis, "key", Kind::Orthogonal)?,
         basis(layer.values, &own.value_basis, "value", if planes { Kind::Invertible } else { Kind::Orthogonal })?,
     ])
+}
+
+fn check_feedback(feedback: &KeyFeedback, heads: usize, d: usize) -> Result<(), String> {
+    let KeyFeedback { order, factors } = feedback;
+    if order.len() != heads * d || factors.len() != heads * d * d {
+        let (order, factors) = (order.len(), factors.len());
+        return Err(format!("error feedback of {order} channels and {factors} factors, and {heads} x {d} are needed"));
+    }
+    for (head, own) in order.chunks_exact(d).enumerate() {
+        let mut sorted = own.to_vec();
+        sorted.sort_unstable();
+        if !sorted.iter().copied().eq(0..d as u32) {
+            return Err(format!("an order of error feedback in KV head {head} that is none of its channels"));
+        }
+    }
+    if factors.iter().any(|factor| !factor.is_finite()) {
+        return Err("error feedback that is not finite".into());
+    }
+    Ok(())
 }
 
 fn check_adapters(adapters: &Adapters, features: usize, kv_heads: usize, d: usize) -> Result<(), String> {

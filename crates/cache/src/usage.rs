@@ -116,7 +116,10 @@ impl CacheLayout {
 /// Bytes of so many packed keys and values in every layer and KV head.
 fn packed_bytes<'a>(layers: impl IntoIterator<Item = &'a LayerLayout>, keys: usize, values: usize) -> usize {
     // Whole pages divide exactly; of single tokens less than a byte is lost.
-    let own = |page: &PageLayout| keys * page.key_bytes / PAGE_TOKENS + values * page.value_bytes / PAGE_TOKENS;
+    let own = |page: &PageLayout| {
+        let sinks = page.sinks.map_or(0, |sinks| sinks.bytes() * (values / PAGE_TOKENS));
+        keys * page.key_bytes / PAGE_TOKENS + values * page.value_bytes / PAGE_TOKENS + sinks
+    };
     layers.into_iter().flat_map(|layer| &layer.pages).map(own).sum()
 }
 

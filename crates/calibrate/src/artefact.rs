@@ -28,8 +28,9 @@ pub struct Artefact {
 impl Artefact {
     /// Writes the file: it is complete, or not there.
     ///
-    /// Tensors are `layers.{i}.permutation`, `layers.{i}.key_planes` and `layers.{i}.value_planes` (u32),
-    /// `layers.{i}.key_basis`, `layers.{i}.value_basis` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
+    /// Tensors are `layers.{i}.permutation`, `layers.{i}.key_planes`, `layers.{i}.value_planes`,
+    /// `layers.{i}.feedback_order` and `layers.{i}.sink_places` (u32), `layers.{i}.key_basis`, `layers.{i}.value_basis`,
+    /// `layers.{i}.feedback` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
     /// `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the numbers of [`LayerCalibration`] in
     /// their order. Of a training there are `layers.{i}.divergence_before`, `layers.{i}.divergence_after` and `course` (f32),
     /// the numbers of [`Training`]. The fingerprint is JSON in the metadata.
@@ -44,18 +45,25 @@ impl Artefact {
         contents.metadata.insert("dibit.layers".to_owned(), self.calibration.layers.len().to_string());
         for (index, layer) in self.calibration.layers.iter().enumerate() {
             let wide = |own: &Option<Vec<u8>>| Some(own.as_ref()?.iter().map(|planes| u32::from(*planes)).collect());
-            let (keys, values) = (wide(&layer.key_planes), wide(&layer.value_planes));
-            for (name, values) in
-                [("permutation", layer.permutation.clone()), ("key_planes", keys), ("value_planes", values)]
-            {
+            for (name, values) in [
+                ("permutation", layer.permutation.clone()),
+                ("key_planes", wide(&layer.key_planes)),
+                ("value_planes", wide(&layer.value_planes)),
+                ("feedback_order", layer.key_feedback.as_ref().map(|own| own.order.clone())),
+                ("sink_places", layer.sink_places.map(|places| vec![places.into()])),
+            ] {
                 if let Some(values) = values {
                     let array = Array { shape: vec![values.len()], values };
                     contents.integers.push((format!("layers.{index}.{name}"), array));
                 }
             }
             let gates = layer.adapters.as_ref().map(|own| &own.gates);
-            let bases = [("key_basis", layer.key_basis.as_ref()), ("value_basis", layer.value_basis.as_ref())];
-            for (name, numbers) in bases.into_iter().chain([("gates", gates)]) {
+            for (name, numbers) in [
+                ("key_basis", layer.key_basis.as_ref()),
+                ("value_basis", layer.value_basis.as_ref()),
+                ("feedback", layer.key_feedback.as_ref().map(|own| &own.factors)),
+                ("gates", gates),
+            ] {
                 if let Some(values) = numbers.cloned() {
                     let array = Array { shape: vec![values.len()], values };
                     contents.floats.push((format!("layers.{index}.{name}"), array));
@@ -131,6 +139,12 @@ impl Artefact {
                 Some((index, part)) if part == "permutation" => {
                     calibration.layers[index].permutation = Some(array.values);
                 }
+                Some((index, part)) if part == "feedback_order" => {
+                    calibration.layers[index].key_feedback.get_or_insert_default().order = array.values;
+                }
+                Some((index, part)) if part == "sink_places" && matches!(array.values[..], [0 | 1]) => {
+                    calibration.layers[index].sink_places = Some(array.values[0] == 1);
+                }
                 Some((index, part)) if part == "key_planes" || part == "value_planes" => {
                     let counts = array.values.iter().map(|count| u8::try_from(*count));
                     let counts =
@@ -158,6 +172,9 @@ impl Artefact {
                 Some((index, part)) if part == "key_basis" => calibration.layers[index].key_basis = Some(array.values),
                 Some((index, part)) if part == "value_basis" => {
                     calibration.layers[index].value_basis = Some(array.values);
+                }
+                Some((index, part)) if part == "feedback" => {
+                    calibration.layers[index].key_feedback.get_or_insert_default().factors = array.values;
                 }
                 Some((index, part)) if part == "gates" => {
                     calibration.layers[index].adapters.get_or_insert_default().gates = array.values;

@@ -1,6 +1,6 @@
 //! What a calibration was made for.
 
-use dibit_cache::{Class, LayerOverride, Schedule, Scheme, Side, Sinks};
+use dibit_cache::{AutoSinks, Class, LayerOverride, Schedule, Scheme, Side, Sinks};
 use dibit_device::Tensor;
 use dibit_model::{LinearWeights, Pretrained};
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,9 @@ impl Fingerprint {
         let sinks = match scheme.sinks {
             Sinks::None => "none".to_owned(),
             Sinks::First(count) => format!("first {count}"),
+            Sinks::Auto(AutoSinks { first, places, share }) => {
+                format!("first {first}, and up to {places} a page with values below {share} of the median")
+            }
             Sinks::Massive(count) => format!("massive activations, {count}"),
             Sinks::Pivots(pivots) => format!("pivots, {}, per layer: {}", pivots.count, pivots.per_layer),
         };

@@ -1,8 +1,10 @@
 //! What is gathered of a model while it runs: sums over tokens.
 
+use crate::CalibrationError;
 use crate::basis::Moments;
+use crate::feedback::feedback;
 use crate::permutation::ChannelSums;
-use crate::planes::{self, KeyChannels, Statistics, ValueSpread};
+use crate::planes::{KeyMetric, Statistics, ValueSpread};
 use dibit_cache::{CacheLayout, CacheShape, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform};
 use dibit_model::Observation;
 
@@ -12,7 +14,7 @@ struct Layer {
     channels: Option<ChannelSums>,
     keys: Option<Moments>,
     values: Option<Moments>,
-    key_channels: Option<KeyChannels>,
+    key_metric: Option<KeyMetric>,
     value_spread: Option<ValueSpread>,
 }
 
@@ -42,22 +44,34 @@ impl Layer {
             },
             keys: (layout.keys == Transform::Basis).then(|| Moments::new(heads, head_dim)),
             values: (layout.values == Transform::Basis && !has_planes(values)).then(|| Moments::new(heads, head_dim)),
-            key_channels: has_planes(keys).then(|| KeyChannels::new(shape)),
+            key_metric: (has_planes(keys) || keys.has_feedback()).then(|| KeyMetric::new(shape)),
             value_spread: has_planes(values).then(|| ValueSpread::new(shape)),
         }
     }
 
-    fn finish(&self, layout: &LayerLayout, seed: u64, layer: usize) -> LayerCalibration {
+    fn finish(
+        &self,
+        layout: &LayerLayout,
+        d: usize,
+        seed: u64,
+        layer: usize,
+    ) -> Result<LayerCalibration, CalibrationError> {
         // Every basis has a stream of random numbers of its own.
         let stream = (layer as u64) << 32;
         let page = &layout.pages[0];
         let (keys, values) = (high_channels(&page.keys), high_channels(&page.values));
-        LayerCalibration {
+        let feeds_back = layout.pages.iter().any(|page| matches!(page.keys, SideLayout::Packed(side) if side.feedback));
+        let key_feedback = match self.key_metric.as_ref().filter(|_| feeds_back) {
+            Some(metric) => Some(feedback(&metric.sums, d, layer)?),
+            None => None,
+        };
+        Ok(LayerCalibration {
+            key_feedback,
             permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
             key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
             value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
             ..LayerCalibration::default()
-        }
+        })
     }
 }
 
@@ -69,12 +83,12 @@ impl Gathered {
 
     pub(crate) fn add(&mut self, seen: Observation, layout: &CacheLayout, inv_freq: &[f32]) {
         let layer = &mut self.layers[seen.layer];
-        let (width, skipped) = (layout.shape.row(), planes::skipped(layout.sinks));
-        if let Some(channels) = &mut layer.key_channels {
-            channels.add(layout.shape, seen.first_row, seen.q, seen.k, skipped);
+        let width = layout.shape.row();
+        if let Some(metric) = &mut layer.key_metric {
+            metric.add(layout.shape, seen.first_row, seen.q, seen.k.len() / width);
         }
         if let Some(spread) = &mut layer.value_spread {
-            spread.add(layout.shape, seen.first_row, seen.v, skipped);
+            spread.add(layout.shape, seen.first_row, seen.v, layout.sinks);
         }
         for (row, (key, value)) in seen.k.chunks_exact(width).zip(seen.v.chunks_exact(width)).enumerate() {
             if let Some(channels) = &mut layer.channels {
@@ -97,8 +111,8 @@ impl Gathered {
             all.extend(layer.channels.as_ref().map(|own| (format!("layers.{index}.channels"), &own.sums[..])));
             all.extend(layer.keys.as_ref().map(|own| (format!("layers.{index}.keys"), &own.sums[..])));
             all.extend(layer.values.as_ref().map(|own| (format!("layers.{index}.values"), &own.sums[..])));
-            let (keys, values) = (&layer.key_channels, &layer.value_spread);
-            all.extend(keys.as_ref().map(|own| (format!("layers.{index}.key_channels"), &own.sums[..])));
+            let (keys, values) = (&layer.key_metric, &layer.value_spread);
+            all.extend(keys.as_ref().map(|own| (format!("layers.{index}.key_metric"), &own.sums[..])));
             all.extend(values.as_ref().map(|own| (format!("layers.{index}.value_spread"), &own.sums[..])));
         }
         all
@@ -111,8 +125,8 @@ impl Gathered {
             all.extend(layer.channels.as_mut().map(|own| (format!("layers.{index}.channels"), &mut own.sums[..])));
             all.extend(layer.keys.as_mut().map(|own| (format!("layers.{index}.keys"), &mut own.sums[..])));
             all.extend(layer.values.as_mut().map(|own| (format!("layers.{index}.values"), &mut own.sums[..])));
-            let Layer { key_channels: keys, value_spread: values, .. } = layer;
-            all.extend(keys.as_mut().map(|own| (format!("layers.{index}.key_channels"), &mut own.sums[..])));
+            let Layer { key_metric: keys, value_spread: values, .. } = layer;
+            all.extend(keys.as_mut().map(|own| (format!("layers.{index}.key_metric"), &mut own.sums[..])));
             all.extend(values.as_mut().map(|own| (format!("layers.{index}.value_spread"), &mut own.sums[..])));
         }
         all
@@ -122,14 +136,18 @@ impl Gathered {
     pub(crate) fn plane_statistics(&self) -> Vec<Statistics<'_>> {
         let layers = self.layers.iter();
         layers
-            .map(|layer| Statistics { keys: layer.key_channels.as_ref(), values: layer.value_spread.as_ref() })
+            .map(|layer| Statistics { keys: layer.key_metric.as_ref(), values: layer.value_spread.as_ref() })
             .collect()
     }
 
     /// What the sums make of every layer.
-    pub(crate) fn finish(&self, layout: &CacheLayout, seed: u64) -> Vec<LayerCalibration> {
+    ///
+    /// # Errors
+    /// [`CalibrationError::NotFinite`].
+    pub(crate) fn finish(&self, layout: &CacheLayout, seed: u64) -> Result<Vec<LayerCalibration>, CalibrationError> {
         let layers = self.layers.iter().zip(&layout.layers).enumerate();
-        layers.map(|(index, (own, layout))| own.finish(layout, seed, index)).collect()
+        let d = layout.shape.head_dim;
+        layers.map(|(index, (own, layout))| own.finish(layout, d, seed, index)).collect()
     }
 
     /// A layer whose sums are not finite.
@@ -139,7 +157,7 @@ impl Gathered {
                 layer.channels.as_ref().map(|own| &own.sums),
                 layer.keys.as_ref().map(|own| &own.sums),
                 layer.values.as_ref().map(|own| &own.sums),
-                layer.key_channels.as_ref().map(|own| &own.sums),
+                layer.key_metric.as_ref().map(|own| &own.sums),
                 layer.value_spread.as_ref().map(|own| &own.sums),
             ];
             sums.into_iter().flatten().flatten().any(|sum| !sum.is_finite())

@@ -8,6 +8,7 @@
 mod artefact;
 mod basis;
 mod error;
+mod feedback;
 mod file;
 mod fingerprint;
 mod gathered;

@@ -175,9 +175,9 @@ pub fn calibrate<D: Train>(
     if !gather(device, pretrained, &sequences, options, scheme, done, &mut gathered, &mut keeper, &mut progress)? {
         return Ok(None);
     }
-    let mut layers = gathered.finish(&layout, options.seed);
+    let mut layers = gathered.finish(&layout, options.seed)?;
     let count = gather_count(scheme, &sequences, options);
-    if scheme.has_planes() {
+    if scheme.has_planes() || scheme.protects_small_values() {
         let statistics = gathered.plane_statistics();
         let runs = |done, sequences| progress(Progress::gathering(done, sequences));
         let windows = &sequences.all[..count];
@@ -232,7 +232,7 @@ pub fn calibrate<D: Train>(
 /// Sequences that statistics are gathered from.
 fn gather_count(scheme: &Scheme, sequences: &Sequences, options: &Options) -> usize {
     let most = options.tokens.map_or(usize::MAX, |tokens| tokens.div_ceil(options.context));
-    if scheme.is_calibrated() { sequences.held_out.min(most) } else { 0 }
+    if scheme.is_calibrated() || scheme.protects_small_values() { sequences.held_out.min(most) } else { 0 }
 }
 
 /// Gathers statistics from the sequences behind the first `done`; says whether it came to the end.

@@ -42,20 +42,17 @@ fn counts(calibration: &Calibration) -> Vec<Vec<usize>> {
 }
 
 #[test]
-fn a_pool_is_spent_to_the_last_step_and_heads_of_a_layer_share_alike() {
+fn a_pool_is_spent_to_the_last_step() {
     let scheme = scheme("model", 3);
     let mut own = scheme.clone();
     let made = calibrated(2, &scheme);
     let counts = counts(&made);
-    assert!(
-        counts.iter().all(|heads| heads[0] == heads[1] && heads[0] >= 8 && heads[0].is_multiple_of(4)),
-        "{counts:?}"
-    );
-    // 64 for each side of each layer on average.
-    assert_eq!(counts.iter().map(|heads| heads[0]).sum::<usize>(), 6 * 64);
-    assert!(counts.iter().any(|heads| heads[0] != 64), "{counts:?}");
+    assert!(counts.iter().flatten().all(|count| *count >= 8 && count.is_multiple_of(4)), "{counts:?}");
+    // 64 for each side of each head on average, and heads of a layer differ.
+    assert_eq!(counts.iter().flatten().sum::<usize>(), 12 * 64);
+    assert!(counts.iter().any(|heads| heads[0] != heads[1]), "{counts:?}");
     assert!(made.layers.iter().all(|layer| layer.key_planes.iter().flatten().all(|planes| *planes <= 3)));
-    // What does not fit is refused here: bases that are not orthogonal, values whose planes rise.
+    // What does not fit is refused here: bases that cannot be undone, values whose planes rise.
     own.calibration = Some(made.into());
     model().config.cache_layout(&own).unwrap();
 }
@@ -66,8 +63,26 @@ fn every_head_gets_its_own_budget_where_nothing_is_pooled() {
     assert!(counts(&made).iter().flatten().all(|planes| *planes == 64));
     let sides = counts(&calibrated(1, &scheme("side", 3)));
     for side in 0..2 {
-        assert_eq!(sides.iter().skip(side).step_by(2).map(|heads| heads[0]).sum::<usize>(), 3 * 64, "{sides:?}");
+        assert_eq!(sides.iter().skip(side).step_by(2).flatten().sum::<usize>(), 6 * 64, "{sides:?}");
     }
+}
+
+#[test]
+fn feedback_and_places_are_calibrated_where_they_are_asked_for() {
+    let mut asked = scheme("head", 2);
+    let none = calibrated(2, &asked);
+    assert!(none.layers.iter().all(|layer| layer.key_feedback.is_none() && layer.sink_places.is_none()));
+    asked = Scheme::load("dibit").unwrap();
+    let made = calibrated(2, &asked);
+    for layer in &made.layers {
+        let feedback = layer.key_feedback.as_ref().unwrap();
+        assert!(feedback.factors.iter().any(|factor| *factor != 0.0));
+        // Made-up values are all of a size.
+        assert_eq!(layer.sink_places, Some(false));
+    }
+    asked.calibration = Some(made.into());
+    let layout = model().config.cache_layout(&asked).unwrap();
+    assert!(layout.layers.iter().flat_map(|layer| &layer.pages).all(|page| page.sinks.is_none()));
 }
 
 #[test]

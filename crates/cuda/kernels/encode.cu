@@ -4,6 +4,8 @@
 /// Tokens that a block turns back.
 constexpr int TURNED_TOKENS = 8;
 constexpr int ENCODE_THREADS = 256;
+/// Tokens that a page protects, at most: dibit_cache::AutoSinks::MOST.
+constexpr int MOST_PAGE_SINKS = 32;
 /// Adding it rounds to an integer, half to even; see crates/device/src/cpu/exp.rs.
 constexpr float ROUND = 12582912.0f;
 constexpr float MAX_ZERO = 65000.0f;
@@ -123,9 +125,14 @@ struct Encoding {
     /// Slot of each token that is protected; -1 for the others.
     const int* sinks;
 
+    /// Number of the parameters of a slot and a channel.
+    __device__ int number_of(int slot, int channel) const {
+        if (side.planes) return channel;
+        return side.tokens_are_lanes ? stored::parameter(side, channel, slot) : stored::parameter(side, slot, channel);
+    }
+
     __device__ void write_parameters(int slot, int channel, Parameters own) const {
-        const int row = side.tokens_are_lanes ? channel : slot, lane = side.tokens_are_lanes ? slot : channel;
-        const int number = side.planes ? channel : stored::parameter(side, row, lane);
+        const int number = number_of(slot, channel);
         if (!side.planes || channel < side.with[0]) ((u16*)(page + side.scales))[number] = own.scale;
         ((u16*)(page + side.zeros))[number] = own.zero;
     }
@@ -212,10 +219,48 @@ struct Encoding {
                 own = clip_channel(channel, from, to, low, high, max_code);
             }
             write_parameters(run.slot + from, channel, own);
+            if (takes_feedback()) continue;
             const float scale = half_to_float(own.scale), zero = half_to_float(own.zero);
             for (int i = from; i < to; i++) {
                 float* at = x + i * stride + channel;
                 *at = sinks[i] >= 0 ? 0.0f : (float)code_of(side, *at, scale, zero, (float)max_code);
+            }
+        }
+    }
+
+    __device__ bool takes_feedback() const { return side.feedback && flush.feedback.places; }
+
+    /// Codes channels one after the other, a thread for each token: what the code of one misses changes those behind it.
+    __device__ void code_with_feedback() const {
+        constexpr int AT_ONCE = 8;
+        const int d = flush.cache.head_dim, *places = flush.feedback.places + head * d;
+        for (int token = threadIdx.x; token < run.count; token += blockDim.x) {
+            const float* factors = flush.feedback.factors + (i64)head * d * d;
+            float* own = x + token * stride;
+            for (int i = 0; i < d; i++, factors += d) {
+                const int channel = places[i], bits = bits_of(side, channel), number = number_of(run.slot, channel);
+                if (sinks[token] >= 0) {
+                    own[channel] = 0.0f;
+                    continue;
+                }
+                const float scale = bits == 0 ? 0.0f : half_to_float(stored::half_at(page, side.scales, number));
+                const float zero = half_to_float(stored::half_at(page, side.zeros, number));
+                const float code = (float)code_of(side, own[channel], scale, zero, (float)((1 << bits) - 1));
+                const float missed = own[channel] - (code * scale + zero);
+                own[channel] = code;
+#pragma unroll 1
+                for (int first = i + 1; first < d; first += AT_ONCE) {
+                    // All are loaded before any is stored.
+                    float later[AT_ONCE];
+#pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        const int j = min(first + k, d - 1);
+                        later[k] = own[places[j]] - missed * factors[j];
+                    }
+#pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++)
+                        if (first + k < d) own[places[first + k]] = later[k];
+                }
             }
         }
     }
@@ -313,6 +358,97 @@ struct Encoding {
     }
 };
 
+/// Chooses which tokens of a run its page protects, as dibit_cache::AutoSinks::choose does, by its values: `tokens` gets the
+/// token of each place, -1 where it has none. `sinks` has the slots of tokens that are protected elsewhere, -1 for the
+/// others. All threads of the block call it.
+__device__ void choose_page_sinks(const Flush& flush, const Run& run, const Span& span, int head, const PageSinks& own,
+                                  const int* sinks, int* tokens) {
+    __shared__ float norms[PAGE_TOKENS];
+    __shared__ int chosen[PAGE_TOKENS];
+    __shared__ float median;
+    const int token = threadIdx.x;
+    const bool counts = token < run.count && sinks[token] < 0;
+    float norm = counts ? 0.0f : INFINITE;
+    if (counts) {
+        const int position = stored::position(flush.positions, run, token);
+        for (int channel = 0; channel < flush.cache.head_dim; channel++) {
+            const float value = half_to_float(stored::recent(flush.cache, span, 0, head, position, channel));
+            norm += value * value;
+        }
+    }
+    if (token < run.count) norms[token] = norm;
+    for (int place = threadIdx.x; place < own.places; place += blockDim.x) tokens[place] = -1;
+    __syncthreads();
+    int rank = 0, seen = 0;
+    for (int other = 0; token < run.count && other < run.count; other++) {
+        rank += norms[other] < norm || (norms[other] == norm && other < token);
+        seen += norms[other] < INFINITE;
+    }
+    if (counts && rank == seen / 2) median = norm;
+    __syncthreads();
+    const bool small = counts && rank < own.places && norm < own.share * own.share * median;
+    if (token < run.count) chosen[token] = small;
+    __syncthreads();
+    int place = 0;
+    for (int other = 0; small && other < token; other++) place += chosen[other];
+    if (small) tokens[place] = token;
+    __syncthreads();
+}
+
+/// Keeps the rows of tokens that a page protects beside its codes: a warp for each place.
+__device__ void keep_page_sinks(const Flush& flush, const Run& run, const Span& span, int head, const PageSinks& own,
+                                const int* tokens, u8* page) {
+    const Side plain = {};
+    const int d = flush.cache.head_dim, lane = threadIdx.x % 32, max_code = run.keys ? 255 : 15;
+    for (int place = threadIdx.x / 32; place < own.places; place += blockDim.x / 32) {
+        const int token = tokens[place];
+        if (run.keys && lane == 0) page[own.slots + place] = (u8)(token < 0 ? 0xff : run.slot + token);
+        if (token < 0) continue;
+        const int position = stored::position(flush.positions, run, token);
+        auto number = [&](int channel) {
+            return half_to_float(stored::recent(flush.cache, span, run.keys, head, position, channel));
+        };
+        float low = INFINITE, high = -INFINITE;
+        for (int channel = lane; channel < d; channel += 32) {
+            low = smaller(number(channel), low);
+            high = larger(number(channel), high);
+        }
+        for (int step = 1; step < 32; step *= 2) {
+            low = smaller(__shfl_xor_sync(ALL_LANES, low, step), low);
+            high = larger(__shfl_xor_sync(ALL_LANES, high, step), high);
+        }
+        Parameters parameters;
+        fit(plain, low, high, max_code, parameters);
+        const float scale = half_to_float(parameters.scale), zero = half_to_float(parameters.zero);
+        auto code = [&](int channel) { return code_of(plain, number(channel), scale, zero, (float)max_code); };
+        u8* row = page + (run.keys ? own.keys + place * own.key_bytes : own.values + place * own.value_bytes);
+        if (lane < 2) ((u16*)row)[lane] = lane == 0 ? parameters.scale : parameters.zero;
+        const int bytes = run.keys ? d : stored::plane_bytes(4, d);
+        for (int i = lane; i < bytes; i += 32) {
+            int byte = 0;
+            for (int channel = i, shift = 0; channel < d; channel += bytes, shift += 4) byte |= code(channel) << shift;
+            row[4 + i] = (u8)byte;
+        }
+    }
+}
+
+/// Finds the tokens that pages protect among those of runs, and keeps them. Blocks: runs, KV heads.
+extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) protect_in_pages(Flush flush) {
+    if ((int)blockIdx.x >= *flush.run_count) return;
+    __shared__ int sinks[PAGE_TOKENS], tokens[MOST_PAGE_SINKS];
+    const Run run = flush.runs[blockIdx.x];
+    const Span span = flush.spans[run.span];
+    const int head = blockIdx.y;
+    const ClassPages own = flush.classes[run.token_class];
+    for (int i = threadIdx.x; i < run.count; i += blockDim.x)
+        sinks[i] = stored::sink_slot(flush.cache, span, stored::position(flush.positions, run, i));
+    __syncthreads();
+    const PageSinks places = own.pages[head].sinks;
+    choose_page_sinks(flush, run, span, head, places, sinks, tokens);
+    keep_page_sinks(flush, run, span, head, places, tokens, stored::page_at(flush.cache, own, run.block, head));
+}
+EXPORT(protect_in_pages)
+
 /// X <- H X along the 128 tokens of a page.
 __device__ void rotate_tokens(float* x, int stride, int channels) {
     for (int half = 1; half < PAGE_TOKENS; half *= 2) {
@@ -331,7 +467,7 @@ __device__ void rotate_tokens(float* x, int stride, int channels) {
     __syncthreads();
 }
 
-/// Packs all runs of a layer. Blocks: runs, KV heads.
+/// Packs all runs of a layer, behind `protect_in_pages` where its pages protect tokens. Blocks: runs, KV heads.
 extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) encode(Flush flush) {
     if ((int)blockIdx.x >= *flush.run_count) return;
     DYNAMIC_SHARED(shared);
@@ -368,10 +504,19 @@ extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) encode(Flush flush)
     }
     if (side.half_rows >= 0) return;
     __syncthreads();
+    // Whatever protects a token, it has no part in what follows.
+    const PageSinks& protected_here = own.pages[head].sinks;
+    if ((int)threadIdx.x < protected_here.places) {
+        const int slot = stored::page_sink_slot(protected_here, page, threadIdx.x);
+        if (slot >= 0) sinks[slot - run.slot] = 0;
+    }
+    __syncthreads();
     if (side.token_hadamard) rotate_tokens(x, stride, d);
     const Encoding encoding = {flush, run, side, page, head, x, stride, sinks};
     if (side.along_lanes == side.tokens_are_lanes) {
         encoding.code_channels();
+        __syncthreads();
+        if (encoding.takes_feedback()) encoding.code_with_feedback();
     } else {
         encoding.code_tokens();
     }

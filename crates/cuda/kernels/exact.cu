@@ -312,6 +312,45 @@ struct Attending {
         __syncwarp();
     }
 
+    /// Calls f(token, place) for each token that a page protects, counted from `slot` on, among `count`.
+    template <class F>
+    __device__ void each_page_sink(const PageSinks& sinks, const u8* page, int slot, int count, F f) const {
+        for (int place = 0; place < sinks.places; place++) {
+            const int token = stored::page_sink_slot(sinks, page, place) - slot;
+            if (token >= 0 && token < count) f(token, place);
+        }
+    }
+
+    /// Tokens that their page protects are seen as it keeps them.
+    __device__ void page_sink_logits(const PageSinks& sinks, const u8* page, int slot, int count) {
+        each_page_sink(sinks, page, slot, count, [&](int token, int place) {
+            for (int i = 0; i < own(); i++) {
+                float part = 0.0f;
+                for (int c = lane(); c < HEAD_DIM; c += 32)
+                    part = fmaf(query(i)[c], stored::page_sink_number(sinks, page, true, place, c, HEAD_DIM), part);
+                part = warp_sum(part);
+                if (lane() == 0) logits(i)[token] = part;
+            }
+        });
+        __syncwarp();
+    }
+
+    __device__ void page_sink_values(const PageSinks& sinks, const u8* page, int slot, int count) {
+        each_page_sink(sinks, page, slot, count, [&](int token, int place) {
+            for (int i = 0; i < own(); i++) {
+                const float weight = logits(i)[token];
+                __syncwarp();
+                if (lane() == 0) logits(i)[token] = 0.0f;
+                for (int k = 0; k < OWN; k++) {
+                    if (!exists(k)) continue;
+                    const float number = stored::page_sink_number(sinks, page, false, place, lane() + 32 * k, HEAD_DIM);
+                    value(i, k) = fmaf(weight, number, value(i, k));
+                }
+            }
+        });
+        __syncwarp();
+    }
+
     __device__ void sink_values(const ClassSpan* own_class, int first, int count) {
         each_sink(own_class, first, count, [&](int token, int slot) {
             const u16* kept = stored::sink(call.cache, span, 0, head, slot);
@@ -360,6 +399,7 @@ struct Attending {
             if (side.half_rows < 0) {
                 if (cache.bias) take_bias(side, page, order, count);
                 if (side.token_hadamard) rotate_tokens();
+                page_sink_logits(pages.pages[head].sinks, page, slot, count);
             }
             sink_logits(own_class, first, count);
         } else {
@@ -375,6 +415,7 @@ struct Attending {
             const Side& side = pages.pages[head].values;
             if (side.half_rows < 0) {
                 sink_values(own_class, first, border - first);
+                page_sink_values(pages.pages[head].sinks, page, slot, border - first);
                 if (side.token_hadamard) rotate_tokens();
             }
             for (int start = 0; start < border - first; start += TOKENS) {

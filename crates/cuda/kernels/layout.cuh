@@ -20,6 +20,8 @@ struct Side {
     /// Whether codes span the part of a group's range that misses least.
     int clip_mse;
     int token_hadamard;
+    /// Whether channels take up what others miss.
+    int feedback;
     int rows;
     int lanes;
     int row_bytes;
@@ -38,9 +40,22 @@ struct Side {
     int outliers_per_end, outlier_values, outlier_lanes;
 };
 
+/// Places of tokens that a page protects: dibit_cache::PageSinks. Offsets are bytes from the page's start.
+struct PageSinks {
+    /// How many there are; 0 where the page protects no tokens.
+    int places;
+    /// A token is protected where the norm of its value is below this share of the median of its page.
+    float share;
+    /// Offset of the slots, a byte each; of the rows of keys, and of values; and bytes of a row of either.
+    int slots, keys, values, key_bytes, value_bytes;
+};
+
 struct Page {
     Side keys;
     Side values;
+    PageSinks sinks;
+    /// From the layer's first page to this one, and how long it is.
+    int offset, bytes;
 };
 
 /// The tokens of one sequence in a pass.
@@ -73,8 +88,6 @@ struct Cache {
     const u8* pool;
     i64 block_bytes;
     i64 layer_offset;
-    /// From the page of one KV head to that of the next.
-    int stride;
     int kv_heads, head_dim;
     /// Page layouts of the layer, one for each KV head (class 0).
     const Page* pages;
@@ -123,9 +136,8 @@ struct Attention {
 struct ClassPages {
     /// One layout for each KV head.
     const Page* pages;
-    /// Offset of the layer's first page in a block of the class, and bytes from the page of one KV head to that of the next.
+    /// Offset of the layer's first page in a block of the class.
     i64 offset;
-    i64 stride;
 };
 
 /// A normalised Hadamard matrix on the diagonal of a rotation.
@@ -167,6 +179,14 @@ struct PreRope {
     /// pages.
     const float* tokens;
     const float* pages;
+};
+
+/// What channels of keys take up of what others miss.
+struct Feedback {
+    /// Number in storage of each channel, in the order of coding, [kv head][head_dim].
+    const int* places;
+    /// [kv head][head_dim][head_dim]: row i has what the channels behind the i-th take up of its error.
+    const float* factors;
 };
 
 /// Tokens that enter one side of one page.
@@ -211,6 +231,7 @@ struct Flush {
     const int* positions;
     const ClassPages* classes;
     PreRope pre_rope;
+    Feedback feedback;
     /// Cosines and sines [key][head_dim / 2][2] by which keys of runs are turned back, and the keys themselves, turned and
     /// rotated, [key][kv head][head_dim].
     const float* angles;

@@ -9,6 +9,7 @@
 // code 0 stands for the scale times minus the zero, LATE_VALUES where values leave the window later than keys.
 // KEY_PLANES is 1 where packed keys have planes, and then INTEGER_KEYS is 0. VALUE_COLUMNS is 0 where the parameters of
 // values belong to tokens; where they belong to channels, a row of packed values has no more than 16 VALUE_COLUMNS bytes.
+// PAGE_SINKS is 1 where pages protect tokens.
 
 /// One split of one KV head's history for 8 queries. Grid: (KV heads * tiles of 8 queries, spans, splits). Splits of pages come
 /// first, those of tokens in 16 bit are short and fill what is left.

@@ -75,7 +75,8 @@ missed_features(Flush flush, Correction own, Rotation rotation) {
     map_features(turned, count, d, own.key_maps + (i64)head * d * own.features, own.features, features);
     for (int i = threadIdx.x; i < count * own.features; i += blockDim.x) {
         const int token = first + i / own.features;
-        const bool is_sink = stored::sink_slot(cache, span, run.first + token) >= 0;
+        const bool is_sink = stored::sink_slot(cache, span, run.first + token) >= 0 ||
+                             stored::in_page_sinks(pages.pages[head].sinks, page, run.slot + token);
         const i64 row = (i64)(run.index + token) * cache.kv_heads + head;
         own.missed[row * own.features + i % own.features] = is_sink ? 0.0f : features[i];
     }

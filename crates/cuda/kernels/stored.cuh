@@ -87,6 +87,27 @@ __device__ __forceinline__ float number_at(const Side& side, const u8* page, int
     return (float)code_at(side, page, row, lane) * scale + offset_of(side, scale, zero);
 }
 
+/// Slot of the token of a place; -1 where it has none.
+__device__ __forceinline__ int page_sink_slot(const PageSinks& own, const u8* page, int place) {
+    const u8 slot = page[own.slots + place];
+    return slot == 0xff ? -1 : slot;
+}
+
+/// Whether a page protects the token of a slot.
+__device__ __forceinline__ bool in_page_sinks(const PageSinks& own, const u8* page, int slot) {
+    for (int place = 0; place < own.places; place++)
+        if (page_sink_slot(own, page, place) == slot) return true;
+    return false;
+}
+
+/// A channel of the key, or the value, of a place.
+__device__ __forceinline__ float page_sink_number(const PageSinks& own, const u8* page, bool keys, int place, int channel,
+                                                  int head_dim) {
+    const u8* row = page + (keys ? own.keys + place * own.key_bytes : own.values + place * own.value_bytes);
+    const int code = plane_code(keys ? 8 : 4, row + 4, head_dim, channel);
+    return (float)code * half_to_float(half_at(row, 0, 0)) + half_to_float(half_at(row, 0, 1));
+}
+
 /// x <- x H, or x <- x H^T, for one block of H and its part of rows that begin `stride` numbers apart.
 template <bool INVERSE>
 __device__ void hadamard_block(const HadamardBlock& own, const float* signs, float* x, int rows, int stride) {
@@ -190,7 +211,7 @@ __device__ __forceinline__ int sink_slot(const Cache& cache, const Span& span, i
 
 /// A page.
 __device__ __forceinline__ u8* page_at(const Cache& cache, const ClassPages& own, int block, int head) {
-    return (u8*)cache.pool + block * cache.block_bytes + own.offset + head * own.stride;
+    return (u8*)cache.pool + block * cache.block_bytes + own.offset + own.pages[head].offset;
 }
 
 /// Position of the i-th token of a run.

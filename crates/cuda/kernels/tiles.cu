@@ -8,7 +8,7 @@
 // attend_tiles is for spans of many queries: its blocks share tiles among 128 queries (64 for large heads).
 // attend_splits is for spans of few queries: its warps share a tile's tokens, its blocks the history.
 //
-// HEAD_DIM is a multiple of 8 up to 256.
+// HEAD_DIM is a multiple of 8 up to 256. PAGE_SINKS is 1 where pages protect tokens.
 
 template <bool PACKED>
 __device__ __forceinline__ void attend_many(const Attention& a, const u16* halves, u8* memory, Pages& pages) {

@@ -18,6 +18,7 @@ pub(crate) struct Side {
     pub include_zero: i32,
     pub clip_mse: i32,
     pub token_hadamard: i32,
+    pub feedback: i32,
     pub rows: i32,
     pub lanes: i32,
     pub row_bytes: i32,
@@ -40,11 +41,27 @@ pub(crate) struct Side {
     pub outlier_lanes: i32,
 }
 
+/// Places of tokens that a page protects.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub(crate) struct PageSinks {
+    pub places: i32,
+    pub share: f32,
+    pub slots: i32,
+    pub keys: i32,
+    pub values: i32,
+    pub key_bytes: i32,
+    pub value_bytes: i32,
+}
+
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub(crate) struct Page {
     pub keys: Side,
     pub values: Side,
+    pub sinks: PageSinks,
+    pub offset: i32,
+    pub bytes: i32,
 }
 
 /// The tokens of one sequence in a pass.
@@ -80,10 +97,8 @@ pub(crate) struct Cache {
     pub pool: u64,
     pub block_bytes: i64,
     pub layer_offset: i64,
-    pub stride: i32,
     pub kv_heads: i32,
     pub head_dim: i32,
-    pub padding: i32,
     pub pages: u64,
     pub key_ring: u64,
     pub value_ring: u64,
@@ -129,7 +144,6 @@ pub(crate) struct Attention {
 pub(crate) struct ClassPages {
     pub pages: u64,
     pub offset: i64,
-    pub stride: i64,
 }
 
 /// A normalised Hadamard matrix on the diagonal of a rotation.
@@ -175,6 +189,14 @@ pub(crate) struct PreRope {
     pub pages: u64,
 }
 
+/// What channels of keys take up of what others miss.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct Feedback {
+    pub places: u64,
+    pub factors: u64,
+}
+
 /// Tokens that enter one side of one page.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
@@ -213,6 +235,7 @@ pub(crate) struct Flush {
     pub positions: u64,
     pub classes: u64,
     pub pre_rope: PreRope,
+    pub feedback: Feedback,
     pub angles: u64,
     pub turned: u64,
     pub errors: u64,
@@ -278,6 +301,7 @@ impl From<&PackedSide> for Side {
             group: number(own.group),
             clip_mse: (own.clip == Clip::Mse).into(),
             token_hadamard: own.token_hadamard.into(),
+            feedback: own.feedback.into(),
             rows: number(own.rows),
             lanes: number(own.lanes),
             row_bytes: number(own.row_bytes),
@@ -310,8 +334,29 @@ impl From<&PackedSide> for Side {
     }
 }
 
+impl From<&dibit_cache::PageSinks> for PageSinks {
+    fn from(own: &dibit_cache::PageSinks) -> Self {
+        let [key_bytes, value_bytes] = own.row_bytes().map(|bytes| bytes as i32);
+        PageSinks {
+            places: own.auto.places as i32,
+            share: own.auto.share,
+            slots: own.slots as i32,
+            keys: own.keys as i32,
+            values: own.values as i32,
+            key_bytes,
+            value_bytes,
+        }
+    }
+}
+
 impl From<&PageLayout> for Page {
     fn from(page: &PageLayout) -> Self {
-        Page { keys: (&page.keys).into(), values: (&page.values).into() }
+        Page {
+            keys: (&page.keys).into(),
+            values: (&page.values).into(),
+            sinks: page.sinks.as_ref().map_or(PageSinks::zeroed(), PageSinks::from),
+            offset: page.offset as i32,
+            bytes: page.bytes as i32,
+        }
     }
 }

@@ -45,6 +45,17 @@ const WEIGHTS: &[Macros] = &[&[("WEIGHT", 0)], &[("WEIGHT", 1)], &[("WEIGHT", 2)
 const HEAD_SIZES: &[Macros] =
     &[&[("HEAD_DIM", 64)], &[("HEAD_DIM", 72)], &[("HEAD_DIM", 80)], &[("HEAD_DIM", 128)], &[("HEAD_DIM", 256)]];
 
+/// The same, and pages that protect tokens.
+const TILE_FORMS: &[Macros] = &[
+    &[("HEAD_DIM", 64)],
+    &[("HEAD_DIM", 72)],
+    &[("HEAD_DIM", 80)],
+    &[("HEAD_DIM", 128)],
+    &[("HEAD_DIM", 256)],
+    &[("HEAD_DIM", 64), ("PAGE_SINKS", 1)],
+    &[("HEAD_DIM", 128), ("PAGE_SINKS", 1)],
+];
+
 /// KIVI, KVLinC and their bias; and planes.
 const PACKED_FORMS: &[Macros] = &[
     &[("HEAD_DIM", 64)],
@@ -57,16 +68,20 @@ const PACKED_FORMS: &[Macros] = &[
     &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 1)],
     &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 2)],
     &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 3)],
+    &[("HEAD_DIM", 64), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 1), ("PAGE_SINKS", 1)],
+    &[("HEAD_DIM", 64), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 2), ("PAGE_SINKS", 1)],
+    &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 2), ("PAGE_SINKS", 1)],
+    &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 3), ("PAGE_SINKS", 1)],
 ];
 
 sources! {
     PACKED =
         "packed/constants.cuh", "packed/sums.cuh", "packed/sides.cuh", "packed/queries.cuh", "packed/copies.cuh",
-        "packed/logits.cuh", "packed/values.cuh", "packed/rows.cuh", "packed/pages.cuh", "packed/plain.cuh",
-        "packed/join.cuh" => "packed.cu", exact: false, PACKED_FORMS;
+        "packed/logits.cuh", "packed/values.cuh", "packed/rows.cuh", "packed/page_sinks.cuh",
+        "packed/pages.cuh", "packed/plain.cuh", "packed/join.cuh" => "packed.cu", exact: false, PACKED_FORMS;
     TILES =
         "tiles/constants.cuh", "tiles/tasks.cuh", "tiles/fields.cuh", "tiles/expansion.cuh", "tiles/history.cuh",
-        "tiles/sums.cuh", "tiles/biases.cuh", "tiles/products.cuh" => "tiles.cu", exact: false, HEAD_SIZES;
+        "tiles/sums.cuh", "tiles/biases.cuh", "tiles/products.cuh" => "tiles.cu", exact: false, TILE_FORMS;
     LINEAR = => "linear.cu", exact: false, WEIGHTS;
     ROWS = => "rows.cu", exact: false, NO_MACROS;
     SWEEP = => "sweep.cu", exact: false, NO_MACROS;

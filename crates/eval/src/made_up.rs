@@ -1,7 +1,8 @@
 //! Made-up calibrations, to measure the speed of schemes without a model.
 
 use crate::random_cache::random;
-use dibit_cache::{Adapters, CacheShape, Calibration, LayerCalibration, Linear, Packed, PlaneBudget, Scheme, Side};
+use dibit_cache::{Adapters, CacheShape, Calibration, KeyFeedback, LayerCalibration, Linear, Packed, PlaneBudget};
+use dibit_cache::{Scheme, Side};
 use std::sync::Arc;
 
 /// The scheme with a calibration of the right shape where it can use one: channels in their own order, bases that turn
@@ -29,8 +30,18 @@ fn of_layer(scheme: &Scheme, layer: usize, shape: CacheShape, num_heads: usize) 
         value_basis: Some(basis),
         key_planes: planes(keys),
         value_planes: planes(values),
+        key_feedback: keys.has_feedback().then(|| feedback(shape)),
+        sink_places: None,
         adapters,
     }
+}
+
+/// Small factors for every pair of channels.
+fn feedback(shape: CacheShape) -> KeyFeedback {
+    let (kv_heads, d) = (shape.num_key_value_heads, shape.head_dim);
+    let factor = |at: usize| if at % d > at / d { 0.2 / d as f32 } else { 0.0 };
+    let order: Vec<u32> = (0..d as u32).collect();
+    KeyFeedback { order: order.repeat(kv_heads), factors: (0..d * d).map(factor).collect::<Vec<_>>().repeat(kv_heads) }
 }
 
 /// Planes of the channels of a head, falling from one more than the average to one less.

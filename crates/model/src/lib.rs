@@ -20,6 +20,7 @@ mod impostor;
 mod json;
 mod mixture;
 mod model;
+mod partial;
 mod pretrained;
 mod quiet_panic;
 mod rope;

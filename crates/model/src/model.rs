@@ -64,7 +64,7 @@ pub struct Model<D: Device> {
     /// Tells it from every other model of the process.
     number: u32,
     config: ModelConfig,
-    embed: D::Matrix,
+    pub(crate) embed: D::Matrix,
     layers: Vec<Layer<D>>,
     /// For each layer the transform of values that is fused into its projections.
     fused: Vec<Option<ValueTransform>>,
@@ -349,20 +349,9 @@ impl<D: Device> Model<D> {
         device.write_ids(&mut ws.ids, ids);
         device.write_ids(&mut ws.positions, &positions);
         let rows = ids.len();
-        let layers = |ws: &mut Workspace<D>, store: &mut D::Store, mut observer: Option<&mut Observer>| {
-            device.rope_table(&self.inv_freq, self.config.head_dim / 2, &ws.positions, rows, &mut ws.rope);
+        let layers = |ws: &mut Workspace<D>, store: &mut D::Store, observer: Option<&mut Observer>| {
             device.embed(&self.embed, &ws.ids, rows, &mut ws.hidden);
-            for (index, layer) in self.layers.iter().enumerate() {
-                device.observe(store, index, batch, &ws.hidden, self.config.hidden_size);
-                for first in (0..rows).step_by(ws.tile_rows) {
-                    let tile = first..rows.min(first + ws.tile_rows);
-                    let observer = observer.as_deref_mut();
-                    self.attention_block(device, ws, store, batch, index, layer, tile.clone(), observer)?;
-                    self.mlp_block(device, batch.phase(), ws, layer, tile);
-                }
-                device.commit(store, index, batch)?;
-            }
-            Ok(())
+            self.run_layers(device, ws, store, batch, 0..self.layers.len(), observer)
         };
         // A model with other buffers is another pass.
         let buffers = u64::from(self.number) << 32 | u64::from(ws.number);
@@ -371,6 +360,31 @@ impl<D: Device> Model<D> {
             Some(observer) => device.scope(|| layers(ws, store, Some(observer))),
             None => device.pass(store, batch, buffers, |store| layers(ws, store, None)),
         }
+    }
+
+    /// Runs the residual stream of a workspace through some layers.
+    pub(crate) fn run_layers(
+        &self,
+        device: &D,
+        ws: &mut Workspace<D>,
+        store: &mut D::Store,
+        batch: &Batch,
+        layers: Range<usize>,
+        mut observer: Option<&mut Observer>,
+    ) -> Result<(), ModelError> {
+        let rows = batch.rows();
+        device.rope_table(&self.inv_freq, self.config.head_dim / 2, &ws.positions, rows, &mut ws.rope);
+        for (index, layer) in layers.clone().zip(&self.layers[layers]) {
+            device.observe(store, index, batch, &ws.hidden, self.config.hidden_size);
+            for first in (0..rows).step_by(ws.tile_rows) {
+                let tile = first..rows.min(first + ws.tile_rows);
+                let observer = observer.as_deref_mut();
+                self.attention_block(device, ws, store, batch, index, layer, tile.clone(), observer)?;
+                self.mlp_block(device, batch.phase(), ws, layer, tile);
+            }
+            device.commit(store, index, batch)?;
+        }
+        Ok(())
     }
 
     /// Logits of some rows of the last pass: `vocab_size` numbers for each row, in the order of `rows`.

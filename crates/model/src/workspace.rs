@@ -19,6 +19,7 @@ pub struct Workspace<D: Device> {
     pub(crate) number: u32,
     pub(crate) max_rows: usize,
     pub(crate) tile_rows: usize,
+    pub(crate) hidden_size: usize,
     pub(crate) max_outputs: usize,
     /// Residual stream `[max_rows, hidden_size]`.
     pub(crate) hidden: D::Buffer,
@@ -66,6 +67,7 @@ impl<D: Device> Workspace<D> {
             number: WORKSPACES.fetch_add(1, Ordering::Relaxed),
             max_rows,
             tile_rows: tile,
+            hidden_size: config.hidden_size,
             max_outputs,
             hidden: device.buffer(max_rows * config.hidden_size)?,
             rope: device.buffer(max_rows * config.head_dim)?,

@@ -1,7 +1,7 @@
 //! Which choices go together.
 
 use super::Scheme;
-use super::choices::{Axis, Class, Correction, Packed, Side, Sinks, Transform};
+use super::choices::{Axis, Class, Correction, Packed, Sees, Side, Sinks, Transform};
 use crate::{PAGE_TOKENS, Schedule, Window};
 use dibit_quant::Quantizer;
 
@@ -145,6 +145,45 @@ pub(super) fn check_planes(packed: &Packed, which: Which) -> Result<(), Problem>
             "planes per channel in groups of 128, with the float-min quantizer, of keys after RoPE and of values in \
              a basis, without high_precision, low_rank or outliers",
         );
+    }
+    Ok(())
+}
+
+/// What a channel misses goes to the others of the same tokens, in the frame in which queries meet them.
+pub(super) fn check_feedback(packed: &Packed, which: Which) -> Result<(), Problem> {
+    let beside_codes = packed.high_precision > 0.0 || packed.low_rank > 0 || packed.outliers > 0.0;
+    let whole = packed.axis == Axis::Channel && packed.group == PAGE_TOKENS;
+    let plain = packed.transform == Transform::None && packed.quantizer == Quantizer::FloatMin && !beside_codes;
+    if packed.feedback && !(which == Which::Keys && whole && plain) {
+        return unsupported(
+            format!("{}.feedback with these choices", which.name()),
+            "keys per channel in groups of 128, with the float-min quantizer and no transform, without high_precision, \
+             low_rank or outliers",
+        );
+    }
+    Ok(())
+}
+
+/// Places inside a page are filled from its 128 tokens at once.
+pub(super) fn check_auto_sinks(scheme: &Scheme) -> Result<(), Problem> {
+    if !matches!(scheme.sinks, Sinks::Auto(_)) {
+        return Ok(());
+    }
+    if scheme.window.schedule != Schedule::Guaranteed {
+        return unsupported(
+            "sinks.kind = \"auto\" without a guaranteed window",
+            "a [window] with schedule = \"guaranteed\": keys and values of a page must leave it together",
+        );
+    }
+    if !scheme.classes.is_empty() {
+        return unsupported("sinks.kind = \"auto\" with [classes]", "one of the two");
+    }
+    let before_rope = |side: Side| matches!(side.transform(), Transform::PreRope(_));
+    if scheme.all_sides().any(before_rope) {
+        return unsupported("sinks.kind = \"auto\" with keys before RoPE", "keys after RoPE");
+    }
+    if scheme.sees == Sees::Stored {
+        return unsupported("sinks.kind = \"auto\" with attention = \"stored\"", "attention = \"exact\"");
     }
     Ok(())
 }

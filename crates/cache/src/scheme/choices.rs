@@ -89,6 +89,9 @@ pub struct Packed {
     pub low_rank: usize,
     /// Share of the largest and of the smallest values of a vector that are kept beside the codes (GEAR).
     pub outliers: f32,
+    /// Whether what the code of a channel misses is taken up by the channels that are coded after it, in the metric of the
+    /// queries.
+    pub feedback: bool,
 }
 
 /// How keys, or values, lie in a page.
@@ -119,9 +122,14 @@ impl Side {
         if let Side::Packed(Packed { planes, .. }) = self { planes } else { None }
     }
 
+    /// Whether channels take up what others miss.
+    pub fn has_feedback(self) -> bool {
+        matches!(self, Side::Packed(Packed { feedback: true, .. }))
+    }
+
     /// Whether a calibration is needed.
     pub fn is_calibrated(self) -> bool {
-        if self.average_bits().is_some() {
+        if self.average_bits().is_some() || self.has_feedback() {
             return true;
         }
         match self.transform() {
@@ -133,17 +141,30 @@ impl Side {
 }
 
 /// Tokens that stay in 16 bit wherever they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sinks {
     /// None.
     None,
     /// The first tokens of a sequence.
     First(usize),
+    /// The first tokens of a sequence, and in each page and KV head the tokens whose values are small beside the others'.
+    Auto(AutoSinks),
     /// In each layer, the tokens of a prompt that hold the largest activations of the residual stream that enters it:
     /// the tokens of the so many largest (RotateKV, section 3.4).
     Massive(usize),
     /// Tokens of a prompt with massive activations, found once and kept for all later layers (AKVQ-VL, section 3.2).
     Pivots(Pivots),
+}
+
+/// How tokens with small values are found when a page is packed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AutoSinks {
+    /// First tokens of a sequence that are protected outside of pages.
+    pub first: usize,
+    /// Places of a page: tokens that it protects at most.
+    pub places: usize,
+    /// A token is protected where the norm of its value as stored is below this share of the median of its page.
+    pub share: f32,
 }
 
 /// How pivot tokens are found.
@@ -161,10 +182,31 @@ impl Sinks {
         match self {
             Sinks::None => 0,
             Sinks::First(count) | Sinks::Massive(count) => count,
+            Sinks::Auto(auto) => auto.first,
             // Until pivots are found, the first tokens are protected.
             Sinks::Pivots(pivots) => pivots.count.max(Pivots::FALLBACK),
         }
     }
+}
+
+impl Sinks {
+    /// First tokens of a sequence that are never packed, whatever they hold.
+    pub fn first(self) -> usize {
+        match self {
+            Sinks::First(count) => count,
+            Sinks::Auto(auto) => auto.first,
+            Sinks::None | Sinks::Massive(_) | Sinks::Pivots(_) => 0,
+        }
+    }
+}
+
+impl AutoSinks {
+    /// Places of a page, where a scheme does not say.
+    pub const PLACES: usize = 8;
+    /// Places of a page at most.
+    pub const MOST: usize = 32;
+    /// The share of the median, where a scheme does not say.
+    pub const SHARE: f32 = 0.4;
 }
 
 impl Pivots {
@@ -322,8 +364,19 @@ impl fmt::Display for Correction {
 impl fmt::Display for Side {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Side::Packed(packed) = self else { return f.write_str("16 bit") };
-        let Packed { bits, planes, axis, group, quantizer, clip, transform, high_precision, low_rank, outliers } =
-            packed;
+        let Packed {
+            bits,
+            planes,
+            axis,
+            group,
+            quantizer,
+            clip,
+            transform,
+            high_precision,
+            low_rank,
+            outliers,
+            feedback,
+        } = packed;
         match planes {
             None => write!(f, "{} bit per {axis}", bits.count())?,
             Some(average) => write!(f, "0 to 4 planes of {} bit per {axis}, {average} bit on average", bits.count())?,
@@ -347,6 +400,9 @@ impl fmt::Display for Side {
         }
         if *outliers > 0.0 {
             write!(f, ", {} % outliers at both ends", outliers * 100.0)?;
+        }
+        if *feedback {
+            f.write_str(", with error feedback")?;
         }
         Ok(())
     }

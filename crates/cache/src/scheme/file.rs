@@ -2,10 +2,11 @@
 
 use super::Scheme;
 use super::check::{
-    Problem, Which, check_classes, check_correction, check_features, check_pages, needs_chunks, unsupported,
+    Problem, Which, check_auto_sinks, check_classes, check_correction, check_features, check_pages, needs_chunks,
+    unsupported,
 };
 use super::choices::{
-    Class, Correction, LayerOverride, Linear, Pivots, PlaneBudget, Pool, Sees, Side, Sinks, StateType,
+    AutoSinks, Class, Correction, LayerOverride, Linear, Pivots, PlaneBudget, Pool, Sees, Side, Sinks, StateType,
 };
 use super::side_file::SideFile;
 use crate::{PAGE_TOKENS, Planes, Schedule, SchemeError, Window};
@@ -122,12 +123,15 @@ struct SinksFile {
     count: usize,
     #[serde(default)]
     per_layer: bool,
+    places: Option<usize>,
+    share: Option<f32>,
 }
 
 #[derive(PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum SinkKind {
     First,
+    Auto,
     Massive,
     Pivots,
 }
@@ -193,6 +197,7 @@ impl SchemeFile {
             check_classes(&scheme)?;
         }
         check_features(&scheme)?;
+        check_auto_sinks(&scheme)?;
         if let Some(file) = self.planes {
             scheme.planes = file.validate()?;
             let most = 2.0 * scheme.planes.most as f32;
@@ -332,15 +337,32 @@ impl WindowFile {
 
 impl SinksFile {
     fn validate(self) -> Result<Sinks, Problem> {
-        let Self { kind, count, per_layer } = self;
-        let most = if kind == SinkKind::First { MAX_FIRST } else { MAX_FOUND };
-        if count == 0 || count > most {
-            return unsupported(format!("sinks.count = {count}"), format!("1 to {most}"));
+        let Self { kind, count, per_layer, places, share } = self;
+        let (least, most) = match kind {
+            SinkKind::First => (1, MAX_FIRST),
+            SinkKind::Auto => (0, MAX_FIRST),
+            SinkKind::Massive | SinkKind::Pivots => (1, MAX_FOUND),
+        };
+        if !(least..=most).contains(&count) {
+            return unsupported(format!("sinks.count = {count}"), format!("{least} to {most}"));
+        }
+        if kind != SinkKind::Auto && (places.is_some() || share.is_some()) {
+            return unsupported("sinks.places or share with this kind", "kind = \"auto\"");
         }
         match kind {
             SinkKind::Pivots => Ok(Sinks::Pivots(Pivots { count, per_layer })),
             _ if per_layer => unsupported("sinks.per_layer without pivots", "kind = \"pivots\""),
             SinkKind::First => Ok(Sinks::First(count)),
+            SinkKind::Auto => {
+                let (places, share) = (places.unwrap_or(AutoSinks::PLACES), share.unwrap_or(AutoSinks::SHARE));
+                if places == 0 || places > AutoSinks::MOST {
+                    return unsupported(format!("sinks.places = {places}"), format!("1 to {}", AutoSinks::MOST));
+                }
+                if !(share > 0.0 && share < 1.0) {
+                    return unsupported(format!("sinks.share = {share}"), "above 0, below 1");
+                }
+                Ok(Sinks::Auto(AutoSinks { first: count, places, share }))
+            }
             SinkKind::Massive => Ok(Sinks::Massive(count)),
         }
     }

@@ -11,8 +11,8 @@ mod side_file;
 mod tests;
 
 pub use choices::{
-    Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope, Sees,
-    Side, Sinks, StateType, Statistic, Transform,
+    AutoSinks, Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope,
+    Sees, Side, Sinks, StateType, Statistic, Transform,
 };
 
 use crate::{Calibration, SchemeError, Window};
@@ -177,7 +177,12 @@ impl Scheme {
 
     /// Whether the scheme can use what `dibit calibrate` makes.
     pub fn takes_calibration(&self) -> bool {
-        self.is_calibrated() || self.linear().is_some()
+        self.is_calibrated() || self.linear().is_some() || self.protects_small_values()
+    }
+
+    /// Whether pages protect tokens with small values.
+    pub fn protects_small_values(&self) -> bool {
+        matches!(self.sinks, Sinks::Auto(_))
     }
 
     /// What the scheme asks for and goes without, as a sentence; `None` where nothing is missing.

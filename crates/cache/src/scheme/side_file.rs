@@ -1,6 +1,6 @@
 //! Keys, or values, in a scheme's file.
 
-use super::check::{Problem, Which, check_planes, unsupported};
+use super::check::{Problem, Which, check_feedback, check_planes, unsupported};
 use super::choices::{Axis, Packed, Permutation, PreRope, Side, Statistic, Transform};
 use crate::PAGE_TOKENS;
 use dibit_quant::{Bits, Clip, Quantizer};
@@ -35,6 +35,7 @@ pub(super) struct SideFile {
     high_precision: Option<f32>,
     low_rank: Option<usize>,
     outliers: Option<f32>,
+    feedback: Option<bool>,
 }
 
 #[derive(Clone, Copy, PartialEq, Deserialize)]
@@ -112,6 +113,7 @@ impl SideFile {
             high_precision: share(&format!("{name}.high_precision"), self.high_precision, 0.5)?,
             low_rank: self.low_rank.unwrap_or(0),
             outliers: share(&format!("{name}.outliers"), self.outliers, 0.25)?,
+            feedback: self.feedback.unwrap_or(false),
         };
         if packed.low_rank > MAX_RANK {
             return unsupported(format!("{name}.low_rank = {}", packed.low_rank), format!("0 to {MAX_RANK}"));
@@ -124,6 +126,7 @@ impl SideFile {
             );
         }
         check_planes(&packed, which)?;
+        check_feedback(&packed, which)?;
         Ok(Side::Packed(packed))
     }
 
@@ -141,6 +144,7 @@ impl SideFile {
             || self.high_precision.is_some()
             || self.low_rank.is_some()
             || self.outliers.is_some()
+            || self.feedback.is_some()
     }
 
     fn quantizer(&self, name: &str) -> Result<Quantizer, Problem> {

@@ -35,6 +35,7 @@ fn a_file_of_ones_own() {
         high_precision: 0.0,
         low_rank: 0,
         outliers: 0.0,
+        feedback: false,
     };
     assert_eq!(scheme.keys, Side::Packed(packed));
     assert_eq!(scheme.values, Side::Packed(Packed { bits: Bits::Four, group: 32, axis: Axis::Token, ..packed }));
@@ -99,6 +100,22 @@ fn unsupported_combinations_name_what_is_supported() {
         (format!("attention = \"stored\"\n{}", two("low_rank = 2")), "attention = \"exact\""),
         (format!("{BASE}[sinks]\nkind = \"first\"\ncount = 0\n"), "1 to 1024"),
         (format!("{BASE}[sinks]\nkind = \"massive\"\ncount = 65\n"), "1 to 64"),
+        (format!("{BASE}[sinks]\nkind = \"auto\"\ncount = 2000\n"), "0 to 1024"),
+        (format!("{BASE}[sinks]\nkind = \"auto\"\ncount = 4\nplaces = 33\n"), "1 to 32"),
+        (format!("{BASE}[sinks]\nkind = \"auto\"\ncount = 4\nshare = 1.0\n"), "below 1"),
+        (format!("{BASE}[sinks]\nkind = \"first\"\ncount = 4\nplaces = 8\n"), "kind = \"auto\""),
+        (
+            format!(
+                "{}[sinks]\nkind = \"auto\"\ncount = 4\n",
+                BASE.replace("64\nschedule = \"guaranteed\"", "128\nschedule = \"kivi\"")
+            ),
+            "schedule = \"guaranteed\"",
+        ),
+        (format!("attention = \"stored\"\n{BASE}[sinks]\nkind = \"auto\"\ncount = 4\n"), "attention = \"exact\""),
+        (format!("{}[sinks]\nkind = \"auto\"\ncount = 4\n", two("position = \"pre-rope\"")), "keys after RoPE"),
+        (two("axis = \"token\"\nfeedback = true"), "keys per channel"),
+        (two("transform = \"hadamard\"\nfeedback = true"), "no transform"),
+        (BASE.replace("bits = 4", "bits = 4\nfeedback = true"), "keys per channel"),
         (format!("{BASE}[sinks]\nkind = \"first\"\ncount = 4\nper_layer = true\n"), "pivots"),
         (format!("{}[sinks]\nkind = \"first\"\ncount = 4\n", two("transform = \"token-hadamard\"")), "one of the two"),
         (format!("{BASE}[layers.\"0..3\"]\nkeys = {{ bits = 4 }}\n[layers.2]\nkeys = {{ bits = 8 }}\n"), "overlap"),
@@ -108,6 +125,19 @@ fn unsupported_combinations_name_what_is_supported() {
         let message = message(&text);
         assert!(message.contains("mine.toml") && message.contains(expected), "{message}");
     }
+}
+
+#[test]
+fn small_values_and_feedback_are_choices() {
+    let text = BASE.replace("bits = 2", "bits = 2\nfeedback = true") + "[sinks]\nkind = \"auto\"\ncount = 2\n";
+    let scheme = Scheme::parse(&text, "mine.toml").unwrap();
+    assert_eq!(scheme.sinks, Sinks::Auto(AutoSinks { first: 2, places: 8, share: 0.4 }));
+    assert_eq!((scheme.sinks.capacity(), scheme.sinks.first()), (2, 2));
+    assert!(scheme.is_calibrated() && scheme.protects_small_values() && scheme.keys.has_feedback());
+    assert!(scheme.keys.to_string().ends_with("with error feedback"), "{}", scheme.keys);
+    // Places can do without a calibration, and use one.
+    let scheme = Scheme::parse(&text.replace("feedback = true", ""), "mine.toml").unwrap();
+    assert!(!scheme.is_calibrated() && scheme.takes_calibration());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::recipe::{Recipe, Start};
 use super::start::start;
 use super::tiles::{Tiles, corrected_rows};
 use crate::CalibrationError;
-use dibit_cache::{CacheLayout, Sinks};
+use dibit_cache::CacheLayout;
 use dibit_device::{DeviceError, Train};
 use dibit_model::{ExactPass, Observation, Pretrained};
 
@@ -55,7 +55,7 @@ impl<'a, D: Train> Trainer<'a, D> {
             head_dim: config.head_dim,
             features,
         };
-        let exact = if let Sinks::First(count) = layout.sinks { count } else { 0 };
+        let exact = layout.sinks.first();
         let rows = corrected_rows(layout.window, context, exact);
         if rows.is_empty() {
             let limit = config.max_position_embeddings;

@@ -11,67 +11,54 @@ pub(crate) fn error(planes: usize) -> f64 {
     }
 }
 
-/// The heads of one side of a layer, which get the same number of planes.
+/// The channels of one side of one KV head.
 pub(crate) struct Group {
-    /// Weight of each channel, head after head.
+    /// Weight of each channel.
     pub weights: Vec<f64>,
-    /// Channels of a head.
-    pub head_dim: usize,
 }
 
 impl Group {
-    /// What the planes of a head save, the largest first: the channel, and the saving.
-    fn savings(&self, head: usize, most: usize) -> Vec<(usize, f64)> {
-        let own = &self.weights[head * self.head_dim..(head + 1) * self.head_dim];
+    /// What planes save, the largest first: the channel, and the saving.
+    fn savings(&self, most: usize) -> Vec<(usize, f64)> {
         let of_channel = |(channel, weight): (usize, &f64)| {
             let weight = *weight;
             (0..most).map(move |planes| (channel, weight * (error(planes) - error(planes + 1))))
         };
-        let mut all: Vec<(usize, f64)> = own.iter().enumerate().flat_map(of_channel).collect();
+        let mut all: Vec<(usize, f64)> = self.weights.iter().enumerate().flat_map(of_channel).collect();
         // Savings of a channel fall with each plane, so they are taken in their order.
         all.sort_by(|a, b| b.1.total_cmp(&a.1));
         all
     }
 
-    fn heads(&self) -> usize {
-        self.weights.len() / self.head_dim
-    }
-
-    /// The planes of each channel where every head has `count`.
+    /// The planes of each channel where the head has `count`.
     pub(crate) fn spend(&self, count: usize, most: usize) -> Vec<u8> {
         let mut planes = vec![0; self.weights.len()];
-        for head in 0..self.heads() {
-            for (channel, _) in self.savings(head, most).into_iter().take(count) {
-                planes[head * self.head_dim + channel] += 1;
-            }
-        }
+        self.savings(most).into_iter().take(count).for_each(|(channel, _)| planes[channel] += 1);
         planes
+    }
+
+    /// What is left to lose with these planes.
+    pub(crate) fn loss(&self, planes: &[u8]) -> f64 {
+        self.weights.iter().zip(planes).map(|(weight, planes)| weight * error(usize::from(*planes))).sum()
     }
 }
 
-/// Spends `total` planes of one head on groups, in steps of a sixteenth of a head's channels, always where they save most.
-/// Every group gets an eighth of a head's channels at least. Returns the planes of each channel of each group.
-pub(crate) fn pooled(groups: &[&Group], total: usize, most: usize) -> Vec<Vec<u8>> {
-    let step = |group: &Group| (group.head_dim / 16).max(1);
-    let sums: Vec<Vec<f64>> = groups
-        .iter()
-        .map(|group| {
-            let heads: Vec<_> = (0..group.heads()).map(|head| group.savings(head, most)).collect();
-            (0..group.head_dim * most).map(|place| heads.iter().map(|own| own[place].1).sum()).collect()
-        })
-        .collect();
-    let mut counts: Vec<usize> = groups.iter().map(|group| 2 * step(group)).collect();
+/// Spends `total` planes on groups of `head_dim` channels, in steps of a sixteenth of a head's channels, always where they
+/// save most. Every group gets an eighth of a head's channels at least. Returns the planes of each channel of each group.
+pub(crate) fn pooled(groups: &[&Group], head_dim: usize, total: usize, most: usize) -> Vec<Vec<u8>> {
+    let step = (head_dim / 16).max(1);
+    let savings: Vec<Vec<(usize, f64)>> = groups.iter().map(|group| group.savings(most)).collect();
+    let mut counts = vec![2 * step; groups.len()];
     let mut spent: usize = counts.iter().sum();
-    loop {
+    while spent + step <= total {
         let saving = |index: usize| {
-            let (step, count) = (step(groups[index]), counts[index]);
-            let next = sums[index].get(count..count + step)?;
-            (spent + step <= total).then(|| (next.iter().sum::<f64>() / step as f64, index))
+            let next = savings[index].get(counts[index]..counts[index] + step)?;
+            Some((next.iter().map(|(_, saving)| saving).sum::<f64>(), index))
         };
         let best = (0..groups.len()).filter_map(saving).max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
         let Some((_, index)) = best else { break };
-        counts[index] += step(groups[index]);
-        spent += step(groups[index]);
+        counts[index] += step;
+        spent += step;
     }
     groups.iter().zip(counts).map(|(group, count)| group.spend(count, most)).collect()
 }
@@ -86,35 +73,34 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn group(weights: Vec<f64>, head_dim: usize) -> Group {
-        Group { weights, head_dim }
+    fn group(weights: Vec<f64>) -> Group {
+        Group { weights }
     }
 
     #[test]
     fn planes_go_where_they_save_most() {
-        let own = group(vec![100.0, 1.0, 0.001, 1.0], 4);
+        let own = group(vec![100.0, 1.0, 0.001, 1.0]);
         assert_eq!(own.spend(4, 3), [2, 1, 0, 1]);
         assert_eq!(own.spend(2, 3), [2, 0, 0, 0]);
         assert_eq!(own.spend(2, 1), [1, 1, 0, 0]);
         assert_eq!(own.spend(12, 3), [3, 3, 3, 3]);
+        assert!((own.loss(&[2, 1, 0, 1]) - (100.0 / 225.0 + 2.0 / 9.0 + 0.001)).abs() < 1e-12);
     }
 
     #[test]
     fn a_pool_is_spent_on_the_groups_that_need_it() {
-        let groups = [group(vec![1.0; 32], 32), group(vec![1e-3; 32], 32), group(vec![10.0; 64], 32)];
-        let spent: Vec<usize> = pooled(&groups.each_ref(), 96, 3)
-            .iter()
-            .zip(&groups)
-            .map(|(planes, group)| planes.iter().map(|p| usize::from(*p)).sum::<usize>() / group.heads())
-            .collect();
-        assert_eq!(spent.iter().sum::<usize>(), 96);
-        assert!(spent[1] == 4 && spent[2] > spent[0] && spent[0] > 4, "{spent:?}");
+        let groups = [group(vec![1.0; 32]), group(vec![1e-3; 32]), group(vec![10.0; 32]), group(vec![10.0; 32])];
+        let spent = pooled(&groups.each_ref(), 32, 128, 3);
+        let spent: Vec<usize> =
+            spent.iter().map(|planes| planes.iter().map(|p| usize::from(*p)).sum::<usize>()).collect();
+        assert_eq!(spent.iter().sum::<usize>(), 128);
+        assert!(spent[1] == 4 && spent[2] > spent[0] && spent[2] == spent[3] && spent[0] > 4, "{spent:?}");
     }
 
     proptest! {
         #[test]
         fn no_swap_of_planes_saves_more(weights in prop::collection::vec(1e-6f64..1e6, 8), count in 1usize..24) {
-            let own = group(weights.clone(), 8);
+            let own = group(weights.clone());
             let planes = own.spend(count, 3);
             prop_assert_eq!(planes.iter().map(|p| usize::from(*p)).sum::<usize>(), count);
             let gain = |c: usize, p: u8| weights[c] * (error(usize::from(p)) - error(usize::from(p) + 1));

@@ -11,16 +11,9 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Adds rows of `width` numbers from position `first` on, and shows each full page, without its first `skipped` tokens
-    /// of the sequence. What no page was full of when a sequence began is forgotten.
-    pub(crate) fn add(
-        &mut self,
-        first: usize,
-        rows: &[f32],
-        width: usize,
-        skipped: usize,
-        mut page: impl FnMut(&[f32]),
-    ) {
+    /// Adds rows of `width` numbers from position `first` on, and shows each full page with the position of its first token.
+    /// What no page was full of when a sequence began is forgotten.
+    pub(crate) fn add(&mut self, first: usize, rows: &[f32], width: usize, mut page: impl FnMut(usize, &[f32])) {
         if first == 0 {
             self.rows.clear();
             self.first = 0;
@@ -28,10 +21,7 @@ impl Pages {
         self.rows.extend_from_slice(rows);
         let mut whole = self.rows.chunks_exact(PAGE_TOKENS * width);
         for rows in &mut whole {
-            let kept = skipped.saturating_sub(self.first).min(PAGE_TOKENS);
-            if kept < PAGE_TOKENS {
-                page(&rows[kept * width..]);
-            }
+            page(self.first, rows);
             self.first += PAGE_TOKENS;
         }
         let rest = whole.remainder().len();
@@ -39,15 +29,11 @@ impl Pages {
     }
 }
 
-/// The squared range of each of `width` channels over the rows of a page.
-pub(crate) fn squared_ranges(page: &[f32], width: usize) -> impl Iterator<Item = f64> {
-    let mut ends = vec![(f32::INFINITY, f32::NEG_INFINITY); width];
-    for row in page.chunks_exact(width) {
-        for ((min, max), value) in ends.iter_mut().zip(row) {
-            (*min, *max) = (min.min(*value), max.max(*value));
-        }
-    }
-    ends.into_iter().map(|(min, max)| f64::from(max - min).powi(2))
+/// The squared range of numbers of tokens, without those that are kept apart.
+pub(crate) fn squared_range(numbers: impl Iterator<Item = f32>, apart: &[bool]) -> f64 {
+    let own = numbers.zip(apart).filter(|(_, apart)| !**apart).map(|(x, _)| x);
+    let (min, max) = own.fold((f32::INFINITY, f32::NEG_INFINITY), |(min, max), x| (min.min(x), max.max(x)));
+    if min > max { 0.0 } else { f64::from(max - min).powi(2) }
 }
 
 #[cfg(test)]
@@ -59,11 +45,18 @@ mod tests {
         let mut pages = Pages::default();
         let mut seen = Vec::new();
         let rows: Vec<f32> = (0..300).map(|i| i as f32).collect();
-        pages.add(0, &rows[..100], 1, 2, |page| seen.push((page[0], page.len())));
-        pages.add(100, &rows[100..], 1, 2, |page| seen.push((page[0], page.len())));
-        pages.add(0, &rows[..128], 1, 0, |page| seen.push((page[0], page.len())));
-        assert_eq!(seen, [(2.0, 126), (128.0, 128), (0.0, 128)]);
-        let ranges: Vec<f64> = squared_ranges(&[1.0, 0.0, -2.0, 0.5], 2).collect();
-        assert_eq!(ranges, [9.0, 0.25]);
+        let mut add = |first, rows: &[f32]| pages.add(first, rows, 1, |at, page| seen.push((at, page[0], page.len())));
+        add(0, &rows[..100]);
+        add(100, &rows[100..]);
+        add(0, &rows[..128]);
+        assert_eq!(seen, [(0, 0.0, 128), (128, 128.0, 128), (0, 0.0, 128)]);
+    }
+
+    #[test]
+    fn tokens_apart_are_no_part_of_a_range() {
+        let page = [1.0, 9.0, -2.0, 0.5];
+        assert_eq!(squared_range(page.into_iter(), &[false; 4]), 121.0);
+        assert_eq!(squared_range(page.into_iter(), &[false, true, false, false]), 9.0);
+        assert_eq!(squared_range(page.into_iter(), &[true; 4]), 0.0);
     }
 }

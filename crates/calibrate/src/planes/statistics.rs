@@ -1,15 +1,41 @@
 //! What is known of the channels of a layer.
 
-use super::pages::{Pages, squared_ranges};
-use dibit_cache::CacheShape;
-use nalgebra::{DMatrix, SymmetricEigen};
+use super::pages::{Pages, squared_range};
+use dibit_cache::{CacheShape, PAGE_TOKENS, Sinks};
+use nalgebra::DMatrix;
 
-/// How much the channels of keys matter.
-pub(crate) struct KeyChannels {
-    /// For each channel of the KV heads the sum of its squared queries, and then for each that of its squared ranges
-    /// within pages.
+/// Queries of the first tokens of a sequence are of no text.
+const FIRST_QUERY: usize = 64;
+
+/// How queries meet the keys of each KV head: `[KV head][head_dim][head_dim]`, sums of `q q^T` over tokens and the query
+/// heads that share a KV head.
+pub(crate) struct KeyMetric {
     pub(crate) sums: Vec<f64>,
-    pages: Pages,
+}
+
+impl KeyMetric {
+    pub(crate) fn new(shape: CacheShape) -> Self {
+        KeyMetric { sums: vec![0.0; shape.row() * shape.head_dim] }
+    }
+
+    /// Adds rows of queries of a sequence, `[row][query head][head_dim]`, from position `first` on.
+    pub(crate) fn add(&mut self, shape: CacheShape, first: usize, q: &[f32], rows: usize) {
+        let d = shape.head_dim;
+        let shared = q.len() / (rows * shape.row());
+        let skipped = FIRST_QUERY.saturating_sub(first).min(rows);
+        for (kv_head, sums) in self.sums.chunks_exact_mut(d * d).enumerate() {
+            let tokens = q.chunks_exact(shared * shape.row()).skip(skipped);
+            let queries = tokens.flat_map(|token| &token[kv_head * shared * d..(kv_head + 1) * shared * d]);
+            add_products(queries.copied().collect(), d, sums);
+        }
+    }
+}
+
+/// Adds `x x^T` of all rows `x` of `d` numbers. The sums of a call are in 32 bit.
+fn add_products(rows: Vec<f32>, d: usize, sums: &mut [f64]) {
+    let columns = DMatrix::from_vec(d, rows.len() / d, rows);
+    let products = &columns * columns.transpose();
+    sums.iter_mut().zip(products.iter()).for_each(|(sum, product)| *sum += f64::from(*product));
 }
 
 /// How values are spread around the mean of their page: `[KV head][head_dim][head_dim]`, sums over tokens.
@@ -18,113 +44,164 @@ pub(crate) struct ValueSpread {
     pages: Pages,
 }
 
-impl KeyChannels {
-    pub(crate) fn new(shape: CacheShape) -> Self {
-        KeyChannels { sums: vec![0.0; 2 * shape.row()], pages: Pages::default() }
-    }
-
-    /// Adds rows of queries and keys of a sequence, of which the first `skipped` tokens are never packed.
-    pub(crate) fn add(&mut self, shape: CacheShape, first: usize, q: &[f32], k: &[f32], skipped: usize) {
-        let (width, d) = (shape.row(), shape.head_dim);
-        let (queries, ranges) = self.sums.split_at_mut(width);
-        let rows = k.len() / width;
-        let shared = q.len() / (rows * width);
-        for row in q.chunks_exact(width * shared) {
-            for (own, heads) in queries.chunks_exact_mut(d).zip(row.chunks_exact(shared * d)) {
-                for query in heads.chunks_exact(d) {
-                    own.iter_mut().zip(query).for_each(|(sum, x)| *sum += f64::from(x * x));
-                }
-            }
-        }
-        self.pages.add(first, k, width, skipped, |page| {
-            ranges.iter_mut().zip(squared_ranges(page, width)).for_each(|(sum, range)| *sum += range);
-        });
-    }
-
-    /// The weight of each channel: a channel of a key reaches a logit multiplied by its query, and rounding it costs in
-    /// proportion to the square of its range.
-    pub(crate) fn weights(&self) -> Vec<f64> {
-        let (queries, ranges) = self.sums.split_at(self.sums.len() / 2);
-        queries.iter().zip(ranges).map(|(query, range)| query * range).collect()
-    }
-}
-
 impl ValueSpread {
     pub(crate) fn new(shape: CacheShape) -> Self {
         ValueSpread { sums: vec![0.0; shape.row() * shape.head_dim], pages: Pages::default() }
     }
 
-    /// Adds rows of values of a sequence.
-    pub(crate) fn add(&mut self, shape: CacheShape, first: usize, v: &[f32], skipped: usize) {
+    /// Adds rows of values of a sequence from position `first` on, without those that are never packed.
+    pub(crate) fn add(&mut self, shape: CacheShape, first: usize, v: &[f32], sinks: Sinks) {
         let (width, d) = (shape.row(), shape.head_dim);
         let sums = &mut self.sums;
-        let mut mean = vec![0.0; width];
-        let mut centred = vec![0.0; d];
-        self.pages.add(first, v, width, skipped, |page| {
-            mean.fill(0.0);
-            let rows = page.len() / width;
-            for row in page.chunks_exact(width) {
-                mean.iter_mut().zip(row).for_each(|(mean, x)| *mean += *x);
-            }
-            mean.iter_mut().for_each(|mean| *mean /= rows as f32);
-            for row in page.chunks_exact(width) {
-                let heads = row.chunks_exact(d).zip(mean.chunks_exact(d)).zip(sums.chunks_exact_mut(d * d));
-                for ((values, mean), sums) in heads {
-                    centred.iter_mut().zip(values.iter().zip(mean)).for_each(|(c, (x, mean))| *c = x - mean);
-                    for (a, sums) in centred.iter().zip(sums.chunks_exact_mut(d)) {
-                        sums.iter_mut().zip(&centred).for_each(|(sum, b)| *sum += f64::from(a * b));
-                    }
+        self.pages.add(first, v, width, |at, page| {
+            for (head, sums) in sums.chunks_exact_mut(d * d).enumerate() {
+                let values = of_head(page, width, head, d);
+                let apart = apart(sinks, at, &values, d);
+                let mut kept: Vec<f32> = values
+                    .chunks_exact(d)
+                    .zip(&apart)
+                    .filter(|(_, apart)| !**apart)
+                    .flat_map(|(x, _)| x)
+                    .copied()
+                    .collect();
+                let count = (kept.len() / d).max(1) as f32;
+                for channel in 0..d {
+                    let mean = kept.iter().skip(channel).step_by(d).sum::<f32>() / count;
+                    kept.iter_mut().skip(channel).step_by(d).for_each(|x| *x -= mean);
                 }
+                add_products(kept, d, sums);
             }
         });
     }
+}
 
-    /// The principal components of each head by falling variance: columns of an orthogonal matrix, row-major.
-    pub(crate) fn basis(&self, head_dim: usize) -> Vec<f32> {
-        self.sums.chunks_exact(head_dim * head_dim).flat_map(|sums| principal(sums, head_dim)).collect()
+/// The numbers of one head of a page: `[token][head_dim]`.
+fn of_head(page: &[f32], width: usize, head: usize, d: usize) -> Vec<f32> {
+    page.chunks_exact(width).flat_map(|token| &token[head * d..(head + 1) * d]).copied().collect()
+}
+
+/// Which tokens of the page that begins at a position are kept apart from its codes, by its values as they are stored.
+fn apart(sinks: Sinks, position: usize, values: &[f32], d: usize) -> Vec<bool> {
+    let mut apart: Vec<bool> = (position..position + PAGE_TOKENS).map(|token| token < sinks.first()).collect();
+    if let Sinks::Auto(auto) = sinks {
+        auto.choose(values, d, &apart).into_iter().for_each(|slot| apart[slot] = true);
     }
+    apart
 }
 
-fn principal(sums: &[f64], d: usize) -> Vec<f32> {
-    let eigen = SymmetricEigen::new(DMatrix::from_row_slice(d, d, sums));
-    let mut order: Vec<usize> = (0..d).collect();
-    order.sort_by(|a, b| eigen.eigenvalues[*b].total_cmp(&eigen.eigenvalues[*a]));
-    (0..d * d).map(|at| eigen.eigenvectors[(at / d, order[at % d])] as f32).collect()
-}
-
-/// Squared ranges of values in their basis.
-pub(crate) struct ValueChannels {
-    sums: Vec<f64>,
+/// Squared ranges of channels within pages, those of values in their basis, and how many tokens have small values.
+pub(crate) struct Ranges {
+    keys: Vec<f64>,
+    values: Vec<f64>,
+    /// Tokens of each KV head that want a place.
+    small: Vec<usize>,
+    page_count: usize,
     pages: Pages,
 }
 
-impl ValueChannels {
+impl Ranges {
     pub(crate) fn new(shape: CacheShape) -> Self {
-        ValueChannels { sums: vec![0.0; shape.row()], pages: Pages::default() }
+        let none = || vec![0.0; shape.row()];
+        let small = vec![0; shape.num_key_value_heads];
+        Ranges { keys: none(), values: none(), small, page_count: 0, pages: Pages::default() }
     }
 
-    /// Adds rows of values of a sequence.
-    pub(crate) fn add(&mut self, shape: CacheShape, basis: &[f32], first: usize, v: &[f32], skipped: usize) {
+    /// Adds rows of keys and values of a sequence from position `first` on. `basis` turns values into what is stored.
+    pub(crate) fn add(
+        &mut self,
+        shape: CacheShape,
+        basis: Option<&[f32]>,
+        first: usize,
+        [k, v]: [&[f32]; 2],
+        sinks: Sinks,
+    ) {
         let (width, d) = (shape.row(), shape.head_dim);
-        let Self { sums, pages } = self;
-        let mut turned = Vec::new();
-        pages.add(first, v, width, skipped, |page| {
-            turned.clear();
-            turned.resize(page.len(), 0.0);
-            for (turned, row) in turned.chunks_exact_mut(width).zip(page.chunks_exact(width)) {
-                let heads = turned.chunks_exact_mut(d).zip(row.chunks_exact(d)).zip(basis.chunks_exact(d * d));
-                for ((turned, value), basis) in heads {
-                    for (x, basis) in value.iter().zip(basis.chunks_exact(d)) {
-                        turned.iter_mut().zip(basis).for_each(|(sum, u)| *sum += x * u);
-                    }
+        let Self { keys, values, small, page_count, pages } = self;
+        let rows: Vec<f32> =
+            k.chunks_exact(width).zip(v.chunks_exact(width)).flat_map(|(k, v)| [k, v].concat()).collect();
+        pages.add(first, &rows, 2 * width, |at, page| {
+            *page_count += 1;
+            for head in 0..shape.num_key_value_heads {
+                let own_keys = of_head(page, 2 * width, head, d);
+                let mut own_values = of_head(page, 2 * width, shape.num_key_value_heads + head, d);
+                if let Some(basis) = basis {
+                    // Columns are rows of numbers one after the other, so that this is `values basis`.
+                    let basis = DMatrix::from_column_slice(d, d, &basis[head * d * d..(head + 1) * d * d]);
+                    own_values = (basis * DMatrix::from_vec(d, PAGE_TOKENS, own_values)).as_slice().to_vec();
+                }
+                let apart = apart(sinks, at, &own_values, d);
+                let elsewhere = sinks.first().saturating_sub(at).min(PAGE_TOKENS);
+                small[head] += apart.iter().filter(|apart| **apart).count() - elsewhere;
+                for channel in 0..d {
+                    let range = |all: &[f32]| squared_range(all.iter().skip(channel).step_by(d).copied(), &apart);
+                    keys[head * d + channel] += range(&own_keys);
+                    values[head * d + channel] += range(&own_values);
                 }
             }
-            sums.iter_mut().zip(squared_ranges(&turned, width)).for_each(|(sum, range)| *sum += range);
         });
     }
 
-    /// The weight of each channel.
-    pub(crate) fn weights(&self) -> &[f64] {
-        &self.sums
+    /// The weight of each channel of keys: it reaches a logit multiplied by its query, and rounding it costs in proportion
+    /// to the square of its range.
+    pub(crate) fn key_weights(&self, metric: &KeyMetric, d: usize) -> Vec<f64> {
+        let squares = metric.sums.chunks_exact(d * d).flat_map(|sums| (0..d).map(move |c| sums[c * d + c]));
+        self.keys.iter().zip(squares).map(|(range, query)| range * query).collect()
+    }
+
+    /// The weight of each channel of values in a basis in which all channels matter alike.
+    pub(crate) fn value_weights(&self) -> &[f64] {
+        &self.values
+    }
+
+    /// Tokens of a page and KV head that want a place, on average.
+    pub(crate) fn small_tokens(&self) -> f64 {
+        let all: usize = self.small.iter().sum();
+        all as f64 / (self.page_count * self.small.len()).max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_and_ranges_are_those_of_their_heads() {
+        let shape = CacheShape { num_layers: 1, num_key_value_heads: 2, head_dim: 8 };
+        let number = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 25.0;
+        let (rows, width) = (256, shape.row());
+        let (k, v): (Vec<f32>, Vec<f32>) =
+            ((0..rows * width).map(number).collect(), (0..rows * width).map(|i| number(i + 7)).collect());
+        let q: Vec<f32> = (0..rows * 2 * width).map(|i| number(3 * i)).collect();
+        let mut metric = KeyMetric::new(shape);
+        metric.add(shape, 0, &q[..100 * 2 * width], 100);
+        metric.add(shape, 100, &q[100 * 2 * width..], rows - 100);
+        // KV head 1 is shared by query heads 2 and 3.
+        let product = |a: usize, b: usize| -> f64 {
+            let of = |row: usize, head: usize| {
+                f64::from(q[(row * 4 + head) * 8 + a]) * f64::from(q[(row * 4 + head) * 8 + b])
+            };
+            (64..rows).flat_map(|row| [of(row, 2), of(row, 3)]).sum()
+        };
+        for (a, b) in [(0, 0), (3, 5), (7, 1)] {
+            let expected = product(a, b);
+            assert!((metric.sums[64 + a * 8 + b] - expected).abs() < 1e-3 * expected.abs().max(1.0), "{a} {b}");
+        }
+        // A basis that swaps channels 0 and 1 and doubles channel 2.
+        let mut basis = vec![0.0; 64];
+        (0..8).for_each(|c| basis[c * 8 + [1, 0, 2, 3, 4, 5, 6, 7][c]] = if c == 2 { 2.0 } else { 1.0 });
+        let mut ranges = Ranges::new(shape);
+        ranges.add(shape, Some(&[&basis[..], &basis[..]].concat()), 0, [&k, &v], Sinks::First(2));
+        let squared = |data: &[f32], channel: usize| -> f64 {
+            let page = |rows: std::ops::Range<usize>| {
+                let all = rows.map(|row| data[row * width + channel]);
+                let (min, max) = all.fold((f32::MAX, f32::MIN), |(min, max), x| (min.min(x), max.max(x)));
+                f64::from(max - min).powi(2)
+            };
+            page(2..128) + page(128..256)
+        };
+        assert!((ranges.keys[9] - squared(&k, 9)).abs() < 1e-6);
+        assert!((ranges.value_weights()[8] - squared(&v, 9)).abs() < 1e-6);
+        assert!((ranges.value_weights()[10] - 4.0 * squared(&v, 10)).abs() < 1e-5);
+        assert_eq!(ranges.small_tokens(), 0.0);
     }
 }

@@ -3,6 +3,7 @@
 #define DIBIT_EMULATE
 #include "../../kernels/prelude.cuh"
 #include "../../kernels/layout.cuh"
+#include "../../kernels/stored.cuh"
 #include "../../kernels/packed/constants.cuh"
 #include "../../kernels/packed/sums.cuh"
 #include "../../kernels/packed/sides.cuh"
@@ -11,6 +12,7 @@
 #include "../../kernels/packed/logits.cuh"
 #include "../../kernels/packed/values.cuh"
 #include "../../kernels/packed/rows.cuh"
+#include "../../kernels/packed/page_sinks.cuh"
 #include "../../kernels/packed/pages.cuh"
 #include "../../kernels/packed/plain.cuh"
 #include "../../kernels/packed/join.cuh"
@@ -59,7 +61,7 @@ struct Fixture {
     std::vector<float> incoming_keys, incoming_values, q, correction;
     std::vector<Span> spans;
     i64 block_bytes;
-    int stride = 0, heads, rows, slots, capacity;
+    int layer_bytes = 0, heads, rows, slots, capacity;
 
     Fixture(const Case& c) : c(c) {
         heads = c.kv_heads * c.shared;
@@ -67,7 +69,7 @@ struct Fixture {
         slots = c.whole ? 1 : c.kivi ? 129 : 256;
         capacity = (int)c.sinks.size() + (c.sinks.empty() ? 0 : 2);
         for (int head = 0; head < c.kv_heads; head++) place(head);
-        block_bytes = (i64)stride * c.kv_heads + 64;
+        block_bytes = layer_bytes + 64;
         int blocks = 0;
         for (size_t i = 0; i < c.cached.size(); i++) {
             Span span = {};
@@ -99,7 +101,7 @@ struct Fixture {
     }
 
     u8* page_at(const Span& span, int index, int head) {
-        return start() + tables[span.blocks + index] * block_bytes + 64 + head * stride;
+        return start() + tables[span.blocks + index] * block_bytes + 64 + pages[head].offset;
     }
     u8* start() { return pool.data() + (64 - (u64)pool.data() % 64) % 64; }
 
@@ -147,7 +149,21 @@ struct Fixture {
         v.scales = v.codes + 128 * v.row_bytes;
         v.zeros = v.scales + 2 * count;
         int zeros = VALUE_COLUMNS > 0 ? HEAD_DIM : 128;
-        stride = std::max(stride, (v.zeros + 2 * zeros + 63) / 64 * 64);
+        int end = v.zeros + 2 * zeros;
+        if (PAGE_SINKS) {
+            // More than 16 places are two tiles.
+            PageSinks& own = page.sinks;
+            own.places = head % 2 ? 20 : 8;
+            own.key_bytes = 4 + HEAD_DIM;
+            own.value_bytes = 4 + HEAD_DIM / 2;
+            own.slots = end;
+            own.keys = own.slots + own.places;
+            own.values = own.keys + own.places * own.key_bytes;
+            end = own.values + own.places * own.value_bytes;
+        }
+        page.offset = layer_bytes;
+        page.bytes = (end + 63) / 64 * 64;
+        layer_bytes += page.bytes;
         pages.push_back(page);
     }
 
@@ -170,10 +186,36 @@ struct Fixture {
         fill(own.keys, KEY_PLANES ? own.keys.with[0] : HEAD_DIM, HEAD_DIM, c.key_scale);
         int count = VALUE_COLUMNS > 0 ? HEAD_DIM : 128;
         fill(own.values, own.values.planes ? own.values.planes : count, count, c.value_scale);
+        if (PAGE_SINKS) fill_page_sinks(own.sinks, page, std::min(span.packed_keys - 128 * index, 128), 128 * index);
         // Parameters of tokens that are not there are no numbers.
         if (VALUE_COLUMNS == 0)
             for (int i = std::max(span.packed_values - 128 * index, 0); i < 128; i++)
                 ((u16*)(page + own.values.scales))[i] = ((u16*)(page + own.values.zeros))[i] = NOT_A_NUMBER;
+    }
+
+    /// None, few or as many as there are places, of `count` tokens from `first` on.
+    void fill_page_sinks(const PageSinks& own, u8* page, int count, int first) {
+        int wanted = (int)(generator() % 3) * own.places / 2, place = 0;
+        memset(page + own.slots, 0xff, own.places);
+        for (int token = 0; token < count && place < wanted; token++) {
+            if ((int)(generator() % 128) >= 2 * wanted) continue;
+            if (std::find(c.sinks.begin(), c.sinks.end(), first + token) != c.sinks.end()) continue;
+            page[own.slots + place] = (u8)token;
+            u16* key = (u16*)(page + own.keys + place * own.key_bytes);
+            u16* value = (u16*)(page + own.values + place * own.value_bytes);
+            key[0] = float_to_half(c.key_scale * uniform(0.01f, 0.02f));
+            key[1] = float_to_half(c.key_scale * uniform(-3.0f, -1.0f));
+            value[0] = float_to_half(c.value_scale * uniform(0.1f, 0.2f));
+            value[1] = float_to_half(c.value_scale * uniform(-1.5f, -1.0f));
+            place++;
+        }
+    }
+
+    /// Place of a token that its page protects; -1 where it is none.
+    int place_of(const PageSinks& own, const u8* page, int token) const {
+        for (int place = 0; page != nullptr && place < own.places; place++)
+            if (page[own.slots + place] == token % 128) return place;
+        return -1;
     }
 
     void fill_rows() {
@@ -247,11 +289,14 @@ struct Fixture {
             const u8* page = token < span.packed_keys ? page_at(span, token / 128, kv_head) : nullptr;
             i64 fresh = ((i64)kv_head * rows + span.first_row + token - span.cached) * HEAD_DIM;
             bool protected_key = token < span.packed_keys && sink != c.sinks.end();
+            int place = place_of(layout.sinks, page, token);
             for (int i = 0; i < HEAD_DIM; i++) {
                 int channel = i;
                 double key;
                 if (protected_key)
                     key = half_to_float(sink_keys[sink_row * HEAD_DIM + i]);
+                else if (place >= 0)
+                    key = stored::page_sink_number(layout.sinks, page, true, place, i, HEAD_DIM);
                 else if (page != nullptr) {
                     channel = order[kv_head * HEAD_DIM + i];
                     key = packed(layout.keys, page, token % 128, i);
@@ -261,7 +306,7 @@ struct Fixture {
                     key = incoming_keys[fresh + i];
                 double x = query[channel] / sqrt(HEAD_DIM);
                 logit += x * key;
-                if (BIAS && page != nullptr && !protected_key && (!KEY_PLANES || i < layout.keys.with[0])) {
+                if (BIAS && page != nullptr && !protected_key && place < 0 && (!KEY_PLANES || i < layout.keys.with[0])) {
                     double a = fabs(x * half_to_float(((const u16*)(page + layout.keys.scales))[i]) / 2);
                     if (a > 1e-4) logit -= log(sinh(a) / a);
                 }
@@ -271,6 +316,8 @@ struct Fixture {
                 double value;
                 if (token < span.packed_values && sink != c.sinks.end())
                     value = half_to_float(sink_values[sink_row * HEAD_DIM + i]);
+                else if (place >= 0)
+                    value = stored::page_sink_number(layout.sinks, page, false, place, i, HEAD_DIM);
                 else if (token < span.packed_values)
                     value = packed(layout.values, page, token % 128, i);
                 else if (token < span.cached)
@@ -308,7 +355,6 @@ struct Fixture {
         a.cache.pool = start();
         a.cache.block_bytes = block_bytes;
         a.cache.layer_offset = 64;
-        a.cache.stride = stride;
         a.cache.kv_heads = c.kv_heads;
         a.cache.head_dim = HEAD_DIM;
         a.cache.pages = pages.data();
@@ -397,8 +443,8 @@ static bool run(const Case& c) {
         same &= !memcmp(own.data(), &out[i * own.size()], own.size() * 4);
     }
     bool good = numbers && worst < 4e-3 && same;
-    printf("%s head_dim %d bias %d integer %d%d planes %d columns %d: %s, off by %.1e of the root mean square%s%s\n", good ? "ok  " : "FAIL", HEAD_DIM,
-           BIAS, INTEGER_KEYS, INTEGER_VALUES, KEY_PLANES, VALUE_COLUMNS, c.name, worst, numbers ? "" : ", not finite", same ? "" : ", not the same alone");
+    printf("%s head_dim %d bias %d integer %d%d planes %d columns %d page sinks %d: %s, off by %.1e of the root mean square%s%s\n", good ? "ok  " : "FAIL", HEAD_DIM,
+           BIAS, INTEGER_KEYS, INTEGER_VALUES, KEY_PLANES, VALUE_COLUMNS, PAGE_SINKS, c.name, worst, numbers ? "" : ", not finite", same ? "" : ", not the same alone");
     fflush(stdout);
     return good;
 }

@@ -235,9 +235,9 @@ struct Case {
 };
 
 /// Bytes of a page that are expanded.
-static int packed_page_bytes(const Page& page, int stride) {
+static int packed_page_bytes(const Page& page) {
     int first = page.keys.half_rows < 0 ? 0 : page.values.codes;
-    int end = page.values.half_rows < 0 ? stride : page.values.half_rows;
+    int end = page.values.half_rows < 0 ? page.bytes : page.values.half_rows;
     return page.keys.half_rows < 0 || page.values.half_rows < 0 ? end - first : 0;
 }
 
@@ -271,7 +271,7 @@ static void run(const Case& c) {
     }
     // Pages.
     Memory<Page> pages(c.kv_heads);
-    int stride = 0;
+    int layer_bytes = 0;
     Memory<int> order(c.kv_heads * d);
     for (int h = 0; h < c.kv_heads; h++) {
         std::vector<int> planes(d), value_planes(d);
@@ -282,15 +282,17 @@ static void run(const Case& c) {
                 if (planes[i] == p) order[h * d + place++] = i;
         int end = place_side(pages[h].keys, c.keys, true, 0, planes);
         end = place_side(pages[h].values, c.values, false, (end + 63) / 64 * 64, value_planes);
-        stride = max(stride, (end + 63) / 64 * 64);
+        pages[h].offset = layer_bytes;
+        pages[h].bytes = (end + 63) / 64 * 64;
+        layer_bytes += pages[h].bytes;
     }
-    i64 layer_offset = 128, block_bytes = layer_offset + stride * c.kv_heads + 64;
+    i64 layer_offset = 128, block_bytes = layer_offset + layer_bytes + 64;
     Memory<u8> pool(block_bytes * (blocks + 1));
     Memory<int> tables(blocks + 1);
     for (int i = 0; i < blocks; i++) {
         tables[i] = blocks - i;
         for (int h = 0; h < c.kv_heads; h++) {
-            u8* page = pool.data + tables[i] * block_bytes + layer_offset + h * stride;
+            u8* page = pool.data + tables[i] * block_bytes + layer_offset + pages[h].offset;
             fill_side(pages[h].keys, page);
             fill_side(pages[h].values, page);
         }
@@ -344,7 +346,7 @@ static void run(const Case& c) {
     Memory<float> partials((i64)rows * c.heads * splits * (d + 2));
     Attention a = {};
     const int* channel_order = c.keys.bits == 0 ? order.data : nullptr;
-    a.cache = {pool.data, block_bytes, layer_offset, stride, c.kv_heads, d, pages.data, key_ring.data, value_ring.data,
+    a.cache = {pool.data, block_bytes, layer_offset, c.kv_heads, d, pages.data, key_ring.data, value_ring.data,
                key_slots, value_slots, sink_keys.data, sink_values.data, sink_positions.data, sink_counts.data,
                capacity, incoming_keys.data, incoming_values.data, incoming_rows, channel_order, c.bias};
     a.spans = spans.data;
@@ -360,7 +362,7 @@ static void run(const Case& c) {
     const u16* incoming = c.halves ? halves.data : nullptr;
     emulate::launch(halve_incoming, dim3((rows * d / 8 + 127) / 128, c.kv_heads), 128, 0, a.cache, rows, halves.data);
     int page_bytes = 0;
-    for (Page& page : pages) page_bytes = max(page_bytes, packed_page_bytes(page, stride));
+    for (Page& page : pages) page_bytes = max(page_bytes, packed_page_bytes(page));
     auto attend = [&](Attention a) {
         if (many > 0)
             emulate::launch(packed ? attend_packed_tiles : attend_tiles, dim3(many, c.kv_heads), 128,
@@ -372,7 +374,7 @@ static void run(const Case& c) {
     attend(a);
 
     auto page_of = [&](const Span& s, int h, int token) {
-        return pool.data + tables[s.blocks + token / 128] * block_bytes + layer_offset + h * stride;
+        return pool.data + tables[s.blocks + token / 128] * block_bytes + layer_offset + pages[h].offset;
     };
     double square = 0, error_square = 0, worst = 0;
     i64 numbers = 0;

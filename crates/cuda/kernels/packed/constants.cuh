@@ -19,6 +19,9 @@
 #ifndef VALUE_COLUMNS
 #define VALUE_COLUMNS 0
 #endif
+#ifndef PAGE_SINKS
+#define PAGE_SINKS 0
+#endif
 
 constexpr int WARPS = 4;
 /// Blocks of a multiprocessor that registers must allow.

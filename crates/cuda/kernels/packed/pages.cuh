@@ -39,7 +39,7 @@ __device__ __forceinline__ void add_pages(Sums& sums, const Tile& tile, const Pa
     const Span& span = *tile.span;
     int kv_head = tile.kv_head;
     first += threadIdx.x / 32;
-    const u8* pool = cache.pool + cache.layer_offset + (i64)kv_head * cache.stride;
+    const u8* pool = cache.pool + cache.layer_offset + page.offset;
     const int* table = a.tables + span.blocks;
     auto block_of = [&](int index) { return table[min(index, end - 1)]; };
     Place keys = place_of(page.keys), values = place_of(page.values);
@@ -84,14 +84,24 @@ __device__ __forceinline__ void add_pages(Sums& sums, const Tile& tile, const Pa
         int after = block_of(index + 2 * WARPS);
         if (index + WARPS < end) copy_keys(slots[2], next, keys);
         copy_commit();
+#if PAGE_SINKS
+        int own_slot = own_page_sink(page.sinks, current);
+        u32 protected_lanes = __ballot_sync(ALL_LANES, own_slot >= 0);
+#else
+        constexpr u32 protected_lanes = 0;
+#endif
         copy_wait<2>();
         __syncwarp();
         float factor[2];
         range.factors(factor);
         page_logits(s, offset, slots[0], keys, operands, range, factor);
         __syncwarp();
-        if (key_count < PAGE_TOKENS || index <= last_hidden) {
+        if (key_count < PAGE_TOKENS || index <= last_hidden || protected_lanes != 0) {
             Visible visible = visible_tokens(cache, span.slot, token, key_count);
+#if PAGE_SINKS
+            for (u32 rest = protected_lanes; rest != 0; rest &= rest - 1)
+                visible.hide(__shfl_sync(ALL_LANES, own_slot, __ffs(rest) - 1));
+#endif
 #pragma unroll
             for (int i = 0; i < 32; i++)
                 if (!visible.has(i / 4, i % 4 / 2)) s[i / 4][i % 4] = -infinity();
@@ -105,6 +115,11 @@ __device__ __forceinline__ void add_pages(Sums& sums, const Tile& tile, const Pa
         if (value_count < key_count) add_window(sums, s, token, key_count, value_count, tile);
 #endif
         if (!LATE_VALUES || value_count > 0) add_values(sums, s, slots[1], values, value_count, buffer);
+#if PAGE_SINKS
+        if (protected_lanes != 0)
+            add_page_sinks(sums, page.sinks, current, __popc(protected_lanes), operands.q, order, factor);
+        current = next;
+#endif
         __syncwarp();
         u8* read = slots[1];
         slots[1] = slots[0];

@@ -53,15 +53,15 @@ __device__ __forceinline__ float of_query(const float (&both)[2]) {
 #endif
 
 /// Multiplies sums of values, those of each query by its factor. Warps that read pages with scales of channels have nothing
-/// but sums of lanes, others have no such sums.
+/// but sums of lanes, unless pages protect tokens; others have no such sums.
 template <bool CODES>
 __device__ __forceinline__ void scale_values(Sums& sums, const float (&change)[2]) {
-    if (!CODES || VALUE_COLUMNS == 0 || LATE_VALUES) {
+    if (!CODES || VALUE_COLUMNS == 0 || LATE_VALUES || PAGE_SINKS) {
 #pragma unroll
         for (int i = 0; i < COLUMNS * 16; i++) sums.values[i / 16][i / 4 % 4][i % 4] *= change[i % 2];
     }
 #if VALUE_COLUMNS > 0
-    if (!CODES) return;
+    if (!CODES && !PAGE_SINKS) return;
 #pragma unroll
     for (int i = 0; i < VALUE_COLUMNS * 16; i++) sums.lanes[i / 16][i / 4 % 4][i % 4] *= change[i % 2];
     float own = of_query(change);

@@ -5,6 +5,10 @@
 /// The logit of what is not seen: minus infinity.
 #define NO_LOGIT __uint_as_float(0xff800000u)
 
+#ifndef PAGE_SINKS
+#define PAGE_SINKS 0
+#endif
+
 constexpr int INT_END = 0x7fffffff;
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;

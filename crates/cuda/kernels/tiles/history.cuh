@@ -104,8 +104,7 @@ struct History {
     }
 
     __device__ __forceinline__ const u8* page_of(int token) const {
-        return cache.pool + blocks[token / PAGE_TOKENS] * cache.block_bytes + cache.layer_offset +
-               (i64)kv_head * cache.stride;
+        return cache.pool + blocks[token / PAGE_TOKENS] * cache.block_bytes + cache.layer_offset + layout.offset;
     }
     __device__ __forceinline__ const u16* ring_row(const u16* ring, int slots, int token) const {
         i64 head = (i64)slot * cache.kv_heads + kv_head;
@@ -121,7 +120,7 @@ struct History {
     /// The bytes of a page from which tiles are expanded.
     __device__ __forceinline__ int first_byte() const { return layout.keys.half_rows < 0 ? 0 : layout.values.codes; }
     __device__ __forceinline__ int end_byte() const {
-        return layout.values.half_rows < 0 ? cache.stride : layout.values.half_rows;
+        return layout.values.half_rows < 0 ? layout.bytes : layout.values.half_rows;
     }
 
     /// Copies the packed bytes of a tile's page behind the program's back.
@@ -214,6 +213,7 @@ struct History {
             Tile own = tile(max(index, 0));
             copy_wait<0>();
             __syncthreads();
+            u64 kept = 0;
             bool expanded = PACKED && index >= 0 && expands(own);
             if (expanded) {
                 place = first;
@@ -221,6 +221,10 @@ struct History {
                 copy_commit();
                 copy_wait<0>();
                 __syncthreads();
+#if PAGE_SINKS
+                protect_in_page(own, second, place, place + BYTES, kept);
+                __syncthreads();
+#endif
             }
             if (index + 1 < count) {
                 Tile next = tile(index + 1);
@@ -233,15 +237,13 @@ struct History {
             }
             copy_commit();
             if (index < 0) continue;
-            u64 kept = 0;
             if (expanded && protect(own, place, place + BYTES, kept)) __syncthreads();
             attend(own, place, place + BYTES, kept);
         }
     }
 
-    /// Puts protected tokens in the places that they have in pages; `kept` gets those with keys. Whether there are any.
+    /// Puts protected tokens in the places that they have in pages; `kept` gets those with keys too. Whether there are any.
     __device__ __forceinline__ bool protect(const Tile& tile, u8* keys, u8* values, u64& kept) const {
-        kept = 0;
         if (tile.incoming || tile.first > last_sink || tile.first + TOKENS <= first_sink) return false;
         for (int i = 0; i < cache.sink_counts[slot]; i++) {
             int token = cache.sink_positions[slot * cache.sink_capacity + i] - tile.first;
@@ -258,4 +260,30 @@ struct History {
         }
         return true;
     }
+
+#if PAGE_SINKS
+    /// The same for tokens that the tile's page protects, of which `bytes` were fetched.
+    __device__ __forceinline__ void protect_in_page(const Tile& tile, const u8* bytes, u8* keys, u8* values,
+                                                    u64& kept) const {
+        const PageSinks& sinks = layout.sinks;
+        bool half_values = layout.values.half_rows >= 0;
+        // They lie behind the values, up to which is fetched where those are fp16.
+        const u8* page = half_values ? page_of(tile.first) : bytes - first_byte();
+        for (int i = 0; i < sinks.places; i++) {
+            int token = stored::page_sink_slot(sinks, page, i) - tile.first % PAGE_TOKENS;
+            if (token < 0 || token >= min(TOKENS, tile.count)) continue;
+            bool in_page = tile.first + token < packed_values && !half_values;
+            for (int channel = threadIdx.x; channel < HEAD_DIM; channel += THREADS) {
+                auto number = [&](bool is_key) {
+                    return float_to_half(stored::page_sink_number(sinks, page, is_key, i, channel, HEAD_DIM));
+                };
+                int place = column_place<TOKENS>(channel, token / 8) + token % 8 * 2;
+                if (tile.columns) *(u16*)(keys + place) = number(true);
+                place = row_place(token, channel / 8) + channel % 8 * 2;
+                if (in_page) *(u16*)(values + place) = number(false);
+            }
+            if (tile.columns) kept |= 1ull << token;
+        }
+    }
+#endif
 };

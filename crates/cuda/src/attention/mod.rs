@@ -14,7 +14,7 @@ use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
 use crate::store::{CudaStore, ROWS};
 use crate::{Cuda, CudaError, abi};
-use dibit_cache::{CacheLayout, Sees};
+use dibit_cache::{CacheLayout, LayerLayout, Sees};
 use dibit_device::{Batch, DeviceError, Phase};
 use packed::Packed;
 use std::ops::Range;
@@ -277,6 +277,11 @@ fn correct(c: &Cuda, store: &mut CudaStore, parts: &Parts, queries: u64) -> Resu
         corrections,
     );
     Ok(corrections)
+}
+
+/// Whether pages of a layer protect tokens.
+pub(crate) fn protects_in_pages(layer: &LayerLayout) -> bool {
+    layer.pages.iter().any(|page| page.sinks.is_some())
 }
 
 /// Makes sure that a buffer has so many bytes; returns its address.

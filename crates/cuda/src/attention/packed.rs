@@ -1,6 +1,6 @@
 //! Attention of single tokens on two-bit codes as they lie.
 
-use super::Parts;
+use super::{Parts, protects_in_pages};
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, Kernel, launch};
 use crate::source::PACKED;
@@ -87,6 +87,7 @@ impl Packed {
             ("LATE_VALUES", (layout.window.schedule == Schedule::Kivi).into()),
             ("KEY_PLANES", key_planes.into()),
             ("VALUE_COLUMNS", columns as i64),
+            ("PAGE_SINKS", protects_in_pages(layer).into()),
         ];
         let own = macros.into_iter().filter(|(_, value)| *value != 0).collect();
         Some(Macros { values: own, columns, key_planes })

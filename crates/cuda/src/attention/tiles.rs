@@ -1,6 +1,6 @@
 //! Attention by tiles of tokens on tensor cores, for prompts and for caches of nearly any form.
 
-use super::{Parts, room};
+use super::{Parts, protects_in_pages, room};
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, Kernel, launch};
 use crate::source::TILES;
@@ -57,7 +57,9 @@ impl Tiles {
         let many_tile = tile(if large { 32 } else { 64 });
         let many_bytes = many_queries * tile_channels(d) * 2 + many_tile + many_tile.max(page_bytes);
         let few_bytes = tile(64) + tile(64).max(page_bytes);
-        let kernel = |name| gpu.kernel(TILES, &[("HEAD_DIM", d as i64)], name);
+        let mut macros = vec![("HEAD_DIM", d as i64)];
+        macros.extend(protects_in_pages(layer).then_some(("PAGE_SINKS", 1)));
+        let kernel = |name| gpu.kernel(TILES, &macros, name);
         let [many, few] = match packed {
             true => ["attend_packed_tiles", "attend_packed_splits"],
             false => ["attend_tiles", "attend_splits"],
@@ -111,7 +113,7 @@ fn expanded_bytes(page: &PageLayout) -> usize {
     };
     match page.values {
         SideLayout::Half { rows } => rows - first,
-        SideLayout::Packed(_) => page.stride - first,
+        SideLayout::Packed(_) => page.bytes - first,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Packing what leaves the window.
 
 use super::CudaStore;
-use crate::attention::room;
+use crate::attention::{protects_in_pages, room};
 use crate::kernel::{Grid, launch};
 use crate::{Cuda, abi};
 use dibit_cache::PAGE_TOKENS;
@@ -43,6 +43,7 @@ pub(super) fn flush(store: &mut CudaStore, c: &Cuda, layer: usize) -> Result<(),
         positions: staged.positions(),
         classes: own.classes.at(0),
         pre_rope: own.pre_rope(),
+        feedback: own.feedback(),
         angles: staged.angles(),
         turned: store.turned.at(0),
         errors: store.errors.at(),
@@ -54,6 +55,9 @@ pub(super) fn flush(store: &mut CudaStore, c: &Cuda, layer: usize) -> Result<(),
         let grid = Grid::new([shape.runs, heads / pre_rope.heads(), tokens.div_ceil(TURNED_TOKENS)], 256)
             .shared(TURNED_TOKENS * width * size_of::<f32>());
         launch!(c.gpu, store.kernels.turn_back, grid, flush);
+    }
+    if protects_in_pages(&store.layout.layers[layer]) {
+        launch!(c.gpu, store.kernels.protect_in_pages, Grid::new([shape.runs, heads, 1], 256), flush);
     }
     let grid = Grid::new([shape.runs, heads, 1], 256).shared(if fits { bytes } else { 0 });
     launch!(c.gpu, store.kernels.encode, grid, flush);

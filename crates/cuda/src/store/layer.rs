@@ -1,5 +1,6 @@
 //! What a layer does to keys, queries and values, on a GPU.
 
+use super::feedback::Feedback;
 use super::rotation::Rotation;
 use crate::CudaError;
 use crate::abi;
@@ -27,6 +28,7 @@ pub(crate) struct Layer {
     pub pre_rope: Option<PreRopeKeys>,
     /// Key channels in the order in which pages hold them, `[kv head][head_dim]`.
     pub order: Option<Memory>,
+    feedback: Option<Feedback>,
     pub correction: Option<Correction>,
 }
 
@@ -89,11 +91,19 @@ impl Layer {
             true => {
                 let counts = calibration.and_then(|own| own.key_planes.as_ref()).ok_or_else(missing)?;
                 let heads = counts.chunks_exact(shape.head_dim).flat_map(Planes::order);
-                let order: Vec<i32> = heads.map(|channel| channel as i32).collect();
-                Some(Memory::of(gpu, "an order of channels", &order)?)
+                Some(heads.map(|channel| channel as i32).collect::<Vec<_>>())
             }
             false => None,
         };
+        let takes_feedback = |side: SideLayout| matches!(side, SideLayout::Packed(side) if side.feedback);
+        let feedback = match own.pages.iter().any(|page| takes_feedback(page.keys)) {
+            true => {
+                let all = calibration.and_then(|own| own.key_feedback.as_ref()).ok_or_else(missing)?;
+                Some(Feedback::new(gpu, all, shape.head_dim, order.as_deref())?)
+            }
+            false => None,
+        };
+        let order = order.map(|order| Memory::of(gpu, "an order of channels", &order)).transpose()?;
         let adapters = own.states.as_ref().zip(calibration.and_then(|own| own.adapters.as_ref()));
         let correction = match adapters {
             Some((states, adapters)) => {
@@ -117,11 +127,15 @@ impl Layer {
         let pages = (0..=layout.classes.len()).map(page_layouts).collect::<Result<Vec<_>, _>>()?;
         let class_pages = |(class, pages): (usize, &Memory)| {
             let own = layout.layer(class, index);
-            abi::ClassPages { pages: pages.at(0), offset: own.offset as i64, stride: own.stride() as i64 }
+            abi::ClassPages { pages: pages.at(0), offset: own.offset as i64 }
         };
         let classes: Vec<abi::ClassPages> = pages.iter().enumerate().map(class_pages).collect();
         let classes = Memory::of(gpu, "page layouts", &classes)?;
-        Ok(Layer { pages, classes, keys, values, pre_rope, order, correction })
+        Ok(Layer { pages, classes, keys, values, pre_rope, order, feedback, correction })
+    }
+
+    pub(super) fn feedback(&self) -> abi::Feedback {
+        self.feedback.as_ref().map_or(abi::Feedback::zeroed(), Feedback::for_kernels)
     }
 
     pub(crate) fn pre_rope(&self) -> abi::PreRope {

@@ -1,6 +1,7 @@
 //! The bytes of a cache on a GPU.
 
 mod errors;
+mod feedback;
 mod flush;
 mod host_packing;
 mod kernels;
@@ -264,10 +265,8 @@ impl CudaStore {
             pool: self.pool.at(0),
             block_bytes: self.layout.block_bytes() as i64,
             layer_offset: self.layout.layers[layer].offset as i64,
-            stride: self.layout.layers[layer].stride() as i32,
             kv_heads: shape.num_key_value_heads as i32,
             head_dim: shape.head_dim as i32,
-            padding: 0,
             pages: own.pages[0].at(0),
             key_ring: ring(&self.keys),
             value_ring: ring(&self.values),
@@ -303,7 +302,7 @@ impl CudaStore {
         hidden: &Buffer,
         width: usize,
     ) -> Result<(), CudaError> {
-        if matches!(self.layout.sinks, Sinks::None | Sinks::First(_)) {
+        if matches!(self.layout.sinks, Sinks::None | Sinks::First(_) | Sinks::Auto(_)) {
             return Ok(());
         }
         for span in &batch.spans {
@@ -440,7 +439,7 @@ impl CudaStore {
     /// Bytes of a page, for tests.
     #[doc(hidden)]
     pub fn page_bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
-        let mut bytes = vec![0; self.layout.layer(class, layer).stride()];
+        let mut bytes = vec![0; self.layout.layer(class, layer).pages[kv_head].bytes];
         let read = self.pool.read(self.layout.page_offset(class, block, layer, kv_head), &mut bytes);
         read.expect("a page");
         bytes

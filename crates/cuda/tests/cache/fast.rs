@@ -18,6 +18,7 @@ fn all() -> Vec<Scheme> {
         own("correction = \"bias\"", "bits = 2", "bits = 2"),
         own("", "bits = 2\nquantizer = \"integer-zero\"\nclip = 0.9", "bits = 2\nquantizer = \"integer-zero\""),
         own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
+        own("correction = \"linear\"", "bits = \"planes\"\nfeedback = true", "bits = 2"),
         own("correction = \"bias\"", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
     ]);
     let only = std::env::var("DIBIT_TEST_SCHEME").unwrap_or_default();
@@ -38,9 +39,22 @@ fn tensor_cores_compute_what_the_cpu_does() {
 }
 
 #[test]
+fn tokens_that_pages_protect_are_seen_on_tensor_cores() {
+    let Some(cuda) = fast() else { return };
+    for scheme in schemes::with_page_sinks() {
+        for (heads, kv_heads, head_dim) in [(4, 2, 64), (3, 1, 128)] {
+            let case = Case::new(scheme.clone(), heads, kv_heads, head_dim);
+            println!("{} {head_dim}", case.scheme.origin);
+            // Keys whose groups are tokens are off by nearly as much without such tokens.
+            compare_within([2e-2, 2.5e-2], cuda, &case.scheme.origin, &case, Mode::Chunk, &[300, 33, 260, 1, 1]);
+        }
+    }
+}
+
+#[test]
 fn tiles_are_of_heads_of_any_size() {
     let Some(cuda) = fast() else { return };
-    let schemes = ["fp16", "kivi", "quarot", "resq"].map(scheme);
+    let schemes = ["fp16", "kivi", "quarot", "resq", "dibit"].map(scheme);
     let custom = custom(3, 8, 64, "tokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4");
     for scheme in schemes.into_iter().chain([custom]) {
         for head_dim in [32, 72, 144, 248] {

@@ -72,7 +72,7 @@ fn recorded_passes_are_the_same_bits() {
     let plain = Cuda::new(0).unwrap().without_graphs();
     let linear =
         own("correction = { kind = \"linear\", features = 32 }", "bits = 2\ntransform = \"hadamard\"", "bits = 2");
-    for scheme in [scheme("kivi"), scheme("rotatekv-window"), linear, custom(16, 4, 32, "")] {
+    for scheme in [scheme("kivi"), scheme("rotatekv-window"), scheme("dibit"), linear, custom(16, 4, 32, "")] {
         let case = Case::new(scheme, 2, 1, 64);
         let (expected, none) = decode(&plain, &case);
         let (got, recorded) = decode(cuda, &case);

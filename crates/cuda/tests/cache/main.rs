@@ -16,6 +16,7 @@ use common::cuda;
 use dibit_cache::{CacheLayout, CacheManager, CacheShape, Calibration, Pivots, Scheme, Sequence, Sinks};
 use dibit_cuda::{Cuda, CudaStore};
 use dibit_device::{Batch, Cpu, CpuCache, Device, DeviceError, Mode};
+use half::f16;
 use made_up::{calibration, noise};
 use std::sync::Arc;
 
@@ -75,7 +76,7 @@ impl Case {
         self.sinks = tokens.to_vec();
         match &mut self.scheme.sinks {
             Sinks::Massive(count) | Sinks::Pivots(Pivots { count, .. }) => *count = tokens.len(),
-            Sinks::None | Sinks::First(_) => {}
+            Sinks::None | Sinks::First(_) | Sinks::Auto(_) => {}
         }
         self
     }
@@ -98,7 +99,18 @@ impl Case {
 
     fn data(&self, seed: usize, tokens: usize) -> Data {
         let widths = self.widths();
-        std::array::from_fn(|i| noise(10 * seed + i + 1, tokens * widths[i], self.head_dim))
+        let mut data: Data = std::array::from_fn(|i| noise(10 * seed + i + 1, tokens * widths[i], self.head_dim));
+        if matches!(self.scheme.sinks, Sinks::Auto(_)) {
+            // Pages of a head with few small values, with more than there are places, and with none.
+            for (at, value) in data[2].chunks_exact_mut(self.head_dim).enumerate() {
+                let (token, head) = (at / self.kv_heads, at % self.kv_heads);
+                let every = [29, 7, usize::MAX][token / 128 % 3];
+                if (token + head).is_multiple_of(every) {
+                    value.iter_mut().for_each(|x| *x = f16::from_f32(0.1 * *x).to_f32());
+                }
+            }
+        }
+        data
     }
 }
 

@@ -8,7 +8,8 @@ fn codes_of_keys_miss_the_same() {
     let Some(cuda) = cuda() else { return };
     let cpu = Cpu::new(Some(2)).unwrap();
     let planes = own("correction = \"linear\"", "bits = \"planes\"\ntransform = \"basis\"", "bits = 2");
-    for scheme in [scheme("kvlinc"), planes] {
+    let feedback = own("correction = \"linear\"", "bits = 3\nfeedback = true", "bits = 2");
+    for scheme in [scheme("kvlinc"), planes, feedback] {
         let case = Case::new(scheme, 4, 2, 80);
         let [_, keys, _] = case.data(0, 256);
         let mut expected = vec![0.0; keys.len()];

@@ -38,7 +38,7 @@ fn random_schemes_equal_the_cpu() {
     let choices = (
         (0usize..5, 0usize..5, 0usize..3, 0usize..4),
         (0usize..5, 0usize..5, 0usize..6, 0usize..4),
-        (0usize..3, 0usize..3, 0usize..3, 1usize..4),
+        (0usize..4, 0usize..3, 0usize..3, 1usize..4),
         prop::collection::vec(1usize..300, 1..4),
     );
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
@@ -61,7 +61,12 @@ fn random_schemes_equal_the_cpu() {
                     "[window]\ntokens = 50\nschedule = \"guaranteed\"\n",
                     "[window]\ntokens = 128\nschedule = \"kivi\"\n"
                 ][window],
-                ["", "[sinks]\nkind = \"first\"\ncount = 5\n", "[sinks]\nkind = \"massive\"\ncount = 1\n"][sinks],
+                [
+                    "",
+                    "[sinks]\nkind = \"first\"\ncount = 5\n",
+                    "[sinks]\nkind = \"massive\"\ncount = 1\n",
+                    "[sinks]\nkind = \"auto\"\ncount = 3\nplaces = 5\n"
+                ][sinks],
             );
             // Combinations that are refused are another test's.
             let scheme = Scheme::parse(&text, "random");

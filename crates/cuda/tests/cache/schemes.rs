@@ -1,7 +1,7 @@
 //! Every scheme.
 
 use super::*;
-use made_up::{corrected, custom, own, scheme};
+use made_up::{corrected, custom, own, protecting, scheme};
 
 /// Built-in schemes, and others that choose what those do not.
 fn all() -> Vec<Scheme> {
@@ -36,10 +36,40 @@ fn all() -> Vec<Scheme> {
         ),
         own("", "bits = \"planes\"\nclip = \"mse\"", "bits = 2\nquantizer = \"integer-zero\"\nclip = \"mse\""),
         own("", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
+        own("", "bits = 2\nfeedback = true", "bits = 2"),
+        own("correction = \"linear+bias\"", "bits = \"planes\"\nfeedback = true", "bits = 4"),
     ]);
     let only = std::env::var("DIBIT_TEST_SCHEME").unwrap_or_default();
     schemes.retain(|scheme| scheme.origin.contains(&only));
     schemes
+}
+
+/// Schemes whose pages protect tokens.
+pub(super) fn with_page_sinks() -> Vec<Scheme> {
+    vec![
+        scheme("dibit"),
+        protecting("", "bits = 2", "bits = 2"),
+        protecting("", "bits = 2\naxis = \"token\"", "bits = 16"),
+        protecting("", "bits = 16", "bits = 2\naxis = \"channel\""),
+        protecting("correction = \"linear+bias\"", "bits = 3\nfeedback = true", "bits = 2\naxis = \"channel\""),
+        protecting("", "bits = 2\nquantizer = \"integer-zero\"", "bits = 4\noutliers = 0.02"),
+        protecting(
+            "correction = \"bias\"",
+            "bits = \"planes\"\nfeedback = true",
+            "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\"",
+        ),
+    ]
+}
+
+#[test]
+fn sanitized_tokens_that_pages_protect_equal_the_cpu() {
+    let Some(cuda) = cuda() else { return };
+    for scheme in with_page_sinks() {
+        let case = Case::new(scheme, 4, 2, 64);
+        println!("{}", case.scheme.origin);
+        // Three pages, of which two are packed in one pass, behind 33 rows that see one.
+        compare(cuda, &case.scheme.origin, &case, Mode::Chunk, &[300, 33, 260, 1, 1]);
+    }
 }
 
 #[test]
@@ -66,7 +96,7 @@ fn sanitized_heads_of_any_size_equal_the_cpu() {
 #[test]
 fn heads_without_a_hadamard_matrix_equal_the_cpu() {
     let Some(cuda) = cuda() else { return };
-    for name in ["kvlinc", "quarot", "rotatekv-window", "gear"] {
+    for name in ["kvlinc", "quarot", "rotatekv-window", "gear", "dibit"] {
         for head_dim in [8, 72, 248] {
             let case = Case::new(scheme(name), 2, 2, head_dim);
             // A page is packed before the second pass.

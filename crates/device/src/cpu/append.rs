@@ -5,11 +5,12 @@
 use super::adapters::{self, StateMut};
 use super::encode::{Encoder, Tokens, write_chunk_factor, write_page_factor};
 use super::frames::Frames;
+use super::page_sinks;
 use super::simd::Isa;
 use super::sinks::Protected;
 use super::store::{Which, runs};
 use crate::Span;
-use dibit_cache::{CacheLayout, ClassTokens, PAGE_TOKENS, SideLayout};
+use dibit_cache::{CacheLayout, ClassTokens, PAGE_TOKENS, PageLayout, SideLayout};
 use dibit_quant::{QuantError, low_rank};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -52,7 +53,12 @@ pub(super) struct Scratch {
     /// A token's channels of the frame.
     token: Vec<f32>,
     row: Vec<f32>,
+    /// Which of the tokens are protected outside of pages.
     sinks: Vec<bool>,
+    /// Which of them are kept apart from the codes of a head, in its page too.
+    apart: Vec<bool>,
+    /// Values of a head, of which it is chosen what the page protects.
+    chosen_by: Vec<f32>,
     /// What the codes of a chunk miss, `[token][head_dim]`: keys and values of each head.
     errors: Vec<[Vec<f32>; 2]>,
     correction: adapters::Buffers,
@@ -169,9 +175,20 @@ impl Frame<'_> {
             }
         }
         let slots = place.slot..place.slot + tokens.len();
-        let pages = pages_of(pages, place.block).chunks_exact_mut(layer.stride()).zip(page_layouts);
+        let pages = heads_of(pages_of(pages, place.block), page_layouts).zip(page_layouts);
         let wide = scratch.wide.chunks_exact_mut(per_head).enumerate();
-        for (((page, own), (head, wide)), errors) in pages.zip(wide).zip(&mut scratch.errors) {
+        let value_rings = values.ring.chunks_exact(values.ring.len() / heads);
+        let all = pages.zip(wide).zip(&mut scratch.errors).zip(value_rings);
+        for ((((page, own), (head, wide)), errors), ring) in all {
+            scratch.apart.clone_from(&scratch.sinks);
+            if let Some(places) = &own.sinks {
+                // Values of the same tokens leave the window with the keys, and the choice depends on nothing else.
+                scratch.chosen_by.resize(per_head, 0.0);
+                widen(ring, d, tokens.clone(), &mut scratch.chosen_by);
+                let chosen = places.auto.choose(&scratch.chosen_by, d, &scratch.sinks);
+                page_sinks::keep(places, which == Which::Keys, &chosen, wide, page)?;
+                chosen.iter().for_each(|slot| scratch.apart[*slot] = true);
+            }
             match if which == Which::Keys { own.keys } else { own.values } {
                 SideLayout::Half { rows } => {
                     let row_bytes = d * size_of::<f16>();
@@ -181,8 +198,15 @@ impl Frame<'_> {
                 SideLayout::Packed(side) => {
                     let order = rotations.order.as_ref().filter(|_| which == Which::Keys);
                     let order = order.map(|order| &order[self.first_head + head][..]);
-                    let tokens =
-                        Tokens { values: wide, head_dim: d, slots: slots.clone(), sinks: &scratch.sinks, order };
+                    let feedback = rotations.feedback.as_ref().filter(|_| which == Which::Keys && side.feedback);
+                    let tokens = Tokens {
+                        values: wide,
+                        head_dim: d,
+                        slots: slots.clone(),
+                        sinks: &scratch.apart,
+                        order,
+                        feedback: feedback.map(|all| &all[self.first_head + head]),
+                    };
                     let errors = &mut errors[which as usize];
                     let wanted = corrects || side.factors.is_some();
                     scratch.encoder.encode(self.isa, &side, tokens, page, wanted.then_some(errors))?;
@@ -191,7 +215,8 @@ impl Frame<'_> {
         }
         if let Some(state) = state.as_mut().filter(|_| corrects) {
             let maps = rotations.adapters.as_ref().expect("the adapters of a state");
-            let Scratch { errors, wide, sinks, row, correction, .. } = &mut **scratch;
+            // A frame with a state has one head.
+            let Scratch { errors, wide, apart: sinks, row, correction, .. } = &mut **scratch;
             let missed = &mut errors[0][which as usize];
             // Values of the same tokens are still in the ring: they leave it with the keys, or after them.
             widen(values.ring, d, tokens.clone(), &mut wide[..per_head]);
@@ -220,7 +245,8 @@ impl Frame<'_> {
             let all = low_rank(error, self.layout.shape.head_dim, factors.rank);
             for (place, block) in blocks.clone().enumerate() {
                 let pages = pages_of(&mut self.pages, self.span.blocks[block]);
-                let page = &mut pages[head * page_layout.stride..][..page_layout.stride];
+                let first = self.layout.layers[self.layer].pages[self.first_head].offset;
+                let page = &mut pages[page_layout.offset - first..][..page_layout.bytes];
                 write_page_factor(factors, &all, place, page)?;
                 if place == 0 {
                     write_chunk_factor(factors, &all, page)?;
@@ -254,6 +280,15 @@ fn drop_rows(rows: &mut [f32], width: usize, sinks: &[bool]) -> usize {
 fn pages_of<'a>(pages: &'a mut [(u32, &mut [u8])], block: u32) -> &'a mut [u8] {
     let index = pages.binary_search_by_key(&block, |(number, _)| *number).expect("a block that tokens enter");
     pages[index].1
+}
+
+/// The pages of some heads, which follow each other.
+fn heads_of<'a>(mut all: &'a mut [u8], heads: &[PageLayout]) -> impl Iterator<Item = &'a mut [u8]> {
+    heads.iter().map(move |head| {
+        let (own, rest) = std::mem::take(&mut all).split_at_mut(head.bytes);
+        all = rest;
+        own
+    })
 }
 
 impl FrameRows<'_> {

@@ -12,6 +12,7 @@
 use super::adapters;
 use super::block::{Block, Tokens};
 use super::page::{Folding, Page};
+use super::page_sinks;
 use super::simd::Isa;
 use super::store::CpuStore;
 use crate::Span;
@@ -79,6 +80,10 @@ pub(super) struct Scratch {
     pub row: Vec<f32>,
     /// Protected tokens of the block: token within the block, and slot.
     pub sinks: Vec<(usize, usize)>,
+    /// Tokens of the block that its page protects.
+    pub page_sinks: Vec<usize>,
+    /// Their keys, and then their values.
+    pub rows: page_sinks::Rows,
     correction: adapters::Buffers,
 }
 

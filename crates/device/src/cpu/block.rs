@@ -5,11 +5,12 @@ use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::page::{Page, Sums, Weights};
+use super::page_sinks;
 use super::rotate;
 use super::simd::Isa;
 use super::softmax::softmax;
 use crate::Span;
-use dibit_cache::{PAGE_TOKENS, PackedSide, SideLayout};
+use dibit_cache::{AutoSinks, PAGE_TOKENS, PackedSide, SideLayout};
 use dibit_quant::Hadamard;
 use half::f16;
 use std::ops::Range;
@@ -52,7 +53,9 @@ impl Block<'_> {
         };
         self.find_sinks(range.start..if in_page { range.end } else { border });
         let Call { store, layer, .. } = self.call;
+        self.scratch.page_sinks.clear();
         if in_page {
+            self.find_page_sinks(range.start);
             self.page_logits(range.clone());
         } else {
             self.plain_logits(store.ring_keys(self.span, layer, self.kv_head, range.clone()));
@@ -81,6 +84,15 @@ impl Block<'_> {
                 .filter(|(token, _)| tokens.contains(token))
                 .map(|(token, slot)| (token - tokens.start, slot)),
         );
+    }
+
+    /// Notes the tokens that the page of a token protects.
+    fn find_page_sinks(&mut self, token: usize) {
+        let Call { store, layer, .. } = self.call;
+        if let Some(sinks) = &store.layout().layer(self.class, layer).pages[self.kv_head].sinks {
+            let page = store.page(self.class, self.blocks(token)[0], layer, self.kv_head);
+            self.scratch.page_sinks.extend(page_sinks::slots(sinks, page));
+        }
     }
 
     /// Block of a packed token, and the first one of its chunk.
@@ -148,6 +160,7 @@ impl Block<'_> {
                         rotate_tokens(isa, logits);
                     }
                 }
+                self.page_sink_logits(page.bytes);
             }
         }
         // Protected tokens are seen as they were.
@@ -156,6 +169,42 @@ impl Block<'_> {
             let [key, _] = store.sink(self.span, layer, self.kv_head, slot);
             let shape = dot::Shape { m: self.queries, n: 1, k: d };
             dot_rows(isa, &queries[own.clone()], key, shape, &mut |i, _, sum| logits[i * PAGE_TOKENS + token] = sum);
+        }
+    }
+
+    /// Logits of the tokens that the page protects.
+    fn page_sink_logits(&mut self, page: &[u8]) {
+        let Call { isa, store, layer, heads, .. } = self.call;
+        let Some(sinks) = &store.layout().layer(self.class, layer).pages[self.kv_head].sinks else { return };
+        let own = self.own();
+        let Scratch { queries, logits, page_sinks: slots, rows, .. } = &mut *self.scratch;
+        if slots.is_empty() {
+            return;
+        }
+        page_sinks::read(isa, sinks, true, slots.len(), page, rows);
+        let shape = dot::Shape { m: self.queries, n: slots.len(), k: heads.dim };
+        dot_rows(isa, &queries[own], &rows.values[..], shape, &mut |i, j, sum| {
+            logits[i * PAGE_TOKENS + slots[j]] = sum;
+        });
+    }
+
+    /// Adds the weighted values of the tokens that the page protects, and takes their weights out of the others'.
+    fn page_sink_values(&mut self, page: &[u8]) {
+        let Call { isa, store, layer, heads, .. } = self.call;
+        let Some(sinks) = &store.layout().layer(self.class, layer).pages[self.kv_head].sinks else { return };
+        let Scratch { logits, page_sinks: slots, rows, .. } = &mut *self.scratch;
+        if slots.is_empty() {
+            return;
+        }
+        let (d, stride) = (heads.dim, heads.dim + 2);
+        page_sinks::read(isa, sinks, false, slots.len(), page, rows);
+        let mut weights = [0.0; AutoSinks::MOST];
+        for (own, state) in logits.chunks_exact_mut(PAGE_TOKENS).zip(self.partials.chunks_exact_mut(stride)) {
+            for (weight, slot) in weights.iter_mut().zip(&*slots) {
+                *weight = std::mem::take(&mut own[*slot]);
+            }
+            let shape = mix::Shape { m: 1, weight_stride: d, rows: slots.len(), row_stride: d, lanes: d, y_stride: d };
+            mix_rows(isa, &weights[..], &rows.values[..slots.len() * d], shape, &mut state[2..]);
         }
     }
 
@@ -204,6 +253,7 @@ impl Block<'_> {
             SideLayout::Packed(side) => side,
         };
         let page = self.page(tokens.start, &side);
+        self.page_sink_values(page.bytes);
         let Scratch { logits, folding, sinks, .. } = &mut *self.scratch;
         for &(token, slot) in sinks.iter().filter(|(token, _)| *token < tokens.len()) {
             let [_, value] = store.sink(self.span, layer, self.kv_head, slot);

@@ -1,6 +1,7 @@
 //! Writing tokens into one packed side of a page.
 
 use super::clip::{Group, Search};
+use super::feedback::{Columns, HeadFeedback};
 use super::quantise::{self, RowParameters};
 use super::rotate;
 use super::simd::Isa;
@@ -24,6 +25,8 @@ pub(super) struct Tokens<'a> {
     pub sinks: &'a [bool],
     /// The channels in the order in which they are stored, where that is not their own.
     pub order: Option<&'a [usize]>,
+    /// What channels take up of what others miss, where the side asks for it.
+    pub feedback: Option<&'a HeadFeedback>,
 }
 
 /// Buffers of the encoder.
@@ -49,6 +52,7 @@ pub(super) struct Encoder {
     planes: Vec<u8>,
     /// Channels of a token on their way to another order.
     row: Vec<f32>,
+    columns: Columns,
 }
 
 /// Slot of the token that a code belongs to.
@@ -230,11 +234,21 @@ impl Encoder {
                 true => self.fit_channels(isa, side, tokens, group.clone(), page)?,
                 false => self.fit_token(isa, side, tokens, group.start, page)?,
             }
+            if let Some(feedback) = tokens.feedback {
+                let seen: Vec<usize> = tokens.seen(group.clone()).collect();
+                let numbers = seen.iter().map(|slot| tokens.numbers(side, *slot));
+                let Self { codes, own, columns, .. } = self;
+                columns.code(isa, feedback, own, numbers, |token, channel, code| {
+                    codes[(seen[token] - tokens.slots.start) * channels + channel] = code;
+                });
+            }
             for slot in tokens.seen(group) {
                 let index = slot - tokens.slots.start;
                 let numbers = tokens.numbers(side, slot);
                 let codes = &mut self.codes[index * channels..][..channels];
-                quantise::code(isa, numbers, &self.own, side.quantizer, codes);
+                if tokens.feedback.is_none() {
+                    quantise::code(isa, numbers, &self.own, side.quantizer, codes);
+                }
                 if let Some(error) = &mut error {
                     let error = &mut error[index * tokens.head_dim..][..channels];
                     quantise::missed(isa, numbers, codes, &self.own, side.quantizer, error);

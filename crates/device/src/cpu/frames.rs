@@ -3,11 +3,12 @@
 use super::adapters::FeatureMaps;
 use super::dot::{self, dot_rows};
 use super::elementwise;
+use super::feedback::HeadFeedback;
 use super::rotate;
 use super::simd::Isa;
 use dibit_cache::{
-    Basis, CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, Planes, PreRope, SideLayout, Tables, Transform,
-    ValueTransform,
+    Basis, CacheLayout, LayerLayout, PAGE_TOKENS, PageLayout, Permutation, Planes, PreRope, SideLayout, Tables,
+    Transform, ValueTransform,
 };
 use dibit_quant::{Hadamard, turn_back};
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub(super) struct Frames {
     pub pre_rope: Option<PreRopeKeys>,
     /// For each KV head, its key channels in the order in which pages hold them, where that is not their own.
     pub order: Option<Vec<Vec<usize>>>,
+    /// Error feedback of the keys of each KV head.
+    pub feedback: Option<Vec<HeadFeedback>>,
     /// Adapters of the linear correction.
     pub adapters: Option<FeatureMaps>,
 }
@@ -66,9 +69,19 @@ impl Frames {
             }
             false => None,
         };
+        let coded = |page: &PageLayout| matches!(page.keys, SideLayout::Packed(side) if side.feedback);
+        let feedback = match layer.pages.iter().any(coded) {
+            true => {
+                let all = calibration?.key_feedback.as_ref()?;
+                let order = |head: usize| order.as_ref().map(|order: &Vec<Vec<usize>>| &order[head][..]);
+                let d = layout.shape.head_dim;
+                Some((0..layer.pages.len()).map(|head| HeadFeedback::new(all, head, d, order(head))).collect())
+            }
+            false => None,
+        };
         let adapters = layer.states.as_ref().and(calibration).and_then(|own| own.adapters.as_ref());
         let adapters = adapters.map(|own| FeatureMaps::new(own, layout.shape));
-        Some(Frames { keys, values, pre_rope, order, adapters })
+        Some(Frames { keys, values, pre_rope, order, feedback, adapters })
     }
 }
 

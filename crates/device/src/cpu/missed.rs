@@ -4,7 +4,7 @@ use super::encode::{Encoder, Tokens};
 use super::frames::Frames;
 use super::simd::Isa;
 use crate::DeviceError;
-use dibit_cache::{CacheLayout, PAGE_TOKENS, SideLayout, Sinks};
+use dibit_cache::{CacheLayout, PAGE_TOKENS, SideLayout};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
@@ -68,7 +68,7 @@ impl Work<'_> {
         let mut halves = vec![f16::ZERO; values.len()];
         halves.convert_from_f32_slice(&values);
         halves.convert_to_f32_slice(&mut values);
-        let kept = if let Sinks::First(count) = layout.sinks { count } else { 0 };
+        let kept = layout.sinks.first();
         let sinks: Vec<bool> = (first..first + PAGE_TOKENS).map(|token| token < kept).collect();
         let tokens = Tokens {
             values: &mut values,
@@ -76,8 +76,9 @@ impl Work<'_> {
             slots: 0..PAGE_TOKENS,
             sinks: &sinks,
             order: frames.order.as_ref().map(|order| &order[kv_head][..]),
+            feedback: frames.feedback.as_ref().map(|feedback| &feedback[kv_head]),
         };
-        let (mut page, mut missed) = (vec![0; page_layout.stride], Vec::new());
+        let (mut page, mut missed) = (vec![0; page_layout.bytes], Vec::new());
         let encoded = Encoder::default().encode(isa, &side, tokens, &mut page, Some(&mut missed));
         encoded.map_err(|source| DeviceError::Quantize { layer, source })?;
         for (missed, token) in missed.chunks_exact_mut(d).zip(out.chunks_exact_mut(row)) {

@@ -13,6 +13,7 @@ mod element;
 mod elementwise;
 mod encode;
 mod exp;
+mod feedback;
 mod frames;
 mod ggml;
 mod linear;
@@ -20,6 +21,7 @@ mod ln;
 mod missed;
 mod mix;
 mod page;
+mod page_sinks;
 mod paths;
 mod quantise;
 #[cfg(test)]

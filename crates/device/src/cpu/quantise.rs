@@ -87,6 +87,11 @@ impl RowParameters {
         self.max_codes.resize(len, 0.0);
     }
 
+    /// Scale, zero and largest code of a number.
+    pub(super) fn at(&self, index: usize) -> (f32, f32, f32) {
+        (self.scales[index], self.zeros[index], self.max_codes[index])
+    }
+
     /// Gives some numbers these parameters.
     pub(super) fn set(&mut self, numbers: Range<usize>, parameters: Parameters, max_code: u8) {
         self.scales[numbers.clone()].fill(parameters.scale.widen());

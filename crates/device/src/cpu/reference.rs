@@ -1,6 +1,6 @@
 //! What a cache holds, written one number at a time from the methods' equations. Only tests use it.
 
-use dibit_cache::{Axis, LayerCalibration, PAGE_TOKENS, Packed, Permutation, PreRope, Side, Transform};
+use dibit_cache::{AutoSinks, Axis, LayerCalibration, PAGE_TOKENS, Packed, Permutation, PreRope, Side, Transform};
 use dibit_quant::{Bits, Clip, Hadamard, Quantizer};
 use half::f16;
 use nalgebra::DMatrix;
@@ -16,8 +16,10 @@ pub(super) struct Reference {
     pub calibration: LayerCalibration,
     /// KV heads that share a Hadamard matrix before RoPE.
     pub rotated_heads: usize,
-    /// Protected tokens.
+    /// Tokens that are protected outside of pages.
     pub sinks: Vec<usize>,
+    /// Tokens that the pages of each KV head protect; none where the scheme does not ask for it.
+    pub page_sinks: Vec<Vec<usize>>,
     /// Tokens that were packed together.
     pub chunks: Vec<Range<usize>>,
 }
@@ -98,12 +100,25 @@ impl Reference {
         }
         for (head, rows) in heads.iter_mut().enumerate() {
             let original = rows.clone();
-            let aside = self.set_outliers_aside(form, is_keys, rows, packed);
+            let codes_of_sinks = self.page_sinks_of(head).iter().filter(|t| **t < packed).map(|t| {
+                let bits = if is_keys { Bits::Eight } else { Bits::Four };
+                (
+                    *t,
+                    fake_quantise(
+                        Packed { quantizer: Quantizer::FloatMin, clip: Clip::None, ..form },
+                        bits,
+                        &original[*t],
+                    ),
+                )
+            });
+            let codes_of_sinks: Vec<(usize, Vec<f32>)> = codes_of_sinks.collect();
+            let aside = self.set_outliers_aside(form, is_keys, head, rows, packed);
             let replaced = rows.clone();
             self.groups(form, is_keys, head, rows, packed);
             for &(t, c) in &aside {
                 rows[t][c] = original[t][c];
             }
+            codes_of_sinks.into_iter().for_each(|(t, seen)| rows[t] = seen);
             if form.low_rank > 0 {
                 let mut error: Vec<Vec<f32>> =
                     (0..packed).map(|t| (0..self.head_dim).map(|c| replaced[t][c] - rows[t][c]).collect()).collect();
@@ -141,6 +156,7 @@ impl Reference {
         &self,
         form: Packed,
         is_keys: bool,
+        head: usize,
         rows: &mut [Vec<f32>],
         packed: usize,
     ) -> Vec<(usize, usize)> {
@@ -159,7 +175,7 @@ impl Reference {
         }
         for vector in vectors {
             let per_end = ((form.outliers * vector.len() as f32) as usize).max(1);
-            let mut cells: Vec<(usize, usize)> = vector.into_iter().filter(|(t, _)| !self.sinks.contains(t)).collect();
+            let mut cells: Vec<(usize, usize)> = vector.into_iter().filter(|(t, _)| !self.is_apart(head, *t)).collect();
             if cells.is_empty() {
                 continue;
             }
@@ -194,7 +210,7 @@ impl Reference {
             keys[head].iter().map(|row| self.framed(Side::Packed(form), true, head, row)).collect();
         let query = self.framed(Side::Packed(form), true, head, query);
         let first = token / form.group * form.group;
-        let group = (first..first + form.group).filter(|t| !self.sinks.contains(t));
+        let group = (first..first + form.group).filter(|t| !self.is_apart(head, *t));
         let of_channel = |c: usize| {
             let Some(bits) = self.bits(form, true, head, c) else { return 0.0 };
             let values = group.clone().map(|t| half(keys[t][c]));
@@ -206,12 +222,79 @@ impl Reference {
         (0..self.head_dim).map(of_channel).sum()
     }
 
+    fn page_sinks_of(&self, head: usize) -> &[usize] {
+        self.page_sinks.get(head).map_or(&[], |own| own)
+    }
+
+    /// Whether the codes of a head say nothing of a token.
+    pub(super) fn is_apart(&self, head: usize, token: usize) -> bool {
+        self.sinks.contains(&token) || self.page_sinks_of(head).contains(&token)
+    }
+
+    /// What the page sinks of each KV head are, by values in 16 bit of `packed` tokens.
+    pub(super) fn find_page_sinks(&self, side: Side, auto: AutoSinks, exact: &Heads, packed: usize) -> Vec<Vec<usize>> {
+        let of_head = |(head, rows): (usize, &Vec<Vec<f32>>)| {
+            let norm = |t: usize| -> f32 {
+                let row = self.framed(side, false, head, &rows[t]);
+                row.into_iter().map(half).fold(0.0, |sum, x| sum + x * x)
+            };
+            let of_page = |start: usize| {
+                let mut norms: Vec<(f32, usize)> =
+                    (start..start + PAGE_TOKENS).filter(|t| !self.sinks.contains(t)).map(|t| (norm(t), t)).collect();
+                norms.sort_by(|a, b| a.partial_cmp(b).unwrap());
+                let limit = auto.share * auto.share * norms[norms.len() / 2].0;
+                norms.into_iter().filter(move |(norm, _)| *norm < limit).take(auto.places).map(|(_, t)| t)
+            };
+            (0..packed).step_by(PAGE_TOKENS).flat_map(of_page).collect()
+        };
+        exact.iter().enumerate().map(of_head).collect()
+    }
+
+    /// Quantises the channels of a page one after the other, each changed by what those before it miss.
+    fn with_feedback(&self, form: Packed, head: usize, rows: &mut [Vec<f32>], page: Range<usize>) {
+        let d = self.head_dim;
+        let feedback = self.calibration.key_feedback.as_ref().unwrap();
+        let order = &feedback.order[head * d..(head + 1) * d];
+        let tokens: Vec<usize> = page.filter(|t| !self.is_apart(head, *t)).collect();
+        let mut left: Vec<Vec<f32>> = rows.to_vec();
+        for (i, &c) in order.iter().enumerate() {
+            let c = c as usize;
+            let values: Vec<f32> = tokens.iter().map(|t| rows[*t][c]).collect();
+            let (min, max) = values.iter().fold((f32::MAX, f32::MIN), |(min, max), x| (min.min(*x), max.max(*x)));
+            let bits = self.bits(form, true, head, c);
+            let mean = values.iter().sum::<f32>() / values.len() as f32;
+            for &t in &tokens {
+                let seen = match bits {
+                    None => half(mean),
+                    Some(bits) => {
+                        let top = f32::from(bits.max_code());
+                        let (scale, zero) = (half((max - min) / top), half(min));
+                        let steps = if scale == 0.0 { 0.0 } else { (left[t][c] - zero) / scale };
+                        steps.clamp(0.0, top).round_ties_even() * scale + zero
+                    }
+                };
+                let missed = left[t][c] - seen;
+                for (j, &later) in order.iter().enumerate().skip(i + 1) {
+                    left[t][later as usize] -= missed * feedback.factors[(head * d + i) * d + j];
+                }
+                left[t][c] = seen;
+            }
+        }
+        tokens.into_iter().for_each(|t| rows[t].clone_from(&left[t]));
+    }
+
     /// Quantises every group.
     fn groups(&self, form: Packed, is_keys: bool, head: usize, rows: &mut [Vec<f32>], packed: usize) {
         let low = self.low_channels(form);
         let group = form.group;
+        if form.feedback {
+            for start in (0..packed).step_by(group) {
+                self.with_feedback(form, head, rows, start..start + group);
+            }
+            return;
+        }
         let mut quantise = |cells: Vec<(usize, usize)>, bits: Option<Bits>| {
-            let cells: Vec<_> = cells.into_iter().filter(|(t, _)| !self.sinks.contains(t)).collect();
+            let cells: Vec<_> = cells.into_iter().filter(|(t, _)| !self.is_apart(head, *t)).collect();
             let values: Vec<f32> = cells.iter().map(|&(t, c)| rows[t][c]).collect();
             let mean = values.iter().sum::<f32>() / values.len() as f32;
             let means = || vec![half(mean); values.len()];

@@ -19,7 +19,7 @@ pub struct Protected {
 impl Protected {
     /// Those of an empty sequence.
     pub fn new(sinks: Sinks, num_layers: usize) -> Self {
-        let first = if let Sinks::First(count) = sinks { count as u32 } else { 0 };
+        let first = sinks.first() as u32;
         Protected { layers: vec![(0..first).collect(); num_layers], pivots: None }
     }
 
@@ -38,7 +38,7 @@ impl Protected {
     pub fn choose(&mut self, sinks: Sinks, layer: usize, tokens: Range<usize>, hidden: &[f32], width: usize) {
         let begins = tokens.start == 0;
         match sinks {
-            Sinks::None | Sinks::First(_) => {}
+            Sinks::None | Sinks::First(_) | Sinks::Auto(_) => {}
             Sinks::Massive(count) => {
                 if begins {
                     self.layers[layer].clear();

@@ -125,7 +125,7 @@ impl CpuStore {
     /// Bytes of the page of `block` that holds tokens of `class`.
     pub fn page(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> &[u8] {
         let offset = self.layout.page_offset(class, block, layer, kv_head);
-        &self.pages[offset..offset + self.layout.layer(class, layer).stride()]
+        &self.pages[offset..offset + self.layout.layer(class, layer).pages[kv_head].bytes]
     }
 
     /// The first block of the chunk that block number `index` of a sequence belongs to.
@@ -325,10 +325,15 @@ fn split_pages<'a>(
     let mut start = 0;
     for (block, class) in blocks {
         let offset = layout.page_offset(class, block, layer, 0);
-        let bytes = layout.shape.num_key_value_heads * layout.layer(class, layer).stride();
-        let (own, behind) = rest[offset - start..].split_at_mut(bytes);
-        (rest, start) = (behind, offset + bytes);
-        frames.iter_mut().zip(parts(own, count)).for_each(|(frame, pages)| frame.push((block, pages)));
+        rest = &mut rest[offset - start..];
+        start = offset;
+        let all = &layout.layer(class, layer).pages;
+        for (frame, heads) in frames.iter_mut().zip(all.chunks(all.len() / count)) {
+            let bytes = heads.iter().map(|head| head.bytes).sum();
+            let (own, behind) = std::mem::take(&mut rest).split_at_mut(bytes);
+            (rest, start) = (behind, start + bytes);
+            frame.push((block, own));
+        }
     }
     frames
 }

@@ -74,7 +74,7 @@ proptest! {
         for isa in Isa::available() {
             let mut page = before.clone();
             let mut encoder = Encoder::default();
-            let tokens = Tokens { values: &mut values.clone(), head_dim, slots: slots.clone(), sinks: &is_sink, order: None };
+            let tokens = Tokens { values: &mut values.clone(), head_dim, slots: slots.clone(), sinks: &is_sink, order: None, feedback: None };
             encoder.encode(isa, &side, tokens, &mut page, None).unwrap();
             for row in 0..side.rows {
                 let (got, old) = (codes(&side, &page, row), codes(&side, &before, row));
@@ -121,8 +121,14 @@ fn numbers_that_are_not_finite_are_named() {
         sinks[33] = true;
         let mut page = vec![0; side.zeros + 2 * side.num_scales()];
         for isa in Isa::available() {
-            let tokens =
-                Tokens { values: &mut values.clone(), head_dim: 64, slots: 0..128, sinks: &sinks, order: None };
+            let tokens = Tokens {
+                values: &mut values.clone(),
+                head_dim: 64,
+                slots: 0..128,
+                sinks: &sinks,
+                order: None,
+                feedback: None,
+            };
             let error = Encoder::default().encode(isa, &side, tokens, &mut page, None).unwrap_err();
             assert!(matches!(error, QuantError::NonFinite { index: found, .. } if found == index), "{error}");
         }

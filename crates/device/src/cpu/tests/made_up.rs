@@ -1,6 +1,6 @@
 //! Made-up numbers, calibrations and schemes.
 
-use dibit_cache::{Adapters, CacheShape, LayerCalibration, Linear, Scheme};
+use dibit_cache::{Adapters, CacheShape, KeyFeedback, LayerCalibration, Linear, Scheme};
 use half::f16;
 
 /// fp16-representable numbers with outlier channels.
@@ -49,6 +49,11 @@ pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
             None => basis(70),
         }),
         key_planes: Some((0..heads * d).map(|channel| (channel * channel % 7 % 5) as u8).collect()),
+        key_feedback: Some(KeyFeedback {
+            order: (0..heads * d).map(|place| ((2 * d - 1 - place % d - place / d) % d) as u32).collect(),
+            factors: noise(60, heads * d * d, d).iter().map(|x| 0.3 * x / d as f32).collect(),
+        }),
+        sink_places: None,
         value_planes: Some((0..heads * d).map(|channel| (4 * (heads * d - channel) / (heads * d)) as u8).collect()),
         adapters,
     }
@@ -71,6 +76,13 @@ pub(crate) fn own(correction: &str, keys: &str, values: &str) -> Scheme {
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 1";
     let text = format!("name = \"own\"\n{correction}\n[keys]\n{keys}\n[values]\n{values}\n{window}");
     Scheme::parse(&text, &format!("own: {correction} {keys}")).unwrap()
+}
+
+/// A scheme whose pages protect tokens with small values.
+pub(crate) fn protecting(correction: &str, keys: &str, values: &str) -> Scheme {
+    let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"auto\"\ncount = 2";
+    let text = format!("name = \"own\"\n{correction}\n[keys]\n{keys}\n[values]\n{values}\n{window}");
+    Scheme::parse(&text, &format!("protecting: {correction} {keys} {values}")).unwrap()
 }
 
 /// A linear correction under another schedule, or none.

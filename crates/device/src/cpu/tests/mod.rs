@@ -4,16 +4,17 @@ use super::reference::{self, Reference};
 mod classes;
 mod correction;
 mod encode;
+mod feedback;
 mod made_up;
 mod random;
 
 use super::*;
 use classes::with_classes;
 use dibit_cache::{
-    Adapters, CacheManager, CacheShape, Calibration, Pivots, Scheme, Sees, Sequence, Side, Sinks, Window,
+    Adapters, AutoSinks, CacheManager, CacheShape, Calibration, Pivots, Scheme, Sees, Sequence, Side, Sinks, Window,
 };
 use half::f16;
-use made_up::{calibration, corrected, custom, noise, own, scheme};
+use made_up::{calibration, corrected, custom, noise, own, protecting, scheme};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -50,7 +51,7 @@ impl Case {
         self.sinks = tokens.to_vec();
         match &mut self.scheme.sinks {
             Sinks::Massive(count) | Sinks::Pivots(Pivots { count, .. }) => *count = tokens.len(),
-            Sinks::None | Sinks::First(_) => {}
+            Sinks::None | Sinks::First(_) | Sinks::Auto(_) => {}
         }
         self
     }
@@ -87,18 +88,24 @@ impl Case {
         let cached = if stored { position + 1 } else { ends.last().copied().unwrap_or(0) };
         let borders: Vec<usize> = std::iter::once(0).chain(ends.iter().map(|end| window.packed_keys(*end))).collect();
         let calibration = self.scheme.calibration.as_ref().map(|all| all.layers[LAYER].clone());
-        let reference = Reference {
+        let mut reference = Reference {
             head_dim: self.head_dim,
             inv_freq: layout.tables().unwrap().inv_freq.clone(),
             calibration: calibration.unwrap_or_default(),
             rotated_heads: layer.rotated_heads,
             sinks: match self.scheme.sinks {
                 Sinks::None => Vec::new(),
-                Sinks::First(count) => (0..count).collect(),
+                Sinks::First(count) | Sinks::Auto(AutoSinks { first: count, .. }) => (0..count).collect(),
                 Sinks::Massive(_) | Sinks::Pivots(_) => self.sinks.clone(),
             },
+            page_sinks: Vec::new(),
             chunks: borders.windows(2).map(|pair| pair[0]..pair[1]).filter(|chunk| !chunk.is_empty()).collect(),
         };
+        if let (Sinks::Auto(auto), true) = (self.scheme.sinks, layer.pages[0].sinks.is_some()) {
+            let exact = self.by_head(v, self.kv_heads, position + 1);
+            let values = self.scheme.sides(0, LAYER).1;
+            reference.page_sinks = reference.find_page_sinks(values, auto, &exact, window.packed_values(cached));
+        }
         let seen = |is_keys: bool, data: &[f32]| {
             let exact = self.by_head(data, self.kv_heads, position + 1);
             let packed = if is_keys { window.packed_keys(cached) } else { window.packed_values(cached) };
@@ -119,11 +126,12 @@ impl Case {
         let [stored_keys, stored_values] = [(side.0, true, k), (side.1, false, v)].map(|(side, is_keys, data)| {
             reference.seen(side, is_keys, &self.by_head(data, self.kv_heads, position + 1), cached, 0)
         });
-        let packed: Vec<usize> = (0..window.packed_keys(cached)).filter(|t| !reference.sinks.contains(t)).collect();
         let queries = self.by_head(q, self.heads, position + 1);
         let mut out = Vec::new();
         for (head, queries) in queries.iter().enumerate() {
             let kv_head = head / (self.heads / self.kv_heads);
+            let packed = 0..window.packed_keys(cached);
+            let packed: Vec<usize> = packed.filter(|t| !reference.is_apart(kv_head, *t)).collect();
             let scale = (self.head_dim as f64).sqrt();
             let product = |key: &Vec<f32>| -> f64 {
                 key.iter().zip(&queries[position]).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum()
@@ -264,7 +272,19 @@ fn close(what: &str, got: &[f32], expected: &[f64]) {
 
 fn data(case: &Case, tokens: usize) -> [Vec<f32>; 3] {
     let make = |seed, heads| noise(seed, tokens * heads * case.head_dim, case.head_dim);
-    [make(1, case.heads), make(2, case.kv_heads), make(3, case.kv_heads)]
+    let mut values = make(3, case.kv_heads);
+    if matches!(case.scheme.sinks, Sinks::Auto(_)) {
+        // The values of some tokens are small: few in the first page of a head, more than there are places in the second.
+        for (token, row) in values.chunks_exact_mut(case.kv_heads * case.head_dim).enumerate() {
+            for (head, value) in row.chunks_exact_mut(case.head_dim).enumerate() {
+                let every = if token < 128 { 29 } else { 7 };
+                if (token + head).is_multiple_of(every) {
+                    value.iter_mut().for_each(|x| *x = f16::from_f32(0.1 * *x).to_f32());
+                }
+            }
+        }
+    }
+    [make(1, case.heads), make(2, case.kv_heads), values]
 }
 
 /// Built-in schemes, and others that choose what those do not.
@@ -288,6 +308,17 @@ fn all_schemes() -> Vec<Scheme> {
         corrected("", "token"),
         own("", "bits = \"planes\"\naverage_bits = 2.5\ntransform = \"hadamard\"", "bits = 2"),
         own("", "bits = 2", "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\""),
+        own("", "bits = 2\nfeedback = true", "bits = 2"),
+        own("correction = \"linear+bias\"", "bits = \"planes\"\nfeedback = true", "bits = 4"),
+        protecting("", "bits = 2", "bits = 2"),
+        protecting("", "bits = 2\naxis = \"token\"", "bits = 16"),
+        protecting("", "bits = 16", "bits = 2\naxis = \"channel\""),
+        protecting("correction = \"linear+bias\"", "bits = 3\nfeedback = true", "bits = 2\naxis = \"channel\""),
+        protecting(
+            "",
+            "bits = \"planes\"\nfeedback = true",
+            "bits = \"planes\"\naxis = \"channel\"\ntransform = \"basis\"",
+        ),
     ]);
     schemes
 }

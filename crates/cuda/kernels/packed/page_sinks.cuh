@@ -1,0 +1,53 @@
+// Tokens that a page protects: rows beside its codes.
+
+#if PAGE_SINKS
+
+/// Slot of the token of the lane's place; -1 where it has none. There are no more places than lanes.
+__device__ __forceinline__ int own_page_sink(const PageSinks& sinks, const u8* page) {
+    int lane = threadIdx.x % 32;
+    return lane < sinks.places ? stored::page_sink_slot(sinks, page, lane) : -1;
+}
+
+/// Adds the tokens of the first `count` places of a page. `order` has the channels of keys in the order of the queries.
+__device__ __forceinline__ void add_page_sinks(Sums& sums, const PageSinks& sinks, const u8* page, int count,
+                                               const uint2* q, const int* order, const float (&factor)[2]) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    change_unit(sums, 1.0f, false);
+#pragma unroll 1
+    for (int start = 0; start < count; start += 16) {
+        auto pair = [&](bool keys, int place, int first, int second) -> u32 {
+            if (place >= count) return 0;
+            return pack_half(stored::page_sink_number(sinks, page, keys, place, first, HEAD_DIM),
+                             stored::page_sink_number(sinks, page, keys, place, second, HEAD_DIM));
+        };
+        float s[1][4] = {}, offset[2] = {};
+#pragma unroll 2
+        for (int step = 0; step < STEPS; step++) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int channel = 16 * step + 4 * t + i / 2 * 2;
+                int first = order != nullptr ? order[channel] : channel;
+                int second = order != nullptr ? order[channel + 1] : channel + 1;
+                a[i] = pair(true, start + g + i % 2 * 8, first, second);
+            }
+            uint2 own = q[32 * step + lane];
+            u32 b[2] = {own.x, own.y};
+            mma_half(s[0], a, b);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (start + g + i / 2 * 8 >= count) s[0][i] = -infinity();
+        softmax<1, false>(sums, s, factor, offset);
+        u32 pairs[COLUMNS * 4][4];
+#pragma unroll
+        for (int i = 0; i < COLUMNS * 16; i++) {
+            int channel = channel_of(i / 16, i / 4 % 4, g);
+            pairs[i / 4][i % 4] = pair(false, start + 2 * t + i % 2 + i % 4 / 2 * 8, channel, channel + 1);
+        }
+        add_rows(sums, s[0], pairs);
+    }
+    change_unit(sums, 1.0f, true);
+}
+
+#endif

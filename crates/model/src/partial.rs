@@ -1,0 +1,68 @@
+//! Parts of a forward pass, for measurements that begin in the middle of a model.
+
+use crate::{Model, ModelError, Workspace};
+use dibit_device::{Batch, Device, DeviceError};
+use std::ops::Range;
+
+impl<D: Device> Model<D> {
+    /// Writes the residual stream that enters layer 0 for these tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`].
+    pub fn embed(&self, device: &D, workspace: &mut Workspace<D>, ids: &[u32]) -> Result<(), ModelError> {
+        let vocab_size = self.config().vocab_size;
+        if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            return Err(ModelError::TokenId { id, vocab_size });
+        }
+        workspace.check_rows(ids.len())?;
+        device.write_ids(&mut workspace.ids, ids);
+        device.scope(|| device.embed(&self.embed, &workspace.ids, ids.len(), &mut workspace.hidden));
+        Ok(())
+    }
+
+    /// Runs the rows of a batch through some layers: `residual` is the residual stream that enters the first of them,
+    /// `[row][hidden_size]`. [`Workspace::residual`] has what leaves the last one.
+    ///
+    /// # Errors
+    /// [`ModelError::TooManyRows`], [`ModelError::Device`].
+    ///
+    /// # Panics
+    /// If `residual` does not have the batch's rows, or there are no such layers.
+    pub fn resume(
+        &self,
+        device: &D,
+        workspace: &mut Workspace<D>,
+        store: &mut D::Store,
+        batch: &Batch,
+        layers: Range<usize>,
+        residual: &[f32],
+    ) -> Result<(), ModelError> {
+        let (rows, width) = (batch.rows(), self.config().hidden_size);
+        assert_eq!(residual.len(), rows * width, "one row of the residual stream for each row of the batch");
+        workspace.check_rows(rows)?;
+        let positions: Vec<u32> = batch.positions().collect();
+        let all: Vec<u32> = (0..rows as u32).collect();
+        device.write_ids(&mut workspace.positions, &positions);
+        device.write_ids(&mut workspace.ids, &all);
+        let residual = device.upload(residual)?;
+        device.scope(|| {
+            device.copy_rows(&residual, &workspace.ids, rows, width, &mut workspace.hidden);
+            self.run_layers(device, workspace, store, batch, layers, None)
+        })
+    }
+}
+
+impl<D: Device> Workspace<D> {
+    /// The residual stream behind the last layer that ran, `[row][hidden_size]`, of the first rows.
+    ///
+    /// # Errors
+    /// Those of [`Device::download`].
+    pub fn residual(&self, device: &D, rows: usize, out: &mut Vec<f32>) -> Result<(), DeviceError> {
+        device.download(&self.hidden, 0..rows * self.hidden_size, out)
+    }
+
+    fn check_rows(&self, rows: usize) -> Result<(), ModelError> {
+        let max_rows = self.max_rows;
+        if rows > max_rows { Err(ModelError::TooManyRows { rows, max_rows }) } else { Ok(()) }
+    }
+}
