@@ -164,6 +164,11 @@ impl Checkpoint {
         })
     }
 
+    /// How the numbers of a tensor are stored.
+    pub(crate) fn format(&self, name: &str) -> Option<&str> {
+        self.entries.get(&self.file_name(name)).map(|entry| entry.format.name())
+    }
+
     /// How the numbers of matrices are stored, by their share of the bytes: `Q4_K 81 %, Q6_K 19 %`.
     pub fn formats(&self) -> String {
         mixture(self.entries.values().filter_map(|entry| {

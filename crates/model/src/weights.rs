@@ -1,7 +1,7 @@
 //! The weights of a model on the host, checked against its configuration.
 
 use crate::mixture::mixture;
-use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, unread_tensors};
+use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, Sketch, unread_tensors};
 use dibit_cache::CacheLayout;
 use dibit_device::{Bytes, DType, Tensor};
 use std::cell::RefCell;
@@ -72,6 +72,8 @@ pub struct Weights {
     pub norm: Tensor,
     /// `[vocab_size, hidden_size]`; the embedding itself where the two are tied.
     pub lm_head: Tensor,
+    /// By what the model is known again, of the weights as the checkpoint has them: before conversions.
+    pub sketch: Sketch,
 }
 
 impl LayerWeights {
@@ -82,8 +84,8 @@ impl LayerWeights {
     }
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const OUTPUT_LAYER: &str = "lm_head.weight";
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const OUTPUT_LAYER: &str = "lm_head.weight";
 
 struct Loader<'a> {
     config: &'a ModelConfig,
@@ -91,6 +93,7 @@ struct Loader<'a> {
     dtype: Option<DType>,
     /// Tensors that were asked for, by the names of the file.
     read: RefCell<HashSet<String>>,
+    sketch: RefCell<Sketch>,
 }
 
 enum Source {
@@ -117,17 +120,19 @@ impl Weights {
                 Source::Dummy { seed, pool }
             }
         };
-        let loader = Loader { config, source, dtype, read: RefCell::default() };
+        let loader = Loader { config, source, dtype, read: RefCell::default(), sketch: RefCell::default() };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embed = loader.matrix(EMBEDDING, vocab, hidden)?;
         let lm_head = if loader.is_tied() { embed.clone() } else { loader.matrix(OUTPUT_LAYER, vocab, hidden)? };
-        let weights = Weights {
+        let mut weights = Weights {
             layers: (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?,
             norm: loader.norm("model.norm.weight", hidden)?,
             embed,
             lm_head,
+            sketch: Sketch::default(),
         };
         loader.check_unread()?;
+        weights.sketch = loader.sketch.into_inner();
         Ok(weights)
     }
 
@@ -261,6 +266,11 @@ impl Loader<'_> {
                 }
             }
         };
+        let format = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.format(name).unwrap_or_default(),
+            Source::Dummy { .. } => tensor.format(),
+        };
+        self.sketch.borrow_mut().add(name, &tensor, format);
         let Some(dtype) = self.dtype else { return Ok(tensor) };
         let converted = tensor.cast(dtype);
         if !converted.same_numbers(&tensor) {
