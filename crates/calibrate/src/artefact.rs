@@ -94,7 +94,7 @@ impl Artefact {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`CalibrationError::Read`] and [`CalibrationError::Malformed`].
+    /// [`CalibrationError::Read`], [`CalibrationError::Malformed`] and [`CalibrationError::Version`].
     pub fn load(path: &Path) -> Result<Self, CalibrationError> {
         Self::from_contents(Contents::read(path)?, path)
     }
@@ -102,7 +102,7 @@ impl Artefact {
     /// The calibration in the bytes of a file; `path` names it in errors.
     ///
     /// # Errors
-    /// [`CalibrationError::Malformed`].
+    /// [`CalibrationError::Malformed`] and [`CalibrationError::Version`].
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self, CalibrationError> {
         Self::from_contents(Contents::parse(bytes, path)?, path)
     }
@@ -110,7 +110,7 @@ impl Artefact {
     fn from_contents(mut contents: Contents, path: &Path) -> Result<Self, CalibrationError> {
         let malformed = |problem: &str| CalibrationError::Malformed { path: path.to_owned(), problem: problem.into() };
         let fingerprint = contents.metadata.get(FINGERPRINT).ok_or_else(|| malformed("it has no fingerprint"))?;
-        let fingerprint = serde_json::from_str(fingerprint).map_err(|_| malformed("its fingerprint cannot be read"))?;
+        let fingerprint = Fingerprint::parse(fingerprint, path)?;
         let layers = contents.metadata.get("dibit.layers").and_then(|count| count.parse().ok());
         let layers: usize = layers.filter(|count| *count <= 4096).ok_or_else(|| malformed("it has no layers"))?;
         let source = contents.metadata.remove(SOURCE).unwrap_or_default();
@@ -213,13 +213,8 @@ impl Artefact {
     /// was.
     pub fn give(self, path: &Path, pretrained: &Pretrained, scheme: &mut Scheme) -> Result<(), CalibrationError> {
         let expected = Fingerprint::new(pretrained, scheme);
-        if let Some((what, found, expected)) = self.fingerprint.difference(&expected) {
-            return Err(CalibrationError::Mismatch {
-                path: path.to_owned(),
-                what,
-                found: found.to_owned(),
-                expected: expected.to_owned(),
-            });
+        if let Some((what, difference)) = self.fingerprint.difference(&expected) {
+            return Err(CalibrationError::Mismatch { path: path.to_owned(), what, difference });
         }
         let calibrated = Scheme { calibration: Some(Arc::new(self.calibration)), ..scheme.clone() };
         // What does not fit is said here, by the file's name, and not when a cache is made.

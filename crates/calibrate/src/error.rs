@@ -73,17 +73,25 @@ pub enum CalibrationError {
         /// What is wrong.
         problem: String,
     },
+    /// The file is of another version of the format.
+    #[error("{path} is of version {found} of calibrations, and this program reads version {version}; make a new one with `dibit calibrate`", path = path.display(), version = crate::fingerprint::VERSION)]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: String,
+        /// The scheme that it was made for, as [`Fingerprint::scheme`](crate::Fingerprint::scheme) says it.
+        scheme: String,
+    },
     /// The file belongs to something else.
-    #[error("{path} was made for another {what}: {found}, and this run has {expected}; make one with `dibit calibrate`", path = path.display())]
+    #[error("{path} was made for another {what}: {difference}; make one with `dibit calibrate`", path = path.display())]
     Mismatch {
         /// The file.
         path: PathBuf,
         /// What differs.
         what: &'static str,
-        /// What the file was made for.
-        found: String,
-        /// What it is to be used for.
-        expected: String,
+        /// In what, in words.
+        difference: String,
     },
     /// What a stopped calibration gathered belongs to another one, or is damaged.
     #[error("cannot go on from {path}: {problem}; delete it to begin again", path = path.display())]

@@ -1,24 +1,26 @@
 //! What a calibration was made for.
 
+use crate::key::hash;
+use crate::{CalibrationError, ModelKey};
 use dibit_cache::{AutoSinks, Class, LayerOverride, Schedule, Scheme, Side, Sinks};
-use dibit_device::Tensor;
-use dibit_model::{LinearWeights, Pretrained};
+use dibit_model::Pretrained;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use serde_json::Value;
+use std::path::Path;
 
 /// Version of the calibration's format and of what is computed.
-const VERSION: &str = "1";
+pub(crate) const VERSION: &str = "2";
 
-/// Rows of each weight that the model's hash looks at.
-const HASHED_ROWS: usize = 8;
+/// The fields that say what scheme it was made for, in the order of [`Fingerprint::parts`].
+const SCHEME_FIELDS: [&str; 8] = ["keys", "values", "window", "sinks", "layers", "classes", "correction", "planes"];
 
 /// What a calibration was made for. All of it must agree with what it is used for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// Version of the format.
     pub version: String,
-    /// Hash of the model's configuration and of a sample of its weights.
-    pub model: String,
+    /// What the model is known by.
+    pub model: ModelKey,
     /// The keys of the scheme, in words: bits, axis, group, quantiser, rotation.
     pub keys: String,
     /// The values of the scheme, where they are calibrated; what is known of keys suits any others.
@@ -65,7 +67,7 @@ impl Fingerprint {
             |class: &Class| format!("{}: {}; {}; {}", class.name, class.keys, class.values, layers(&class.layers));
         Fingerprint {
             version: VERSION.to_owned(),
-            model: model_hash(pretrained),
+            model: ModelKey::new(pretrained),
             keys: scheme.keys.to_string(),
             values: values(scheme.values),
             window,
@@ -82,11 +84,43 @@ impl Fingerprint {
         }
     }
 
-    /// Names and values of all parts.
-    pub(crate) fn parts(&self) -> [(&'static str, &str); 10] {
+    /// The fingerprint in the header of a file; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`CalibrationError::Malformed`] and [`CalibrationError::Version`].
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, CalibrationError> {
+        let unreadable =
+            || CalibrationError::Malformed { path: path.to_owned(), problem: "its fingerprint cannot be read".into() };
+        let value: Value = serde_json::from_str(text).map_err(|_| unreadable())?;
+        let text = |field: &str| value.get(field).and_then(Value::as_str);
+        // Those of other versions say other things of the model.
+        let found = text("version").ok_or_else(unreadable)?;
+        if found != VERSION {
+            let scheme = SCHEME_FIELDS.map(|field| text(field).unwrap_or_default()).join("\n");
+            return Err(CalibrationError::Version { path: path.to_owned(), found: found.to_owned(), scheme });
+        }
+        serde_json::from_value(value).map_err(|_| unreadable())
+    }
+
+    /// The scheme that it was made for, in words that no other one has.
+    pub fn scheme(&self) -> String {
+        self.parts().map(|(_, value)| value)[1..].join("\n")
+    }
+
+    /// The start of the names of files in which calibrations of this scheme and of models of this shape are looked for, and
+    /// the name of this one. `scheme` is the scheme's, for people.
+    pub fn file_name(&self, scheme: &str) -> [String; 2] {
+        let scheme: String = scheme.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let parts = format!("{}\n{}", self.version, self.scheme());
+        let start = format!("{scheme}-{}-{}-", self.model.shape_name(), hash(&parts));
+        let name = format!("{start}{}.safetensors", self.model.name());
+        [start, name]
+    }
+
+    /// Names and values of all parts but the model.
+    fn parts(&self) -> [(&'static str, &str); 9] {
         [
             ("version", &self.version),
-            ("model", &self.model),
             ("quantiser of keys", &self.keys),
             ("quantiser of values", &self.values),
             ("window", &self.window),
@@ -98,47 +132,13 @@ impl Fingerprint {
         ]
     }
 
-    /// The first part in which this fingerprint differs from another: its name, and both values.
-    pub fn difference<'a>(&'a self, other: &'a Fingerprint) -> Option<(&'static str, &'a str, &'a str)> {
-        let pairs = self.parts().into_iter().zip(other.parts());
-        pairs.map(|((what, own), (_, other))| (what, own, other)).find(|(_, own, other)| own != other)
-    }
-}
-
-/// SHA-256 of the shape of the model and of some rows of each weight, widened: conversions that lose nothing keep it.
-/// Value and output projections are left out, as they were when a rotation might have been fused into them: files that
-/// were made stay usable.
-fn model_hash(pretrained: &Pretrained) -> String {
-    let mut hash = Sha256::new();
-    let config = &pretrained.config;
-    hash.update(format!(
-        "{:?} {} {} {} {} {} {:?}",
-        config.architecture,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.rope.inv_freq(config.head_dim)
-    ));
-    let mut add = |tensor: &Tensor| {
-        hash.update(format!("{} {}", tensor.rows(), tensor.cols()));
-        for sample in 0..HASHED_ROWS.min(tensor.rows()) {
-            for value in tensor.row(sample * tensor.rows() / HASHED_ROWS.min(tensor.rows())) {
-                hash.update(value.to_le_bytes());
-            }
+    /// The first part in which this fingerprint differs from that of a run: its name, and how.
+    pub fn difference(&self, run: &Fingerprint) -> Option<(&'static str, String)> {
+        let pairs = self.parts().into_iter().zip(run.parts());
+        let scheme = pairs.map(|((what, own), (_, run))| (what, own, run)).find(|(_, own, run)| own != run);
+        match scheme {
+            Some((what, own, run)) => Some((what, format!("{own}, and this run has {run}"))),
+            None => Some(("model", self.model.difference(&run.model)?)),
         }
-    };
-    add(&pretrained.weights.embed);
-    add(&pretrained.weights.norm);
-    add(&pretrained.weights.lm_head);
-    for layer in &pretrained.weights.layers {
-        let mut linear = |weights: &LinearWeights| {
-            add(&weights.weight);
-            weights.bias.iter().for_each(&mut add);
-        };
-        [&layer.q, &layer.k, &layer.gate, &layer.up, &layer.down].into_iter().for_each(&mut linear);
-        [&layer.input_norm, &layer.post_norm].into_iter().chain(&layer.q_norm).chain(&layer.k_norm).for_each(&mut add);
     }
-    hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }

@@ -52,8 +52,8 @@ impl Source {
         format!("{tokens} tokens in sequences of {context}{trained}, text {text}, seed {seed}")
     }
 
-    /// The first part in which this source differs from another: its name, and both values.
-    fn difference(&self, other: &Source) -> Option<(&'static str, String, String)> {
+    /// The first part in which this source differs from that of a run: its name, and how.
+    fn difference(&self, run: &Source) -> Option<(&'static str, String)> {
         let parts = |source: &Source| {
             [
                 ("number of tokens of a sequence", source.context.to_string()),
@@ -64,8 +64,9 @@ impl Source {
                 ("seed", source.seed.to_string()),
             ]
         };
-        let pairs = parts(self).into_iter().zip(parts(other));
-        pairs.map(|((what, own), (_, other))| (what, own, other)).find(|(_, own, other)| own != other)
+        let mut pairs = parts(self).into_iter().zip(parts(run));
+        let ((what, own), (_, run)) = pairs.find(|((_, own), (_, run))| own != run)?;
+        Some((what, format!("{own}, and this run has {run}")))
     }
 }
 
@@ -116,10 +117,9 @@ impl Kept {
         })?;
         let state = contents.metadata.get(STATE).and_then(|text| serde_json::from_str::<State>(text).ok());
         let state = state.ok_or_else(|| self.unusable("it is not the state of a calibration".into()))?;
-        let fingerprints = state.fingerprint.difference(&self.fingerprint);
-        let fingerprints = fingerprints.map(|(what, found, expected)| (what, found.to_owned(), expected.to_owned()));
-        if let Some((what, found, expected)) = fingerprints.or_else(|| state.source.difference(&self.source)) {
-            return Err(self.unusable(format!("it is of another {what}: {found}, and this run has {expected}")));
+        let difference = state.fingerprint.difference(&self.fingerprint);
+        if let Some((what, difference)) = difference.or_else(|| state.source.difference(&self.source)) {
+            return Err(self.unusable(format!("it is of another {what}: {difference}")));
         }
         for (name, sums) in gathered.sums_mut() {
             let saved = contents.doubles.iter().find(|(other, _)| *other == name);

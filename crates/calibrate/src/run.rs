@@ -6,7 +6,7 @@ use crate::progress::Kept;
 use crate::{Artefact, CalibrationError, Fingerprint, Source, planes};
 use dibit_cache::{CacheLayout, Calibration, Linear, Scheme};
 use dibit_device::Train;
-use dibit_model::{ExactPass, Observation, Pretrained};
+use dibit_model::{ExactPass, ModelConfig, Observation, Pretrained};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,9 +59,9 @@ pub enum Phase {
 pub struct Progress {
     /// What it is doing.
     pub phase: Phase,
-    /// Sequences done in this phase.
+    /// Sequences done in this phase; one that is run several times counts each time.
     pub done: usize,
-    /// Sequences in all.
+    /// Sequences of this phase in all, as far as they can be counted.
     pub sequences: usize,
     /// Steps of training that are done.
     pub steps: usize,
@@ -127,13 +127,44 @@ impl Sequences {
 struct Keeper<'a> {
     kept: &'a Kept,
     saved: Instant,
+    /// Whether it could not be written.
+    gave_up: bool,
 }
 
-impl Keeper<'_> {
-    /// Whether the state is to be written now.
-    fn is_due(&self) -> bool {
-        self.saved.elapsed() > SAVE_EVERY
+impl<'a> Keeper<'a> {
+    fn new(kept: &'a Kept) -> Self {
+        Keeper { kept, saved: Instant::now(), gave_up: false }
     }
+
+    /// Writes the state where it is due. A run whose state cannot be written goes on without one.
+    fn save_if_due(
+        &mut self,
+        save: impl FnOnce(&Kept) -> Result<(), CalibrationError>,
+    ) -> Result<(), CalibrationError> {
+        if self.gave_up || self.saved.elapsed() <= SAVE_EVERY {
+            return Ok(());
+        }
+        self.gave_up = !written(save(self.kept))?;
+        self.saved = Instant::now();
+        Ok(())
+    }
+}
+
+/// Whether a state was written; that it cannot be is said, and is no reason to stop.
+fn written(result: Result<(), CalibrationError>) -> Result<bool, CalibrationError> {
+    let Err(CalibrationError::Write { path, source }) = result else { return result.map(|()| true) };
+    tracing::warn!(
+        "cannot write {}: {source}; the calibration goes on, and begins again if it is stopped",
+        path.display()
+    );
+    Ok(false)
+}
+
+/// Sequences that a calibration runs before any training, where statistics are gathered from so many.
+pub fn passes(scheme: &Scheme, config: &ModelConfig, gathered: usize) -> usize {
+    // What `planes::fit` runs: a few for the ranges of values, and two for each side of each layer.
+    let planes = if scheme.has_planes() { 4 + 2 * (2 * config.num_hidden_layers + 1) } else { 0 };
+    gathered + planes
 }
 
 /// Runs a model over a tokenised text, as exact prefills of `context` tokens, and makes what the scheme needs: statistics
@@ -171,7 +202,7 @@ pub fn calibrate<D: Train>(
     };
     let mut gathered = Gathered::new(&layout, scheme);
     let (done, saved) = kept.load(&mut gathered)?;
-    let mut keeper = Keeper { kept: &kept, saved: Instant::now() };
+    let mut keeper = Keeper::new(&kept);
     if !gather(device, pretrained, &sequences, options, scheme, done, &mut gathered, &mut keeper, &mut progress)? {
         return Ok(None);
     }
@@ -179,7 +210,7 @@ pub fn calibrate<D: Train>(
     let count = gather_count(scheme, &sequences, options);
     if scheme.has_planes() || scheme.protects_small_values() {
         let statistics = gathered.plane_statistics();
-        let runs = |done, sequences| progress(Progress::gathering(done, sequences));
+        let runs = |done, sequences| progress(Progress::gathering(count + done, count + sequences));
         let windows = &sequences.all[..count];
         if !planes::fit(device, pretrained, scheme, windows, &statistics, &mut layers, runs)? {
             // What a training that was stopped had done stays as it is.
@@ -216,7 +247,7 @@ pub fn calibrate<D: Train>(
         let times = (seed, context);
         let outcome = train(device, &mut trainer, &material, recipe, times, &mut progressed, &mut watcher)?;
         let Some(outcome) = outcome else {
-            watcher.save(&trainer, &progressed)?;
+            kept.save(count, &gathered, |contents| Ok(save(contents, device, &trainer, &progressed)?))?;
             return Ok(None);
         };
         let (adapters, found): Outcome = outcome;
@@ -256,15 +287,13 @@ fn gather<D: Train>(
     let mut pass = ExactPass::new(device, config, &pretrained.weights, options.context)?;
     let layout = CacheLayout::new(scheme, config.cache_shape())?;
     let inv_freq = config.rope.inv_freq(config.head_dim);
+    let all = passes(scheme, config, count);
     for (index, ids) in sequences.all[..count].iter().enumerate().skip(done) {
-        let stop = progress(Progress::gathering(index, count)).is_break();
-        if stop || keeper.is_due() {
+        if progress(Progress::gathering(index, all)).is_break() {
             keeper.kept.save(index, gathered, |_| Ok(()))?;
-            keeper.saved = Instant::now();
-        }
-        if stop {
             return Ok(false);
         }
+        keeper.save_if_due(|kept| kept.save(index, gathered, |_| Ok(())))?;
         pass.run(device, ids, &mut |seen: Observation| gathered.add(seen, &layout, &inv_freq))?;
         if let Some(layer) = gathered.broken_layer() {
             return Err(CalibrationError::NotFinite { layer });
@@ -282,15 +311,6 @@ struct Watcher<'a, D, F> {
     batch: usize,
     steps: usize,
     progress: &'a mut F,
-}
-
-impl<D: Train, F> Watcher<'_, D, F> {
-    fn save(&mut self, trainer: &Trainer<D>, progressed: &Progressed) -> Result<(), CalibrationError> {
-        let (done, gathered) = self.gathered;
-        self.keeper.kept.save(done, gathered, |contents| Ok(save(contents, self.device, trainer, progressed)?))?;
-        self.keeper.saved = Instant::now();
-        Ok(())
-    }
 }
 
 impl<D: Train, F: FnMut(Progress) -> ControlFlow<()>> Watch<D> for Watcher<'_, D, F> {
@@ -312,6 +332,24 @@ impl<D: Train, F: FnMut(Progress) -> ControlFlow<()>> Watch<D> for Watcher<'_, D
     }
 
     fn after_step(&mut self, trainer: &Trainer<D>, progressed: &Progressed) -> Result<(), CalibrationError> {
-        if self.keeper.is_due() { self.save(trainer, progressed) } else { Ok(()) }
+        let (device, (done, gathered)) = (self.device, self.gathered);
+        self.keeper
+            .save_if_due(|kept| kept.save(done, gathered, |contents| Ok(save(contents, device, trainer, progressed)?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_that_cannot_be_written_is_no_reason_to_stop() {
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        assert!(!written(Err(CalibrationError::Write { path: "x.partial".into(), source: full })).unwrap());
+        assert!(written(Ok(())).unwrap());
+        assert!(matches!(
+            written(Err(CalibrationError::Diverged { step: 3 })),
+            Err(CalibrationError::Diverged { step: 3 })
+        ));
     }
 }

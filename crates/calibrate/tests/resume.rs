@@ -172,8 +172,8 @@ fn a_damaged_state_is_refused() {
     refuses(&changed(&|parts| parts.metadata.clear()), &["not the state of a calibration"]);
     refuses(&bytes(&make(&stopped.pretrained, &stopped.scheme, &stopped.ids, &options(CONTEXT))), &["not the state"]);
     refuses(
-        &state(&own.replace("\"version\":\"1\"", "\"version\":\"0\"")),
-        &["another version: 0, and this run has 1"],
+        &state(&own.replace("\"version\":\"2\"", "\"version\":\"1\"")),
+        &["another version: 1, and this run has 2"],
     );
 
     // Nor is a state a calibration.
