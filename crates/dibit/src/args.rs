@@ -13,6 +13,7 @@ pub use conversation::ConversationArgs;
 pub use generate::GenerateArgs;
 pub use sampling::{SamplingArgs, Seed};
 
+use crate::commands::schemes::{BEST, UNCALIBRATED};
 use crate::device::{self, AnyDevice, DeviceChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
@@ -29,7 +30,7 @@ Examples:
   dibit generate --model llama-3.2-1b-q4_k_m.gguf \"Once upon a time\"
   dibit perplexity --text wiki.txt --kv kivi,kvlinc
   dibit compare --text wiki.txt --report report
-  dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
+  dibit calibrate --model ./Qwen3-0.6B
   dibit ruler --tasks niah_single_1,vt --samples 10
   dibit inspect --model meta-llama/Llama-3.1-8B --context 131072 --kv fp16,kvlinc
   dibit bench attention --heads 32/8 --context 8192,32768
@@ -169,7 +170,8 @@ pub struct WindowArgs {
 
 #[derive(Args)]
 pub struct CalibrationArgs {
-    /// What `dibit calibrate` made for the schemes [default: what lies in the model's directory calibration/]
+    /// What `dibit calibrate` made for the schemes [default: what lies in the model's directory calibration/, or the user's
+    /// folder]
     #[arg(long, value_name = "FILES", value_delimiter = ',')]
     pub calibration: Vec<PathBuf>,
 }
@@ -186,16 +188,32 @@ pub struct HaystackArgs {
 
 fn scheme_help() -> String {
     let known = Scheme::built_in().collect::<Vec<_>>().join(", ");
-    format!("Cache scheme: {known}, or a file ending in .toml [default: dibit, or kvlinc without its calibration]")
+    format!(
+        "Cache scheme: {known}, or a file ending in .toml [default: {BEST}, or {UNCALIBRATED} without its calibration]"
+    )
+}
+
+/// Whether a command makes a calibration where it finds none.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq, Debug)]
+pub enum Calibrate {
+    /// Without --kv, where it takes less than about two minutes
+    Auto,
+    Never,
+    /// For the scheme of --kv too, however long it takes
+    Now,
 }
 
 #[derive(Args)]
 pub struct CacheArgs {
     #[arg(long, value_name = "SCHEME", help = scheme_help())]
     pub kv: Option<String>,
-    /// What `dibit calibrate` made for the scheme and this model [default: what lies in its directory calibration/]
+    /// What `dibit calibrate` made for the scheme and this model [default: what lies in its directory calibration/, or the
+    /// user's folder]
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub calibration: Vec<PathBuf>,
+    /// Whether to make a calibration where there is none
+    #[arg(long, value_enum, default_value = "auto", env = "DIBIT_CALIBRATE", hide_env_values = true)]
+    pub calibrate: Calibrate,
     /// Context that the cache is planned for, in tokens
     #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     pub context: Option<u32>,

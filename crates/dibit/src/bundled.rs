@@ -1,5 +1,7 @@
-//! The model that is part of the program.
+//! The model and the text that are part of the program.
 
+use crate::text::{self, Document};
+use anyhow::Result;
 use dibit_device::Bytes;
 use dibit_model::{ModelFiles, WeightFile};
 use std::borrow::Cow;
@@ -19,6 +21,11 @@ pub const CALIBRATIONS: [(&str, &[u8]); 2] = [
     ("the bundled dibit.safetensors", include_bytes!("../../../models/tiny/calibration/dibit.safetensors")),
     ("the bundled kvlinc.safetensors", include_bytes!("../../../models/tiny/calibration/kvlinc.safetensors")),
 ];
+
+/// The text that models are calibrated on where the user gives none; its README.md has its sources and licences.
+pub fn calibration_text() -> Result<Vec<Document>> {
+    text::entries(include_str!("../text/calibration.jsonl"), "the bundled text")
+}
 
 /// The bundled model's files.
 pub fn files() -> ModelFiles {

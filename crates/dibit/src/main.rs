@@ -2,6 +2,7 @@
 
 mod args;
 mod bundled;
+mod calibration_folder;
 mod commands;
 mod device;
 mod memory;

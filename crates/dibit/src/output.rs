@@ -6,6 +6,7 @@ use std::io::{ErrorKind, StdoutLock, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// What cannot be written where stdout fails.
 pub const STDOUT: &str = "cannot write to standard output";
@@ -20,6 +21,16 @@ pub fn bytes(count: usize) -> String {
         value /= 1024.0;
     }
     format!("{value:.1} TiB")
+}
+
+/// A time in the unit that suits it.
+pub fn duration(time: Duration) -> String {
+    match time.as_secs_f64() {
+        seconds if seconds < 1.0 => "1 s".to_owned(),
+        seconds if seconds < 99.5 => format!("{seconds:.0} s"),
+        seconds if seconds < 99.5 * 60.0 => format!("{:.0} min", seconds / 60.0),
+        seconds => format!("{:.1} h", seconds / 3600.0),
+    }
 }
 
 /// Says something on stderr, dimmed on a terminal. Where nobody can read it, it is not worth failing for.
@@ -164,6 +175,12 @@ mod tests {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(5 << 40), "5.0 TiB");
+    }
+
+    #[test]
+    fn times_take_the_unit_that_suits_them() {
+        let of = |seconds| duration(Duration::from_millis(seconds));
+        assert_eq!([of(200), of(40_400), of(150_000), of(9_000_000)], ["1 s", "40 s", "2 min", "2.5 h"]);
     }
 
     #[test]

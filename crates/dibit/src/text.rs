@@ -144,9 +144,14 @@ pub fn read_documents(path: &Path) -> Result<Vec<Document>> {
     if !ends_in("jsonl") {
         return Ok(vec![Document::Text(text)]);
     }
+    entries(&text, &path.display().to_string())
+}
+
+/// The documents of a text with an entry a line; `name` names it in errors.
+pub fn entries(text: &str, name: &str) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let place = || format!("line {} of {}", index + 1, path.display());
+        let place = || format!("line {} of {name}", index + 1);
         let value: Value = serde_json::from_str(line).with_context(|| format!("{} is not JSON", place()))?;
         let document = Document::parse(&value);
         documents.push(document.map_err(|reason| anyhow!("{} cannot be read: {reason}", place()))?);

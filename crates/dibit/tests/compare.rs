@@ -218,7 +218,8 @@ fn schemes_without_their_calibration_are_left_out_of_all_and_refused_by_name() {
     assert!(!done.stdout.contains("rotatekv") && done.stdout.contains("akvq-vl"), "{}", done.stdout);
     // Without its adapters a corrected scheme runs, which is said.
     assert!(done.stderr.contains("kvlinc: no adapters") && done.stdout.contains("kvlinc "), "{}", done.stderr);
-    run(&[&options[..], &["--schemes", "rotatekv"]].concat()).fails_with(&["rotatekv needs a calibration", "--out"]);
+    run(&[&options[..], &["--schemes", "rotatekv"]].concat())
+        .fails_with(&["rotatekv needs a calibration", "--calibration"]);
 }
 
 #[test]

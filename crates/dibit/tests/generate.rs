@@ -225,8 +225,10 @@ fn what_a_model_has_no_calibration_for_is_said() {
     assert!(notes(&["-m", &model, "--kv", "kvlinc"]).contains("no adapters of the linear correction"));
     assert!(!notes(&["-m", &model, "--kv", "kivi"]).contains("correction"));
     let chosen = notes(&["-m", &model]);
-    assert!(chosen.contains("no calibration of scheme dibit") && chosen.contains("kvlinc: "), "{chosen}");
-    run(&["generate", "-m", &model, "--kv", "dibit", "Hello"]).fails_with(&["dibit calibrate --kv dibit"]);
+    let command = format!("`dibit calibrate --kv dibit --model {model}` makes one");
+    assert!(chosen.contains("no calibration of scheme dibit") && chosen.contains(&command), "{chosen}");
+    assert!(chosen.contains("cache    k3v2: "), "{chosen}");
+    run(&["generate", "-m", &model, "--kv", "dibit", "Hello"]).fails_with(&["dibit calibrate --kv dibit --model "]);
 }
 
 #[test]
@@ -237,10 +239,15 @@ fn calibrations_beside_a_model_are_found() {
         folder.write(name, std::fs::read(tiny.join(name)).unwrap());
     }
     let summary = || run(&["generate", "-m", folder.path(), "-n", "1", "Hello"]).succeeds().stderr;
-    assert!(summary().contains("kvlinc: "));
+    assert!(summary().contains("k3v2: "));
     std::fs::create_dir(folder.file("calibration")).unwrap();
     std::fs::copy(tiny.join("calibration/dibit.safetensors"), folder.file("calibration/made.safetensors")).unwrap();
-    assert!(summary().contains("dibit: "), "{}", summary());
+    let place = folder.file("calibration/made.safetensors");
+    assert!(
+        summary().contains("dibit: ") && summary().contains(&format!("calibration: {place} (key ")),
+        "{}",
+        summary()
+    );
     folder.write("calibration/broken.safetensors", "nothing");
     run(&["generate", "-m", folder.path(), "-n", "1", "--kv", "kvlinc", "Hello"]).fails_with(&["broken.safetensors"]);
 }

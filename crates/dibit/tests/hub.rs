@@ -117,6 +117,20 @@ fn a_model_is_downloaded_once_and_then_runs_offline() {
 }
 
 #[test]
+fn a_calibration_that_was_made_for_a_directory_is_found() {
+    let hub = Hub::start();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = ("DIBIT_CACHE_DIR", folder.path().to_str().unwrap());
+    let directory = fixture("llama2-linear-f16");
+    let made = ["calibrate", "--device", "cpu", "--tokens", "512", "--context", "128", "--model", &directory];
+    let place = hub.run(&made, &[folder]).succeeds().stdout;
+    let by_id = ["generate", "--json", "-n", "2", "Hello", "--model", "org/llama2-linear-f16"];
+    let cache = hub.run(&by_id, &[folder]).json()["cache"].clone();
+    assert_eq!(cache["scheme"], "dibit");
+    assert!(place.starts_with(&format!("{}: dibit for ", cache["calibration"]["file"].as_str().unwrap())), "{place}");
+}
+
+#[test]
 fn inspect_downloads_no_weights() {
     let hub = Hub::start();
     let report = hub.run(&["inspect", "--json", "--model", "org/mistral-f32@main"], &[]).succeeds().json();

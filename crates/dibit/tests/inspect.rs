@@ -25,6 +25,7 @@ fn the_table_tells_weights_and_every_scheme() {
     assert!(table.contains("weights 30.0 MiB") && table.contains("context 8192 tokens, batch 1"), "{table}");
     let first: Vec<&str> = table.lines().filter_map(|line| line.split(' ').next()).collect();
     assert_eq!(first[3..8], ["scheme", "fp16", "kivi", "kivi-paper", "kvlinc"], "{table}");
+    assert!(table.contains("\nkvlinc: calibration bundled (key "), "{table}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Options of `dibit calibrate`.
 
 use super::{RunArgs, WindowArgs};
+use crate::commands::schemes::BEST;
 use clap::{Args, ValueEnum};
 use dibit_cache::Scheme;
 use dibit_calibrate::{RateSchedule, Start};
@@ -13,32 +14,35 @@ fn calibrated_help() -> String {
 
 #[derive(Args)]
 #[command(after_help = "\
+Without --out the calibration lies in the user's folder (DIBIT_CACHE_DIR, or dibit/calibrations in the system's folder for
+caches). All commands find it there for this model, whether it is named as a directory, a hub id or a GGUF file in any format.
 Ctrl-C keeps what was done in FILE.partial; the same command goes on from there.
 The same model, text, options and seed make the same file.
 
 Examples:
+  dibit calibrate --model ./Qwen3-0.6B
   dibit calibrate --kv rotatekv --text books.jsonl --out rotatekv.safetensors
   dibit perplexity --text wiki.txt --kv kivi,rotatekv --calibration rotatekv.safetensors
-  dibit calibrate --kv kvlinc --model ./Qwen3-0.6B --text books.jsonl alpaca.json --out kvlinc.safetensors
+  dibit calibrate --kv kvlinc --model ./Qwen3-0.6B --text books.jsonl alpaca.json
   dibit calibrate --kv kvlinc --recipe paper --text alpaca.json --out paper.safetensors")]
 pub struct CalibrateArgs {
     #[command(flatten)]
     pub run: RunArgs,
-    #[arg(long, value_name = "SCHEME", help = calibrated_help())]
+    #[arg(long, value_name = "SCHEME", default_value = BEST, help = calibrated_help())]
     pub kv: String,
     #[arg(
         long,
         value_name = "FILES",
-        required = true,
         num_args = 1..,
         help = "Text to run the model on, UTF-8; of a .jsonl file, the \"text\" of every line, or its \"messages\"; of a \
-                .json file, a list of such entries or of Alpaca's. Not the text to measure with"
+                .json file, a list of such entries or of Alpaca's. Not the text to measure with [default: a bundled mix of \
+                books, code, dialogue and facts]"
     )]
     pub text: Vec<PathBuf>,
     #[arg(
         long,
         value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..),
-        help = "Tokens of it [default: 131072]; of a training, how many its steps take"
+        help = "Tokens of it [default: 16384]; of a training, how many its steps take"
     )]
     pub tokens: Option<usize>,
     #[command(flatten)]
@@ -49,9 +53,9 @@ pub struct CalibrateArgs {
     /// Seed of random numbers: rotations, starts of training, orders
     #[arg(long, default_value = "0")]
     pub seed: u64,
-    /// File to write, safetensors
+    /// File to write, safetensors [default: one in the user's folder]
     #[arg(short, long, value_name = "FILE")]
-    pub out: PathBuf,
+    pub out: Option<PathBuf>,
     #[command(flatten)]
     pub training: TrainingArgs,
 }

@@ -1,26 +1,30 @@
 use super::{begin_windows, go_on, interrupt_flag, window_begin};
 use crate::args::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 use crate::device::on_device;
-use crate::output::{STDOUT, bar, check_writable, note, table};
+use crate::output::{STDOUT, bar, check_writable, duration, note, table};
 use crate::text::{self, Document};
-use crate::{Outcome, source};
+use crate::{Outcome, bundled, calibration_folder, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate};
+use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate, passes};
 use dibit_device::Train;
 use dibit_model::{ChatFormat, Pretrained, SpecialTokens};
 use indicatif::ProgressBar;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Tokens of a sequence, where the user does not say and the model is made for so many.
 const CONTEXT: usize = 2048;
 
 /// Tokens that statistics are gathered from, where the user does not say.
-const TOKENS: usize = 131_072;
+const TOKENS: usize = 16_384;
 
 /// Share of a text that training is measured on, where the user does not say.
 const HELD_OUT: f32 = 0.05;
+
+/// Where there is no bar, a line says how far it is, so often.
+const SAY_EVERY: Duration = Duration::from_secs(5);
 
 pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
     let scheme = Scheme::load(&args.kv)?;
@@ -34,7 +38,7 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
         let all = paths.iter().map(|path| text::read_documents(path)).collect::<Result<Vec<_>>>()?;
         Ok(all.into_iter().flatten().collect())
     };
-    let texts = documents(&args.text)?;
+    let texts = if args.text.is_empty() { bundled::calibration_text()? } else { documents(&args.text)? };
     let held_out = match &args.training.heldout {
         Some(HeldOut::File(path)) => documents(std::slice::from_ref(path))?,
         _ => Vec::new(),
@@ -54,15 +58,19 @@ fn run_on<D: Train>(
     let mut pretrained = source::load(device, &args.run.model)?;
     begin_windows(&args.window, &mut pretrained);
     CacheLayout::new(scheme, pretrained.config.cache_shape())?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => folder_place(scheme, &pretrained)?,
+    };
     let text =
         Text { documents: encode(&pretrained, texts, !trains)?, held_out: encode(&pretrained, held_out, !trains)? };
-    let state = state_path(&args.out);
-    let options = options(args, &pretrained, state.clone());
+    let state = state_path(&out);
+    let options = options(args, &pretrained, &text, state.clone());
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
     let mut told = Told::default();
     let artefact = calibrate(device, &pretrained, scheme, &text, &options, |progress| {
-        told.tell(progress, &options, &state, &bar);
+        told.tell(progress, &options, &bar);
         go_on(&interrupted)
     })?;
     bar.finish_and_clear();
@@ -70,15 +78,17 @@ fn run_on<D: Train>(
         note(&format!("stopped; the same command goes on from {}", state.display()));
         return Ok(Outcome::Interrupted);
     };
-    artefact.save(&args.out)?;
-    if state.exists() {
-        std::fs::remove_file(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+    artefact.save(&out)?;
+    match std::fs::remove_file(&state) {
+        // There was none, or another process that made the same took it away.
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        other => other.with_context(|| format!("cannot remove {}", state.display()))?,
     }
     let found = artefact.training.as_ref().map(render).unwrap_or_default();
     writeln!(
         std::io::stdout(),
         "{}: {} for {} from {}, {}{found}",
-        args.out.display(),
+        out.display(),
         scheme.name,
         pretrained.name,
         artefact.source,
@@ -86,6 +96,52 @@ fn run_on<D: Train>(
     )
     .context(STDOUT)?;
     Ok(Outcome::Done)
+}
+
+/// The place of a calibration in the user's folder, where it can be written.
+fn folder_place(scheme: &Scheme, pretrained: &Pretrained) -> Result<PathBuf> {
+    let place = calibration_folder::place(scheme, pretrained).and_then(|place| {
+        calibration_folder::make_folder(&place)?;
+        check_writable(&place)?;
+        Ok(place)
+    });
+    place.with_context(|| {
+        format!(
+            "calibrations cannot be kept in the user's folder; give --out FILE, or set {}",
+            calibration_folder::VARIABLE
+        )
+    })
+}
+
+/// What is run where nothing else is asked for.
+pub struct Job {
+    pub text: Text,
+    pub options: Options,
+}
+
+impl Job {
+    /// The bundled text, and the options that `dibit calibrate` has by default; without a state.
+    pub fn of_bundled_text(pretrained: &Pretrained, scheme: &Scheme) -> Result<Self> {
+        let documents = encode(pretrained, &bundled::calibration_text()?, scheme.linear().is_none())?;
+        let context = CONTEXT.min(pretrained.config.max_position_embeddings);
+        let tokens = Some(bundled_tokens(pretrained, &documents, context));
+        let text = Text { documents, held_out: Vec::new() };
+        let recipe = Recipe::default();
+        Ok(Job { text, options: Options { context, tokens, seed: 0, state: None, recipe, held_out: HELD_OUT } })
+    }
+
+    /// Tokens that it runs before any training; those that are run several times count each time.
+    pub fn tokens(&self, scheme: &Scheme, pretrained: &Pretrained) -> usize {
+        let Options { context, tokens, .. } = self.options;
+        passes(scheme, &pretrained.config, tokens.unwrap_or(0).div_ceil(context)) * context
+    }
+}
+
+/// Tokens of the bundled text that are run: the usual number, or whole sequences of all that there are.
+fn bundled_tokens(pretrained: &Pretrained, documents: &[Vec<u32>], context: usize) -> usize {
+    let own = context.saturating_sub(pretrained.window_bos.iter().len()).max(1);
+    let there: usize = documents.iter().map(Vec::len).sum();
+    TOKENS.min((there / own * context).max(1))
 }
 
 /// Token ids of documents; all `joined` to one where documents play no part.
@@ -102,13 +158,17 @@ fn encode(pretrained: &Pretrained, documents: &[Document], joined: bool) -> Resu
     texts.iter().map(|text| Ok(pretrained.tokenizer.encode_rendered(text)?)).collect()
 }
 
-fn options(args: &CalibrateArgs, pretrained: &Pretrained, state: PathBuf) -> Options {
+fn options(args: &CalibrateArgs, pretrained: &Pretrained, text: &Text, state: PathBuf) -> Options {
     let paper = args.training.recipe == Some(RecipeName::Paper);
     let usual = if paper { Recipe::PAPER_CONTEXT } else { CONTEXT };
     let context = args.context.unwrap_or(usual.min(pretrained.config.max_position_embeddings));
+    let usual = match args.text.is_empty() {
+        true => bundled_tokens(pretrained, &text.documents, context),
+        false => TOKENS,
+    };
     Options {
         context,
-        tokens: Some(args.tokens.unwrap_or(TOKENS)),
+        tokens: Some(args.tokens.unwrap_or(usual)),
         seed: args.seed,
         state: Some(state),
         recipe: recipe(&args.training, args.tokens, context),
@@ -157,39 +217,68 @@ fn render(training: &Training) -> String {
 
 /// What was told of a calibration so far.
 #[derive(Default)]
-struct Told {
+pub struct Told {
     phase: Option<Phase>,
     measured: Option<[f32; 2]>,
+    /// When the phase began, and at which sequence.
+    began: Option<(Instant, usize)>,
+    /// When the last line was.
+    said: Option<Instant>,
 }
 
 impl Told {
-    fn tell(&mut self, progress: Progress, options: &Options, state: &Path, bar: &ProgressBar) {
-        if self.phase.replace(progress.phase) != Some(progress.phase) {
-            announce(progress, options, state);
+    /// Tells how far a calibration is: by a bar, or without a terminal by a line every few seconds.
+    pub fn tell(&mut self, progress: Progress, options: &Options, bar: &ProgressBar) {
+        if self.phase != Some(progress.phase) {
+            announce(progress, options);
             bar.reset_eta();
         }
         bar.set_length(progress.sequences as u64);
         bar.set_position(progress.done as u64);
-        if progress.phase == Phase::Gathering {
-            return bar.set_message(format!("sequences of {} tokens", options.context));
-        }
-        let steps = format!("step {} of {}", progress.steps, options.recipe.steps);
-        let loss = progress.loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
-        let held_out =
-            progress.divergence.map(|[without, with]| format!(", held-out KL {with:.5} ({without:.5} without)"));
-        let line = format!("{steps}{loss}{}", held_out.unwrap_or_default());
-        // Without a terminal there is no bar; then every measurement takes a line.
-        if progress.divergence != self.measured && !std::io::stderr().is_terminal() {
+        bar.set_message(match progress.phase {
+            Phase::Gathering => format!("sequences of {} tokens", options.context),
+            Phase::Training => training_line(progress, options),
+        });
+        let line = self.line(progress, options, Instant::now());
+        if let Some(line) = line.filter(|_| !std::io::stderr().is_terminal()) {
             note(&line);
         }
-        self.measured = progress.divergence;
-        bar.set_message(line);
     }
+
+    /// The line that is due now, if one is: every few seconds, and for every measurement of a training.
+    fn line(&mut self, progress: Progress, options: &Options, now: Instant) -> Option<String> {
+        let Progress { phase, done, sequences, divergence, .. } = progress;
+        if self.phase.replace(phase) != Some(phase) {
+            (self.began, self.said) = (Some((now, done)), Some(now));
+        }
+        let measured = std::mem::replace(&mut self.measured, divergence) != divergence;
+        if !measured && self.said.is_some_and(|said| now - said < SAY_EVERY) {
+            return None;
+        }
+        self.said = Some(now);
+        let (began, first) = self.began?;
+        let line = match phase {
+            Phase::Gathering => format!("{done} of {sequences} sequences"),
+            Phase::Training => training_line(progress, options),
+        };
+        if done <= first {
+            return Some(line);
+        }
+        let left = (now - began).mul_f64(sequences.saturating_sub(done) as f64 / (done - first) as f64);
+        Some(format!("{line}, about {} left", duration(left)))
+    }
+}
+
+fn training_line(progress: Progress, options: &Options) -> String {
+    let steps = format!("step {} of {}", progress.steps, options.recipe.steps);
+    let loss = progress.loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
+    let held_out = progress.divergence.map(|[without, with]| format!(", held-out KL {with:.5} ({without:.5} without)"));
+    format!("{steps}{loss}{}", held_out.unwrap_or_default())
 }
 
 /// Checks that the file can be written, and that nothing is lost by it.
 fn check_place(args: &CalibrateArgs) -> Result<()> {
-    let out = &args.out;
+    let Some(out) = &args.out else { return Ok(()) };
     check_writable(out)?;
     if out.exists() && !out.is_file() {
         bail!("cannot write {}: it is not a file, and a calibration must be one", out.display());
@@ -203,7 +292,7 @@ fn check_place(args: &CalibrateArgs) -> Result<()> {
 }
 
 /// Says what is about to run.
-fn announce(progress: Progress, options: &Options, state: &Path) {
+fn announce(progress: Progress, options: &Options) {
     let Progress { phase, done, sequences, steps, .. } = progress;
     let context = options.context;
     let (what, so_far) = match phase {
@@ -217,9 +306,9 @@ fn announce(progress: Progress, options: &Options, state: &Path) {
             (format!("training {all} steps of {each} of {context} tokens"), format!("{steps} of {all} steps"))
         }
     };
-    match done {
-        0 => note(&what),
-        _ => note(&format!("going on from {}: {so_far} are done", state.display())),
+    match &options.state {
+        Some(state) if done > 0 => note(&format!("going on from {}: {so_far} are done", state.display())),
+        _ => note(&what),
     }
 }
 
@@ -228,4 +317,31 @@ fn state_path(out: &Path) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
     name.push(".partial");
     PathBuf::from(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_terminal_a_line_comes_every_few_seconds() {
+        let options =
+            Options { context: 64, tokens: None, seed: 0, state: None, recipe: Recipe::default(), held_out: HELD_OUT };
+        let (mut told, start) = (Told::default(), Instant::now());
+        let mut after = |seconds, phase, done, divergence| {
+            let progress = Progress { phase, done, sequences: 100, steps: 7, loss: None, divergence };
+            told.line(progress, &options, start + Duration::from_secs(seconds))
+        };
+        let gathering = Phase::Gathering;
+        assert_eq!(after(0, gathering, 20, None), None);
+        assert_eq!(after(4, gathering, 22, None), None);
+        assert_eq!(after(6, gathering, 24, None).unwrap(), "24 of 100 sequences, about 2 min left");
+        assert_eq!(after(8, gathering, 26, None), None);
+        assert_eq!(after(11, gathering, 60, None).unwrap(), "60 of 100 sequences, about 11 s left");
+        // Training counts from its own beginning, and tells every measurement.
+        assert_eq!(after(12, Phase::Training, 0, None), None);
+        let line = after(13, Phase::Training, 10, Some([0.5, 0.25])).unwrap();
+        assert_eq!(line, "step 7 of 300, held-out KL 0.25000 (0.50000 without), about 9 s left");
+        assert_eq!(after(14, Phase::Training, 11, Some([0.5, 0.25])), None);
+    }
 }

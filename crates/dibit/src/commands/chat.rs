@@ -1,11 +1,11 @@
 use super::schemes;
 use super::{announce, cache_line, interrupt_flag, model_line, sampling};
-use crate::args::ChatArgs;
+use crate::args::{ChatArgs, LoadFormat};
 use crate::device::on_device;
 use crate::output::{TextStream, note};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
-use dibit_device::Device;
+use dibit_device::{Device, Train};
 use dibit_engine::{Chat, ChatOptions, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
@@ -20,9 +20,8 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args))
 }
 
-fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
+fn run_on<D: Train>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
-    let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, false)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let limit = pretrained.config.max_position_embeddings;
@@ -31,7 +30,12 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
         sequences: 1,
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(device, &pretrained, &scheme, options)?;
+    // The editor takes SIGINT for itself when it is made; a calibration and an answer need it.
+    let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
+    let interrupted = interrupt_flag(false)?;
+    let made_up = args.run.model.load_format == LoadFormat::Dummy;
+    let chosen = schemes::chosen(device, &args.cache, &pretrained, made_up, &interrupted)?;
+    let mut engine = Engine::new(device, &pretrained, &chosen.scheme, options)?;
     let pretrained = engine.pretrained();
     let chat_options = ChatOptions {
         format: args.conversation.format(pretrained)?,
@@ -41,10 +45,7 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
     let mut chat = Chat::new(&mut engine, chat_options)?;
     note(&format!("{}\n{HELP}", model_line(pretrained, &device.describe())));
 
-    announce(&scheme, &pretrained.config)?;
-    // The editor takes SIGINT for itself when it is made; an answer needs it.
-    let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
-    let interrupted = interrupt_flag(false)?;
+    announce(&chosen.scheme, &pretrained.config)?;
     loop {
         let line = match editor.readline("> ") {
             // Some systems begin a piped text with a mark.
@@ -63,7 +64,7 @@ fn run_on<D: Device>(device: &D, args: &ChatArgs) -> Result<Outcome> {
             "/stats" => {
                 let usage = chat.usage(&engine);
                 let (turns, context) = (chat.messages().len(), engine.context());
-                let cache = cache_line(&scheme.name, &usage, engine.layout());
+                let cache = cache_line(&chosen, &usage, engine.layout());
                 note(&format!("{turns} messages, {} of {context} tokens\n{cache}", usage.tokens));
             }
             _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, &sampling, &interrupted) {

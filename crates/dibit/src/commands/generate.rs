@@ -1,12 +1,12 @@
-use super::schemes;
+use super::schemes::{self, Chosen, Found};
 use super::{announce, cache_line, interrupt_flag, model_line, sampling};
-use crate::args::GenerateArgs;
+use crate::args::{GenerateArgs, LoadFormat};
 use crate::device::on_device;
 use crate::output::{STDOUT, TextStream, bytes, note};
 use crate::{Outcome, memory, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Usage;
-use dibit_device::Device;
+use dibit_device::Train;
 use dibit_engine::{
     Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling, TokenLogprob,
 };
@@ -24,9 +24,8 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, &prompts))
 }
 
-fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
+fn run_on<D: Train>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
-    let scheme = schemes::chosen(&args.cache, &pretrained)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, args.samples > 1)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let requests = requests(args, &pretrained, prompts, &sampling)?;
@@ -35,14 +34,16 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
         sequences: requests.len().min(usize::from(args.parallel)),
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
-    let mut engine = Engine::new(device, &pretrained, &scheme, options)?;
+    let interrupted = interrupt_flag(true)?;
+    let made_up = args.run.model.load_format == LoadFormat::Dummy;
+    let chosen = schemes::chosen(device, &args.cache, &pretrained, made_up, &interrupted)?;
+    let mut engine = Engine::new(device, &pretrained, &chosen.scheme, options)?;
     let pretrained = engine.pretrained();
     for request in &requests {
         engine.check(request, 0)?;
     }
-    announce(&scheme, &pretrained.config)?;
+    announce(&chosen.scheme, &pretrained.config)?;
 
-    let interrupted = interrupt_flag(true)?;
     let start = Instant::now();
     let many = args.prompts.is_some() || requests.len() > 1;
     let completions = if args.json || many {
@@ -65,7 +66,7 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let texts = each_prompt(args, prompts).zip(&requests).zip(&completions);
-        let all: Vec<Value> = texts.map(|((p, request), c)| to_json(p, request, c, pretrained, &scheme.name)).collect();
+        let all: Vec<Value> = texts.map(|((p, request), c)| to_json(p, request, c, pretrained, &chosen)).collect();
         let value = if many { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
         writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
     } else if many {
@@ -74,7 +75,7 @@ fn run_on<D: Device>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Res
             writeln!(stdout, "[{}] {prompt}{separator}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     }
-    let cache = cache_line(&scheme.name, &used(&completions), engine.layout());
+    let cache = cache_line(&chosen, &used(&completions), engine.layout());
     summary(pretrained, &device.describe(), &cache, engine.plan(), options, &sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
@@ -160,7 +161,13 @@ fn context(args: &GenerateArgs, pretrained: &Pretrained, requests: &[Request]) -
     args.cache.context.map_or(longest.clamp(1, limit), |context| context as usize)
 }
 
-fn to_json(prompt: &str, request: &Request, completion: &Completion, pretrained: &Pretrained, scheme: &str) -> Value {
+fn to_json(
+    prompt: &str,
+    request: &Request,
+    completion: &Completion,
+    pretrained: &Pretrained,
+    chosen: &Chosen,
+) -> Value {
     let (usage, sampling) = (&completion.usage, &request.sampling);
     let mut json = json!({
         "model": pretrained.name,
@@ -193,7 +200,8 @@ fn to_json(prompt: &str, request: &Request, completion: &Completion, pretrained:
             "decode_tokens_per_second": completion.decode_rate(),
         },
         "cache": {
-            "scheme": scheme,
+            "scheme": chosen.scheme.name,
+            "calibration": chosen.calibration.as_ref().map(Found::to_json),
             "tokens": usage.tokens,
             "bits": usage.bits(),
             "allocated_bits": usage.allocated_bits(),

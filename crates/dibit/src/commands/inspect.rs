@@ -1,5 +1,6 @@
 use super::schemes;
-use crate::args::{InspectArgs, IsaArgs};
+use super::schemes::{Found as Calibration, command, find};
+use crate::args::{InspectArgs, IsaArgs, LoadFormat};
 use crate::device::{self, AnyDevice, DeviceChoice, on_device};
 use crate::output::{STDOUT, bytes, columns, table};
 use crate::{Outcome, memory, source};
@@ -7,9 +8,10 @@ use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme, TransformedValues};
 use dibit_device::{Budget, DType, Device};
 use dibit_engine::{MemoryPlan, Options};
-use dibit_model::{Checkpoint, ModelConfig, ModelFiles};
+use dibit_model::{Checkpoint, ModelConfig, ModelFiles, Pretrained, WeightSource};
 use serde_json::{Map, Value, json};
 use std::io::Write;
+use tracing::subscriber::NoSubscriber;
 
 /// All that is shown.
 struct Report {
@@ -55,6 +57,19 @@ struct Row {
     values: TransformedValues,
     /// What the model's shape changes of the scheme.
     notes: Vec<String>,
+    /// The calibration of a scheme that takes one, where the weights are here to look for it.
+    calibration: Lookup,
+}
+
+/// What became of looking for a calibration.
+enum Lookup {
+    /// The scheme takes none.
+    NotNeeded,
+    Found(Calibration),
+    /// There is none; the command that makes it.
+    Missing(String),
+    /// It was not looked for, and why.
+    Unknown(String),
 }
 
 /// What plans depend on.
@@ -89,7 +104,10 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
         let layout = CacheLayout::new(scheme, config.cache_shape())?;
         Ok(row(layout.with_fused_values(|layer| takes_fused_values[layer]), &config, options, &budget, free))
     };
-    let rows = schemes.iter().map(row).collect::<Result<Vec<_>>>()?;
+    let mut rows = schemes.iter().map(row).collect::<Result<Vec<_>>>()?;
+    for (row, calibration) in rows.iter_mut().zip(calibrations(args, &files, &schemes)?) {
+        row.calibration = calibration;
+    }
     let found = args.device.map(|choice| found(choice, &device, &name, &schemes, &config)).transpose()?;
     let report = Report { files, config, options, weights, formats, device: name, available, rows, found };
     let mut stdout = std::io::stdout().lock();
@@ -190,6 +208,49 @@ fn row(layout: CacheLayout, config: &ModelConfig, options: Options, budget: &Bud
         fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
         values: layout.transformed_values(config.num_attention_heads),
         notes: layout.notes(),
+        calibration: Lookup::NotNeeded,
+    }
+}
+
+/// Looks for the calibration of each scheme.
+fn calibrations(args: &InspectArgs, files: &ModelFiles, schemes: &[Scheme]) -> Result<Vec<Lookup>> {
+    let pretrained = if !schemes.iter().any(Scheme::takes_calibration) {
+        Err(String::new())
+    } else if args.model.load_format == LoadFormat::Dummy {
+        Err("made-up weights have none".to_owned())
+    } else if files.weights.is_empty() {
+        Err("the weights are not on this machine".to_owned())
+    } else {
+        // What loading warns of is said when the model runs.
+        let load = || Pretrained::load(files, WeightSource::Checkpoint, None);
+        tracing::subscriber::with_default(NoSubscriber::default(), load).map_err(|error| error.to_string())
+    };
+    let lookup = |scheme: &Scheme| {
+        Ok(match &pretrained {
+            _ if !scheme.takes_calibration() => Lookup::NotNeeded,
+            Err(reason) => Lookup::Unknown(reason.clone()),
+            Ok(pretrained) => match find(&mut scheme.clone(), pretrained)? {
+                Some(found) => Lookup::Found(found),
+                None => Lookup::Missing(command(scheme, pretrained)),
+            },
+        })
+    };
+    schemes.iter().map(lookup).collect()
+}
+
+impl Lookup {
+    /// As a line about a scheme.
+    fn line(&self, scheme: &str) -> Option<String> {
+        match self {
+            Lookup::NotNeeded => None,
+            Lookup::Found(found) => Some(format!("{scheme}: calibration {found}")),
+            Lookup::Missing(command) => Some(format!("{scheme}: no calibration of this model; `{command}` makes one")),
+            Lookup::Unknown(reason) => Some(format!("{scheme}: calibration not looked for, {reason}")),
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        if let Lookup::Found(found) = self { found.to_json() } else { Value::Null }
     }
 }
 
@@ -227,8 +288,11 @@ impl Report {
             let text = row.values.to_string();
             (!text.is_empty()).then(|| format!("{}: {text}", row.scheme))
         };
-        let notes = rows.iter().flat_map(|row| row.notes.iter().cloned().chain(values(row)));
-        let notes: Vec<String> = notes.map(|note| format!("{note}\n")).collect();
+        let lines = |row: &Row| {
+            let own = row.notes.iter().cloned();
+            own.chain(values(row)).chain(row.calibration.line(&row.scheme)).collect::<Vec<_>>()
+        };
+        let notes: Vec<String> = rows.iter().flat_map(lines).map(|note| format!("{note}\n")).collect();
         let gap = if notes.is_empty() { "" } else { "\n" };
         let limit = config.max_position_embeddings;
         let beyond = if options.context > limit { format!(" (the model supports {limit})") } else { String::new() };
@@ -274,6 +338,7 @@ impl Report {
                         "multiply_adds_per_token": row.values.multiply_adds,
                     },
                     "notes": row.notes,
+                    "calibration": row.calibration.to_json(),
                 })
             })
             .collect();

@@ -1,6 +1,7 @@
 //! The commands, one a file.
 
 pub mod bench;
+pub mod by_itself;
 pub mod calibrate;
 pub mod chat;
 pub mod compare;
@@ -11,6 +12,7 @@ pub mod perplexity;
 pub mod ruler;
 pub mod schemes;
 
+use self::schemes::Chosen;
 use crate::args::{SamplingArgs, Seed, WindowArgs, WindowBos};
 use crate::output::{self, check_writable};
 use anyhow::{Context, Result};
@@ -157,17 +159,19 @@ fn model_line(pretrained: &Pretrained, device: &str) -> String {
 /// Contexts that a cache is also told for: a short one is mostly its window of 16 bit.
 const LONG: [usize; 2] = [8192, 32_768];
 
-/// The cache in a line: what it holds now, and what the scheme takes at a long context.
-fn cache_line(scheme: &str, usage: &Usage, layout: &CacheLayout) -> String {
+/// The cache in a line: what it holds now, what the scheme takes at a long context, and its calibration.
+fn cache_line(chosen: &Chosen, usage: &Usage, layout: &CacheLayout) -> String {
     let planned = |context: usize| {
         let fp16 = context * layout.shape.scalars_per_token() * size_of::<u16>();
         let scheme = layout.planned_usage(context).used_bytes;
         format!("{context} tokens take {} ({} in 16 bit)", output::bytes(scheme), output::bytes(fp16))
     };
     format!(
-        "{scheme}: {} in use, {} allocated; {}",
+        "{}: {} in use, {} allocated; {}{}",
+        chosen.scheme.name,
         output::bytes(usage.used_bytes),
         output::bytes(usage.allocated_bytes),
-        LONG.map(planned).join(", ")
+        LONG.map(planned).join(", "),
+        chosen.calibration.as_ref().map(|found| format!("; calibration: {found}")).unwrap_or_default()
     )
 }

@@ -1,22 +1,58 @@
 //! Which schemes a command runs, with their calibrations.
 
+use super::by_itself::{self, Made};
 use super::schemes;
-use crate::args::CacheArgs;
-use crate::bundled;
-use anyhow::{Context, Result, bail};
+use crate::args::{CacheArgs, Calibrate};
+use crate::{bundled, calibration_folder};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use dibit_cache::Scheme;
-use dibit_calibrate::{Artefact, CalibrationError};
+use dibit_calibrate::{Artefact, CalibrationError, Fingerprint};
+use dibit_device::Train;
 use dibit_model::Pretrained;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 /// The scheme that is used where the user names none: it costs least accuracy at its bits, and needs a calibration.
-const BEST: &str = "dibit";
+pub const BEST: &str = "dibit";
 
 /// The one in its place where there is no calibration.
-const WITHOUT_CALIBRATION: &str = "kvlinc";
+pub const UNCALIBRATED: &str = "k3v2";
 
 /// Where a model's directory holds calibrations.
 const DIRECTORY: &str = "calibration";
+
+/// A scheme that a command runs.
+pub struct Chosen {
+    pub scheme: Scheme,
+    /// Its calibration, where it has one.
+    pub calibration: Option<Found>,
+}
+
+/// A calibration that a scheme got.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The file, or what stands for one.
+    place: String,
+    /// The name of the model's key.
+    key: String,
+}
+
+impl Found {
+    pub fn new(place: impl Into<String>, artefact: &Artefact) -> Self {
+        Found { place: place.into(), key: artefact.fingerprint.model.name() }
+    }
+
+    pub fn to_json(&self) -> Value {
+        json!({"file": self.place, "key": self.key})
+    }
+}
+
+impl std::fmt::Display for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} (key {})", self.place, self.key)
+    }
+}
 
 /// Refuses a name that means nothing, before a model is loaded.
 pub fn check(args: &CacheArgs) -> Result<()> {
@@ -24,31 +60,88 @@ pub fn check(args: &CacheArgs) -> Result<()> {
     Ok(())
 }
 
-/// The scheme of a cache, by its name or by default.
-pub fn chosen(args: &CacheArgs, pretrained: &Pretrained) -> Result<Scheme> {
-    if let Some(name) = &args.kv {
-        let mut scheme = Scheme::load(name)?;
-        attach(&mut scheme, &args.calibration, pretrained)?;
-        return Ok(scheme);
-    }
-    let mut best = Scheme::load(BEST)?;
-    let mut other = Scheme::load(WITHOUT_CALIBRATION)?;
+/// The scheme of a cache, by its name or by default. Where it has no calibration, one is made if `--calibrate` allows it.
+/// `made_up` weights get none.
+pub fn chosen<D: Train>(
+    device: &D,
+    args: &CacheArgs,
+    pretrained: &Pretrained,
+    made_up: bool,
+    interrupted: &AtomicBool,
+) -> Result<Chosen> {
     if !args.calibration.is_empty() {
-        // Of the two, the one that a file was made for.
-        let Err(refused) = attach_named(&mut best, &args.calibration, pretrained) else { return Ok(best) };
-        attach_named(&mut other, &args.calibration, pretrained).map_err(|_| refused)?;
-        return Ok(other);
+        return named(args, pretrained);
     }
-    attach_shipped(&mut best, pretrained)?;
-    if best.calibration.is_some() {
-        return Ok(best);
+    let mut scheme = Scheme::load(args.kv.as_deref().unwrap_or(BEST))?;
+    let found = find(&mut scheme, pretrained)?;
+    if found.is_some() || !scheme.takes_calibration() {
+        return Ok(Chosen { scheme, calibration: found });
     }
-    attach_shipped(&mut other, pretrained)?;
-    tracing::info!(
-        "--kv {WITHOUT_CALIBRATION}: this model has no calibration of scheme {BEST}, which is the better one; \
-         `dibit calibrate --kv {BEST}` makes it"
-    );
-    Ok(other)
+    let wanted = match args.calibrate {
+        // A scheme that was asked for is run, or refused.
+        Calibrate::Auto if args.kv.is_some() || made_up => Calibrate::Never,
+        wanted => wanted,
+    };
+    let reason = match by_itself::make(device, pretrained, &mut scheme, wanted, interrupted)? {
+        Made::Done(found) => return Ok(Chosen { scheme, calibration: Some(found) }),
+        Made::Not(reason) => reason,
+    };
+    match args.kv {
+        Some(_) if scheme.is_calibrated() => Err(missing(&scheme, pretrained)),
+        Some(_) => Ok(Chosen { scheme, calibration: None }),
+        None => {
+            tracing::info!(
+                "no calibration of scheme {BEST} for this model{reason}: running with {UNCALIBRATED}, which costs more \
+                 accuracy; `{}` makes one",
+                command(&scheme, pretrained)
+            );
+            let mut scheme = Scheme::load(UNCALIBRATED)?;
+            let calibration = find(&mut scheme, pretrained)?;
+            Ok(Chosen { scheme, calibration })
+        }
+    }
+}
+
+/// The scheme of a cache with the calibration that the user names. Where only the calibration is named, the scheme is the
+/// one that it was made for.
+fn named(args: &CacheArgs, pretrained: &Pretrained) -> Result<Chosen> {
+    let name = args.kv.as_deref().unwrap_or(BEST);
+    let mut scheme = Scheme::load(name)?;
+    if !scheme.takes_calibration() {
+        return Err(CalibrationError::NotNeeded(scheme.origin).into());
+    }
+    let refused = match attach_named(&mut scheme, &args.calibration, pretrained) {
+        Ok((_, found)) => return Ok(Chosen { scheme, calibration: Some(found) }),
+        Err(refused) => refused,
+    };
+    for name in Scheme::built_in().filter(|_| args.kv.is_none()) {
+        let mut scheme = Scheme::load(name)?;
+        if !scheme.takes_calibration() {
+            continue;
+        }
+        if let Ok((_, found)) = attach_named(&mut scheme, &args.calibration, pretrained) {
+            return Ok(Chosen { scheme, calibration: Some(found) });
+        }
+    }
+    Err(refused)
+}
+
+/// The command that makes the calibration of a scheme and a model.
+pub fn command(scheme: &Scheme, pretrained: &Pretrained) -> String {
+    let quoted = |text: &str| if text.contains(char::is_whitespace) { format!("'{text}'") } else { text.to_owned() };
+    let model = match pretrained.name.as_str() {
+        bundled::NAME => String::new(),
+        model => format!(" --model {}", quoted(model)),
+    };
+    format!("dibit calibrate --kv {}{model}", quoted(&scheme.origin))
+}
+
+/// The error for a scheme that cannot do without a calibration.
+fn missing(scheme: &Scheme, pretrained: &Pretrained) -> Error {
+    let (name, command) = (&scheme.origin, command(scheme, pretrained));
+    anyhow!(
+        "scheme {name} needs a calibration of this model; make one with `{command}`, or name its file with --calibration"
+    )
 }
 
 /// Loads schemes and gives each its calibration among `files`, where it takes one.
@@ -73,38 +166,38 @@ pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pret
     }
 }
 
-/// Gives a scheme the calibration among `files` that was made for it; the one that comes with the model, if there is one,
-/// where there are no files.
-fn attach(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<()> {
-    if !scheme.takes_calibration() && !files.is_empty() {
-        return Err(CalibrationError::NotNeeded(scheme.origin.clone()).into());
-    }
-    match files {
-        [] => attach_shipped(scheme, pretrained),
-        files => attach_named(scheme, files, pretrained).map(drop),
-    }
-}
-
-/// The same for one of several schemes: files may be others', so that the calibration that comes with the model is taken
-/// where none of them suits. That is told as an error even so. Returns which file it was.
+/// Gives one of several schemes the calibration among `files` that was made for it. Files may be others', so that the
+/// calibration that is found without them is taken where none of them suits. That is told as an error even so, and so is
+/// a scheme that gets none and needs one. Returns which file it was.
 pub fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
+    let mut refused = None;
     if !files.is_empty() {
         match attach_named(scheme, files, pretrained) {
-            Ok(file) => return Ok(Some(file)),
-            Err(refused) => attach_shipped(scheme, pretrained).and(Err(refused))?,
+            Ok((file, _)) => return Ok(Some(file)),
+            Err(error) => refused = Some(error),
         }
     }
-    attach_shipped(scheme, pretrained)?;
-    Ok(None)
+    let found = find(scheme, pretrained)?;
+    if let Some(found) = &found {
+        tracing::info!("{}: calibration {found}", scheme.name);
+    }
+    match refused {
+        Some(refused) => Err(refused),
+        None if found.is_none() && scheme.is_calibrated() => Err(missing(scheme, pretrained)),
+        None => Ok(None),
+    }
 }
 
 /// Gives a scheme the calibration among `files` that was made for it; returns which it was.
-fn attach_named(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<usize> {
+fn attach_named(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<(usize, Found)> {
     let mut reasons = Vec::new();
     for (index, file) in files.iter().enumerate() {
-        match Artefact::attach(file, pretrained, scheme) {
-            Ok(()) => return Ok(index),
-            Err(error) => reasons.push(anyhow::Error::from(error)),
+        let artefact = Artefact::load(file);
+        let found = artefact.as_ref().ok().map(|artefact| Found::new(file.display().to_string(), artefact));
+        match (artefact.and_then(|artefact| artefact.give(file, pretrained, scheme)), found) {
+            (Ok(()), Some(found)) => return Ok((index, found)),
+            (Ok(()), None) => {}
+            (Err(error), _) => reasons.push(with_command(error, scheme, pretrained)),
         }
     }
     if reasons.len() == 1 {
@@ -114,28 +207,65 @@ fn attach_named(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained)
     bail!("no calibration suits scheme {}:{}", scheme.name, reasons.concat())
 }
 
-/// Gives a scheme the calibration that comes with the model, where one was made for it.
-fn attach_shipped(scheme: &mut Scheme, pretrained: &Pretrained) -> Result<()> {
-    for artefact in shipped(&pretrained.name)? {
-        let (name, artefact) = artefact;
-        match artefact.give(&name, pretrained, scheme) {
-            Ok(()) => return Ok(()),
+/// The error of a calibration, with the very command that makes another one where it is outdated.
+fn with_command(error: CalibrationError, scheme: &Scheme, pretrained: &Pretrained) -> Error {
+    let CalibrationError::Version { path, found, .. } = &error else { return error.into() };
+    let (path, command) = (path.display(), command(scheme, pretrained));
+    anyhow!("{path} is of version {found} of calibrations, which is not read any more; `{command}` makes a new one")
+}
+
+/// Gives a scheme that takes one the calibration that is found by itself: one that comes with the model, else one in the
+/// user's folder.
+pub fn find(scheme: &mut Scheme, pretrained: &Pretrained) -> Result<Option<Found>> {
+    if !scheme.takes_calibration() {
+        return Ok(None);
+    }
+    let made_for = Fingerprint::new(pretrained, scheme).scheme();
+    for (path, artefact) in shipped(&pretrained.name)? {
+        let artefact = match artefact {
+            Err(error @ CalibrationError::Version { .. }) => {
+                if matches!(&error, CalibrationError::Version { scheme, .. } if *scheme == made_for) {
+                    tracing::warn!("{:#}", with_command(error, scheme, pretrained));
+                }
+                continue;
+            }
+            other => other?,
+        };
+        let place = if pretrained.name == bundled::NAME { "bundled".into() } else { path.display().to_string() };
+        let found = Found::new(place, &artefact);
+        match artefact.give(&path, pretrained, scheme) {
+            Ok(()) => return Ok(Some(found)),
+            Err(error @ CalibrationError::Mismatch { what: "model", .. }) => {
+                tracing::warn!("{error:#}; it is ignored");
+            }
             // Another scheme's.
             Err(CalibrationError::Mismatch { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(())
+    for (path, artefact) in calibration_folder::candidates(scheme, pretrained) {
+        let found = Found::new(path.display().to_string(), &artefact);
+        match artefact.give(&path, pretrained, scheme) {
+            Ok(()) => return Ok(Some(found)),
+            // Another model's of the same shape.
+            Err(CalibrationError::Mismatch { .. }) => {}
+            Err(error) => tracing::warn!("{:#}; it is ignored", Error::from(error)),
+        }
+    }
+    Ok(None)
 }
 
+/// A file, and what was read of it.
+type Read = (PathBuf, Result<Artefact, CalibrationError>);
+
 /// Calibrations that come with a model: those of the bundled one are part of the program, others lie in its directory.
-fn shipped(model: &str) -> Result<Vec<(PathBuf, Artefact)>> {
+fn shipped(model: &str) -> Result<Vec<Read>> {
     if model == bundled::NAME {
-        let parsed = bundled::CALIBRATIONS.iter().map(|(name, bytes)| {
+        let parse = |(name, bytes): &(&str, &[u8])| {
             let name = PathBuf::from(name);
-            Ok((name.clone(), Artefact::parse(bytes, &name)?))
-        });
-        return parsed.collect();
+            (name.clone(), Artefact::parse(bytes, &name))
+        };
+        return Ok(bundled::CALIBRATIONS.iter().map(parse).collect());
     }
     let directory = Path::new(model).join(DIRECTORY);
     if !directory.is_dir() {
@@ -148,5 +278,5 @@ fn shipped(model: &str) -> Result<Vec<(PathBuf, Artefact)>> {
     }
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
     paths.sort();
-    paths.into_iter().map(|path| Ok((path.clone(), Artefact::load(&path)?))).collect()
+    Ok(paths.into_iter().map(|path| (path.clone(), Artefact::load(&path))).collect())
 }

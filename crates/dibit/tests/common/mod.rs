@@ -56,6 +56,9 @@ pub fn program() -> assert_cmd::Command {
     for name in CLEARED {
         program.env_remove(name);
     }
+    // No test reads or writes the user's calibrations, and none makes one unasked.
+    let nowhere = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-calibrations");
+    program.env("DIBIT_CACHE_DIR", nowhere).env("DIBIT_CALIBRATE", "never");
     program
 }
 
