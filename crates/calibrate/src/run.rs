@@ -160,10 +160,11 @@ fn written(result: Result<(), CalibrationError>) -> Result<bool, CalibrationErro
     Ok(false)
 }
 
-/// Sequences that a calibration runs before any training, where statistics are gathered from so many.
+/// Sequences that a calibration runs before any training, or that take as long, where statistics are gathered from so many.
 pub fn passes(scheme: &Scheme, config: &ModelConfig, gathered: usize) -> usize {
-    // What `planes::fit` runs: a few for the ranges of values, and two for each side of each layer.
-    let planes = if scheme.has_planes() { 4 + 2 * (2 * config.num_hidden_layers + 1) } else { 0 };
+    // What `planes::fit` runs: a few for ranges, and for each side of each layer four times, of half the tokens, the layers
+    // behind it.
+    let planes = if scheme.has_planes() { 4 + 3 * config.num_hidden_layers } else { 0 };
     gathered + planes
 }
 
@@ -210,7 +211,9 @@ pub fn calibrate<D: Train>(
     let count = gather_count(scheme, &sequences, options);
     if scheme.has_planes() || scheme.protects_small_values() {
         let statistics = gathered.plane_statistics();
-        let runs = |done, sequences| progress(Progress::gathering(count + done, count + sequences));
+        let all = passes(scheme, config, count);
+        let runs =
+            |done: usize, runs: usize| progress(Progress::gathering(count + done * (all - count) / runs.max(1), all));
         let windows = &sequences.all[..count];
         if !planes::fit(device, pretrained, scheme, windows, &statistics, &mut layers, runs)? {
             // What a training that was stopped had done stays as it is.
