@@ -340,6 +340,13 @@ impl CacheLayout {
         self.block_bytes
     }
 
+    /// Bits of a scalar in a page of tokens without a class: codes, scales and everything else that lies there, the average
+    /// over the model.
+    pub fn packed_bits(&self) -> f64 {
+        let bytes: usize = self.layers.iter().map(LayerLayout::bytes).sum();
+        bytes as f64 * 8.0 / (PAGE_TOKENS * self.shape.scalars_per_token()) as f64
+    }
+
     /// A layer for the tokens of a class; 0 is that of tokens without one.
     pub fn layer(&self, class: usize, layer: usize) -> &LayerLayout {
         match class.checked_sub(1) {
@@ -410,6 +417,7 @@ mod tests {
     fn a_two_bit_page_of_128_channels_takes_9216_bytes() {
         let page = layout("kvlinc", 128).layers[0].pages[0];
         assert_eq!((page.key_bytes, page.value_bytes, page.bytes), (4608, 4608, 9216));
+        assert_eq!(layout("kivi", 128).packed_bits(), 2.25);
         assert_eq!(layout("fp16", 128).layers[1].pages[0].bytes, 65536);
     }
 

@@ -38,6 +38,15 @@ pub struct KeyFeedback {
     pub factors: Vec<f32>,
 }
 
+impl KeyFeedback {
+    /// Channels in their own order, each coded for itself.
+    pub fn none(num_key_value_heads: usize, head_dim: usize) -> Self {
+        let order: Vec<u32> = (0..head_dim as u32).collect();
+        let factors = vec![0.0; num_key_value_heads * head_dim * head_dim];
+        KeyFeedback { order: order.repeat(num_key_value_heads), factors }
+    }
+}
+
 /// Adapters of a layer's linear correction (KVLinC, section 3.2, equations 4 to 6): the feature maps
 /// `phi(x) = [softmax(x W1), softmax(x W2)]` of queries, and of what the codes of keys miss.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -314,14 +323,35 @@ mod tests {
     }
 
     #[test]
+    fn error_feedback_is_checked() {
+        let planes = Some(vec![1; 4 * 64]);
+        let identity: Vec<f32> = (0..64 * 64).map(|i| if i % 65 == 0 { 1.0 } else { 0.0 }).collect();
+        let with = |key_feedback: Option<KeyFeedback>| {
+            let (key_planes, value_planes, value_basis) = (planes.clone(), planes.clone(), Some(identity.repeat(4)));
+            let own = LayerCalibration { key_planes, value_planes, value_basis, key_feedback, ..Default::default() };
+            check("dibit", Some(own)).err().unwrap_or_default()
+        };
+        let none = KeyFeedback::none(4, 64);
+        assert_eq!(with(Some(none.clone())), "");
+        assert!(with(None).contains("the error feedback of keys is missing"));
+        let mut twice = none.clone();
+        twice.order[65] = 0;
+        assert!(with(Some(twice)).contains("order of error feedback in KV head 1"));
+        assert!(with(Some(KeyFeedback::none(2, 64))).contains("4 x 64 are needed"));
+        let mut broken = none;
+        broken.factors[7] = f32::INFINITY;
+        assert!(with(Some(broken)).contains("not finite"));
+    }
+
+    #[test]
     fn bases_of_values_with_planes_need_an_inverse() {
         let with = |basis: Vec<f32>| {
             let planes = Some(vec![1; 4 * 64]);
             let (key_planes, value_planes) = (planes.clone(), planes);
-            check(
-                "dibit",
-                Some(LayerCalibration { value_basis: Some(basis), key_planes, value_planes, ..Default::default() }),
-            )
+            let key_feedback = Some(KeyFeedback::none(4, 64));
+            let value_basis = Some(basis);
+            let own = LayerCalibration { value_basis, key_planes, value_planes, key_feedback, ..Default::default() };
+            check("dibit", Some(own))
         };
         let scaled: Vec<f32> = (0..4 * 64 * 64).map(|i| if i / 64 % 64 == i % 64 { 3.0 } else { 0.01 }).collect();
         assert_eq!(with(scaled.clone()), Ok(()));

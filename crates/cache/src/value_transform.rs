@@ -120,7 +120,7 @@ impl CacheLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheShape, Calibration, LayerCalibration, Scheme};
+    use crate::{CacheShape, Calibration, KeyFeedback, LayerCalibration, Scheme};
 
     const SHAPE: CacheShape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim: 8 };
 
@@ -131,6 +131,7 @@ mod tests {
             key_planes: Some(vec![1; 16]),
             value_planes: Some(vec![1; 16]),
             value_basis: Some(matrix(factor).repeat(2)),
+            key_feedback: Some(KeyFeedback::none(2, 8)),
             ..Default::default()
         };
         scheme.calibration = basis.map(|factor| Arc::new(Calibration { layers: vec![layer(factor); 3] }));

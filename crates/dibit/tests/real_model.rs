@@ -60,3 +60,31 @@ fn three_turns_end_by_themselves() {
     assert!(turns.iter().all(|turn| turn.ends_with(" bits")), "{turns:?}");
     assert!(!done.stdout.contains("<|im_"), "{}", done.stdout);
 }
+
+/// The calibration of `dibit` for this model: `dibit calibrate --model MODEL --dtype f32 --out FILE`.
+const CALIBRATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/real/smollm2.dibit.safetensors");
+
+#[test]
+fn two_bits_keep_it_near_sixteen() {
+    let (Some(model), Some(text)) = (model(), wikitext()) else { return };
+    let folder = Folder::new();
+    let json = folder.file("figures.json");
+    let args = ["--dtype", "f32", "--windows", "1", "--context", "2048", "--json", &json, "--calibration", CALIBRATION];
+    let kv = ["--kv", "dibit,k3v2,k2v2"];
+    run(&[&["perplexity", "--model", &model, "--text", text.to_str().unwrap()], &args[..], &kv].concat()).succeeds();
+    let figures: Value = serde_json::from_slice(&folder.read("figures.json")).unwrap();
+    let kl = |scheme: usize| figures["schemes"][scheme]["kl_mean"].as_f64().unwrap();
+    // The first window costs twice as much as the mean of the four of docs/schemes.md; with room for the rounding of sums.
+    assert!(kl(1) < 0.009, "dibit: {}", kl(1));
+    assert!(kl(2) < 0.075, "k3v2: {}", kl(2));
+    assert!(kl(3) < 0.22, "k2v2: {}", kl(3));
+}
+
+#[test]
+fn a_calibration_suits_other_types_of_its_numbers() {
+    let Some(model) = model() else { return };
+    // Made in f32; these are the quantised weights as they lie.
+    let args = ["--model", &model, "--kv", "dibit", "--calibration", CALIBRATION, "-n", "8", "--temperature", "0"];
+    let done = run(&[&["generate"], &args[..], &["The capital of France is"]].concat()).succeeds();
+    assert!(done.stdout.contains("Paris"), "{}", done.stdout);
+}

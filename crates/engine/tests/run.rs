@@ -1,6 +1,6 @@
 //! Requests, batches and conversations on small checkpoints.
 
-use dibit_cache::{Adapters, Calibration, LayerCalibration, Linear, Scheme};
+use dibit_cache::{Adapters, Calibration, KeyFeedback, LayerCalibration, Linear, Scheme};
 use dibit_device::{Cpu, Device};
 use dibit_engine::{Chat, ChatOptions, Completion, Dry, Engine, EngineError, FinishReason, Options, Request, Sampling};
 use dibit_model::{ChatFormat, ModelConfig, ModelFiles, Pretrained, SpecialTokens, WeightSource};
@@ -40,6 +40,8 @@ fn calibration(config: &ModelConfig, linear: Option<Linear>) -> Calibration {
         value_basis: Some(basis),
         key_planes: Some((0..heads * d).map(|channel| (channel % 3) as u8).collect()),
         value_planes: Some((0..heads * d).map(|channel| (3 - channel % d * 4 / d) as u8).collect()),
+        key_feedback: Some(KeyFeedback::none(heads, d)),
+        sink_places: None,
         adapters,
     };
     Calibration { layers: vec![layer; config.num_hidden_layers] }

@@ -58,6 +58,8 @@ pub struct SchemeResult {
     pub bits: f64,
     /// Bits allocated.
     pub allocated_bits: f64,
+    /// Bits of a scalar in a page, the window not counted.
+    pub packed_bits: f64,
     /// Negative log-likelihood of every scored token, in nats, window after window.
     pub nll: Vec<f32>,
     /// KL divergence of every scored token.
@@ -300,6 +302,7 @@ impl<D: Device> Runner<D> {
             scheme: self.scheme.name,
             bits: usage.bits(),
             allocated_bits: usage.allocated_bits(),
+            packed_bits: layout.packed_bits(),
             nll: self.nll,
             kl: self.kl,
         }

@@ -178,7 +178,7 @@ fn or_infinite(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dibit_cache::{CacheLayout, Calibration, LayerCalibration, Scheme};
+    use dibit_cache::{CacheLayout, Calibration, KeyFeedback, LayerCalibration, Scheme};
     use dibit_device::Cpu;
 
     const HIDDEN: usize = 48;
@@ -229,6 +229,7 @@ mod tests {
             value_basis: Some(numbers),
             key_planes: planes.clone(),
             value_planes: planes,
+            key_feedback: Some(KeyFeedback::none(2, d)),
             ..Default::default()
         };
         scheme.calibration = Some(Arc::new(Calibration { layers: vec![own] }));

@@ -23,7 +23,7 @@ pub(crate) fn output_metric(shape: CacheShape, weight: &Tensor) -> Vec<DMatrix<f
             let mut sum = DMatrix::zeros(d, d);
             for head in kv_head * shared..(kv_head + 1) * shared {
                 let own = all.rows(head * d, d);
-                sum += &own * own.transpose();
+                sum += own * own.transpose();
             }
             sum.map(f64::from)
         })

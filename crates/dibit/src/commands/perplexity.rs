@@ -57,12 +57,13 @@ fn render(report: &Perplexity, begin: &str) -> String {
                 format!("{:.4}", s.top1_agreement),
                 format!("{:.2}", s.bits),
                 format!("{:.2}", s.allocated_bits),
+                format!("{:.2}", s.packed_bits),
             ]
         })
         .collect();
-    let header = ["scheme", "perplexity", "KL mean", "KL 99.9%", "top-1", "bits", "allocated"];
+    let header = ["scheme", "perplexity", "KL mean", "KL 99.9%", "top-1", "bits", "allocated", "packed"];
     format!(
-        "{}{} tokens in {} windows of {}, {begin}; KL in nats against fp16; bits per cached scalar at the end of a window\n",
+        "{}{} tokens in {} windows of {}, {begin}; KL in nats against fp16; bits per cached scalar at the end of a window; packed: of those in pages\n",
         table(&header, &rows),
         report.tokens,
         report.windows,
