@@ -77,7 +77,7 @@ fn two_bits_keep_it_near_sixteen() {
     // The first window costs twice as much as the mean of the four of docs/schemes.md; with room for the rounding of sums.
     assert!(kl(1) < 0.009, "dibit: {}", kl(1));
     assert!(kl(2) < 0.075, "k3v2: {}", kl(2));
-    assert!(kl(3) < 0.22, "k2v2: {}", kl(3));
+    assert!(kl(3) < 0.3, "k2v2: {}", kl(3));
 }
 
 #[test]
