@@ -72,7 +72,8 @@ fn streaming_equals_the_cpu() {
     let Some(cuda) = cuda() else { return };
     for name in ["kivi", "kvlinc", "gear", "rotatekv-window", "quarot", "akvq-vl"] {
         let case = Case::new(scheme(name), 2, 1, 64).protecting(&[0]);
-        compare(cuda, name, &case, Mode::Streaming, &[130, 150]);
+        // What all channels are off by alike lies in one of them where a Hadamard rotation is taken back.
+        compare_within([EXACT, 1.5e-2], cuda, name, &case, Mode::Streaming, &[130, 150]);
     }
 }
 
