@@ -60,10 +60,9 @@ mod tests {
             (error.transpose() * &metric * error)[(0, 0)]
         };
         // An error of 1 in the first channel, and what the others are changed by.
-        let mut best: Vec<f64> = own.factors[..d].iter().map(|factor| -f64::from(*factor)).collect();
-        best[0] = -1.0;
+        let mut moved: Vec<f64> = own.factors[..d].iter().map(|factor| -f64::from(*factor)).collect();
         // The code misses 1: the key is 1 lower, and others are moved by -F.
-        let moved: Vec<f64> = best.clone();
+        moved[0] = -1.0;
         let least = cost(&moved);
         for channel in 1..d {
             for by in [-1e-2, 1e-2] {

@@ -332,18 +332,9 @@ impl<D: Device> Model<D> {
         mut observer: Option<&mut Observer>,
     ) -> Result<(), ModelError> {
         assert_eq!(ids.len(), batch.rows(), "one id for each row");
-        let vocab_size = self.config.vocab_size;
-        if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab_size) {
-            return Err(ModelError::TokenId { id, vocab_size });
-        }
-        let (rows, max_rows) = (ids.len(), workspace.max_rows);
-        if rows > max_rows {
-            return Err(ModelError::TooManyRows { rows, max_rows });
-        }
-        let layout = device.layout(store);
-        if !self.suits(layout) {
-            return Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() });
-        }
+        self.check_ids(ids)?;
+        workspace.check_rows(ids.len())?;
+        self.check_values(device, store)?;
         let ws = workspace;
         let positions: Vec<u32> = batch.positions().collect();
         device.write_ids(&mut ws.ids, ids);
@@ -359,6 +350,24 @@ impl<D: Device> Model<D> {
             // What is shown is not in the device's hands.
             Some(observer) => device.scope(|| layers(ws, store, Some(observer))),
             None => device.pass(store, batch, buffers, |store| layers(ws, store, None)),
+        }
+    }
+
+    /// Refuses ids that are no tokens.
+    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), ModelError> {
+        let vocab_size = self.config.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocab_size) {
+            Some(&id) => Err(ModelError::TokenId { id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a store that expects values in another frame than the model writes them in.
+    pub(crate) fn check_values(&self, device: &D, store: &D::Store) -> Result<(), ModelError> {
+        let layout = device.layout(store);
+        match self.suits(layout) {
+            true => Ok(()),
+            false => Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() }),
         }
     }
 

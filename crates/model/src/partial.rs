@@ -10,10 +10,7 @@ impl<D: Device> Model<D> {
     /// # Errors
     /// [`ModelError::TokenId`], [`ModelError::TooManyRows`].
     pub fn embed(&self, device: &D, workspace: &mut Workspace<D>, ids: &[u32]) -> Result<(), ModelError> {
-        let vocab_size = self.config().vocab_size;
-        if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab_size) {
-            return Err(ModelError::TokenId { id, vocab_size });
-        }
+        self.check_ids(ids)?;
         workspace.check_rows(ids.len())?;
         device.write_ids(&mut workspace.ids, ids);
         device.scope(|| device.embed(&self.embed, &workspace.ids, ids.len(), &mut workspace.hidden));
@@ -24,7 +21,7 @@ impl<D: Device> Model<D> {
     /// `[row][hidden_size]`. [`Workspace::residual`] has what leaves the last one.
     ///
     /// # Errors
-    /// [`ModelError::TooManyRows`], [`ModelError::Device`].
+    /// [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::Device`].
     ///
     /// # Panics
     /// If `residual` does not have the batch's rows, or there are no such layers.
@@ -40,6 +37,7 @@ impl<D: Device> Model<D> {
         let (rows, width) = (batch.rows(), self.config().hidden_size);
         assert_eq!(residual.len(), rows * width, "one row of the residual stream for each row of the batch");
         workspace.check_rows(rows)?;
+        self.check_values(device, store)?;
         let positions: Vec<u32> = batch.positions().collect();
         let all: Vec<u32> = (0..rows as u32).collect();
         device.write_ids(&mut workspace.positions, &positions);
@@ -61,7 +59,7 @@ impl<D: Device> Workspace<D> {
         device.download(&self.hidden, 0..rows * self.hidden_size, out)
     }
 
-    fn check_rows(&self, rows: usize) -> Result<(), ModelError> {
+    pub(crate) fn check_rows(&self, rows: usize) -> Result<(), ModelError> {
         let max_rows = self.max_rows;
         if rows > max_rows { Err(ModelError::TooManyRows { rows, max_rows }) } else { Ok(()) }
     }

@@ -148,8 +148,7 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         for window in self.windows {
             let mut reference = Vec::new();
             let mut residual = self.embed(window)?;
-            let embedded = residual.clone();
-            self.exactly(0..num_layers, &embedded, window.len())?;
+            self.exactly(0..num_layers, &residual, window.len())?;
             self.logits(window.len(), |_, logits| reference.extend_from_slice(logits))?;
             rows += window.len() / EVERY;
             let (mut layer, mut behind) = (0, self.exactly(0..1, &residual, window.len())?);
@@ -158,7 +157,7 @@ impl<'a, D: Device> Sensitivities<'a, D> {
                     return Ok(None);
                 }
                 if part.layer > layer {
-                    residual = self.exactly(layer..part.layer, &residual, window.len())?;
+                    residual = self.exactly(layer + 1..part.layer, &behind, window.len())?;
                     layer = part.layer;
                     behind = self.exactly(layer..layer + 1, &residual, window.len())?;
                 }

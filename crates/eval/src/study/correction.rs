@@ -70,7 +70,7 @@ pub fn corrections<D: Device>(
                 missed: &missed,
                 adapters: adapters(index),
                 window: scheme.window,
-                sinks: if let Sinks::First(count) = scheme.sinks { count } else { 0 },
+                sinks: scheme.sinks.first(),
             };
             by_layer.push(device.scope(|| view.errors()));
         }
