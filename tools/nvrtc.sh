@@ -10,4 +10,4 @@ if ! ls "$folder"/nvidia/cu13/lib/libnvrtc.so.13 >/dev/null 2>&1; then
     python3 -c 'import sys, zipfile, glob
 [zipfile.ZipFile(path).extractall(sys.argv[1]) for path in glob.glob(sys.argv[1] + "/nvidia_cuda_nvrtc-*.whl")]' "$folder"
 fi
-echo "$folder/nvidia/cu13/lib"
+realpath "$folder/nvidia/cu13/lib"
