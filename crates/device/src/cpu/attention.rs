@@ -325,8 +325,8 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
     }
 }
 
-/// The page behind that of these tokens, where packed keys lie in it. Pages of 16 bit are long enough for the processor
-/// to find by itself.
+/// The page behind that of these tokens, where packed keys lie in it, up to the rows of tokens that it may protect. Pages of
+/// 16 bit are long enough for the processor to find by itself.
 fn next_page<'a>(
     call: Call<'a>,
     span: &Span,
@@ -342,7 +342,8 @@ fn next_page<'a>(
     if !packed || !span.classes.is_empty() || index * PAGE_TOKENS >= packed_keys {
         return None;
     }
-    Some(call.store.page(class, span.blocks[index], call.layer, kv_head))
+    let bytes = call.store.page(class, span.blocks[index], call.layer, kv_head);
+    Some(page.sinks.map_or(bytes, |sinks| &bytes[..sinks.keys]))
 }
 
 /// Expands the keys of a page that are stored before RoPE, for all heads of a frame.

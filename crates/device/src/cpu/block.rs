@@ -7,7 +7,7 @@ use super::mix::{self, mix_rows};
 use super::page::{Page, Sums, Weights};
 use super::page_sinks;
 use super::rotate;
-use super::simd::Isa;
+use super::simd::{CACHE_LINE, Isa};
 use super::softmax::softmax;
 use crate::Span;
 use dibit_cache::{AutoSinks, PAGE_TOKENS, PackedSide, SideLayout};
@@ -111,8 +111,9 @@ impl Block<'_> {
     {
         let Call { store, layer, .. } = self.call;
         let [bytes, chunk] = self.blocks(token).map(|block| store.page(self.class, block, layer, self.kv_head));
-        // Each side asks for the half of the next page that it is of this one.
-        let (first, second) = self.next.map(|page| page.split_at(page.len() / 2)).unwrap_or_default();
+        // Each side asks for the half of the next page that it is of this one, in whole cache lines.
+        let half = |page: &[u8]| (page.len() / 2).next_multiple_of(CACHE_LINE).min(page.len());
+        let (first, second) = self.next.map(|page| page.split_at(half(page))).unwrap_or_default();
         let next = if side.tokens_are_lanes { first } else { second };
         Page { bytes, chunk, side, next }
     }

@@ -10,7 +10,8 @@ pub(super) struct Avx2;
 impl Kernel for Avx2 {
     #[inline(always)]
     fn interleave(bytes: &[u8], stride: usize, lines: &mut [Line]) {
-        for (line, rows) in lines.iter_mut().zip(bytes.chunks(QUAD * stride)) {
+        for (index, line) in lines.iter_mut().enumerate() {
+            let rows = &bytes[index * QUAD * stride..];
             let row = |i: usize| -> &[u8; WIDTH] { rows[i * stride..][..WIDTH].try_into().expect("WIDTH bytes") };
             // SAFETY: as above; each row has 16 bytes, and a `Line` is 64 bytes, aligned.
             unsafe {
@@ -35,7 +36,7 @@ impl Kernel for Avx2 {
         }
         let mut sums = [[[0; WIDTH]; MAX_FIELDS]; M];
         for field in 0..fields.count {
-            for half in 0..2 {
+            for half in 0..fields.places.div_ceil(8) {
                 let halves = sums.each_mut().map(|sums| &mut sums[field][half * 8..half * 8 + 8]);
                 sum_half(lines, weights, fields, field, half, halves);
             }

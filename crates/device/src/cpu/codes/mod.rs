@@ -48,6 +48,8 @@ struct Fields {
     shift: u32,
     /// Number of fields.
     count: usize,
+    /// How many places of a line are wanted.
+    places: usize,
 }
 
 impl Fields {
@@ -81,8 +83,8 @@ trait Kernel {
     /// apart.
     fn interleave(bytes: &[u8], stride: usize, lines: &mut [Line]);
 
-    /// `sums[i][field][place] = sum_line weights[i][line] . codes[line][place]`, for `M` queries and all fields. With each
-    /// line, one cache line of `ahead` is asked for.
+    /// `sums[i][field][place] = sum_line weights[i][line] . codes[line][place]`, for `M` queries, all fields and the places
+    /// that are wanted; others are anything. With each line, one cache line of `ahead` is asked for.
     fn sum<const M: usize>(lines: &[Line], weights: Weights<M>, fields: Fields, ahead: &[u8]) -> Sums<M>;
 }
 
@@ -98,18 +100,21 @@ pub(crate) struct Codes<'a> {
     pub lanes: usize,
 }
 
-/// Lays the first 16 bytes of `rows` rows side by side, zeros where a line lacks rows.
+/// Lays the first `width` bytes of `rows` rows side by side, up to 16; zeros where a line lacks rows. What lies behind a
+/// shorter width is anything.
 #[inline(always)]
-fn load<K: Kernel>(bytes: &[u8], rows: usize, stride: usize, lines: &mut [Line]) {
-    let whole = rows / QUAD;
+fn load<K: Kernel>(bytes: &[u8], width: usize, rows: usize, stride: usize, lines: &mut [Line]) {
+    // Rows behind which there are 16 bytes, if not all their own.
+    let readable = bytes.len().checked_sub(WIDTH).map_or(0, |last| last / stride + 1);
+    let whole = rows.min(readable) / QUAD;
     K::interleave(bytes, stride, &mut lines[..whole]);
-    if let Some(rest) = bytes.get(whole * QUAD * stride..) {
-        load_narrow(rest, WIDTH, rows - whole * QUAD, stride, &mut lines[whole..]);
+    if whole * QUAD < rows {
+        load_last(&bytes[whole * QUAD * stride..], width, rows - whole * QUAD, stride, &mut lines[whole..]);
     }
 }
 
-/// The same of `width` bytes, zeros behind them.
-fn load_narrow(bytes: &[u8], width: usize, rows: usize, stride: usize, lines: &mut [Line]) {
+/// The same, byte by byte.
+fn load_last(bytes: &[u8], width: usize, rows: usize, stride: usize, lines: &mut [Line]) {
     for (index, line) in lines.iter_mut().enumerate() {
         *line = Line([0; WIDTH * QUAD]);
         for (i, row) in (index * QUAD..rows.min(index * QUAD + QUAD)).enumerate() {
@@ -136,16 +141,14 @@ fn body<K: Kernel>(
         let units = plane.stride(codes.lanes);
         for first in (0..units).step_by(WIDTH) {
             let bytes = &codes.bytes[start + first..];
-            if first + WIDTH <= units {
-                load::<K>(bytes, codes.rows, codes.stride, lines);
-            } else {
-                load_narrow(bytes, units - first, codes.rows, codes.stride, lines);
-            }
+            let places = WIDTH.min(units - first);
+            load::<K>(bytes, places, codes.rows, codes.stride, lines);
             for field in (0..8 / plane.width).step_by(MAX_FIELDS) {
                 let fields = Fields {
                     width: plane.width as u32,
                     shift: (field * plane.width) as u32,
                     count: MAX_FIELDS.min(8 / plane.width),
+                    places,
                 };
                 let value = f32::from(1u8 << plane.shift);
                 let offsets = if plane.shift == 0 { offsets } else { &[] };

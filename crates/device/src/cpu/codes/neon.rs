@@ -11,7 +11,8 @@ pub(super) struct Neon;
 impl Kernel for Neon {
     #[inline(always)]
     fn interleave(bytes: &[u8], stride: usize, lines: &mut [Line]) {
-        for (line, rows) in lines.iter_mut().zip(bytes.chunks(QUAD * stride)) {
+        for (index, line) in lines.iter_mut().enumerate() {
+            let rows = &bytes[index * QUAD * stride..];
             let row = |i: usize| -> &[u8; WIDTH] { rows[i * stride..][..WIDTH].try_into().expect("WIDTH bytes") };
             // SAFETY: as above; each row has 16 bytes, and a `Line` 64.
             unsafe {
