@@ -87,13 +87,16 @@ fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: Tasks, haystack: Optio
     };
     let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
     let mut rows = Vec::new();
-    let plain = Model::new(device, &pretrained.config, &pretrained.weights)?;
-    for scheme in schemes.iter().filter(|_| !tasks.is_empty()) {
+    let plain = match tasks.is_empty() {
+        true => None,
+        false => Some(Model::new(device, &pretrained.config, &pretrained.weights)?),
+    };
+    for (scheme, plain) in schemes.iter().zip(plain.iter().cycle()) {
         if interrupted.load(Ordering::Relaxed) {
             break;
         }
         let done: usize = rows.iter().map(|row: &Row| row.answers.len()).sum();
-        rows.extend(run_scheme(args, device, (&pretrained, &plain), scheme, &prompts, |prompts, sample, before| {
+        rows.extend(run_scheme(args, device, (&pretrained, plain), scheme, &prompts, |prompts, sample, before| {
             bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
             bar.set_position((done + before) as u64);
             go_on(&interrupted)
@@ -149,7 +152,7 @@ fn check(args: &RulerArgs, tasks: &Tasks, pretrained: &Pretrained, schemes: &[Sc
     if tasks.copying && needed > limit {
         bail!("{COPYING} needs {needed} tokens, and the model takes {limit}; leave the task out of --tasks");
     }
-    for &context in &args.context {
+    for &context in args.context.iter().filter(|_| !tasks.ruler.is_empty()) {
         let context = context as usize;
         if context > limit {
             return Err(EngineError::ContextTooLong { context, limit }.into());
