@@ -13,7 +13,8 @@ Nothing here shares code with the engine. It writes <out>/dibit.json: one KV hea
   planes [D]                   planes of two bits of the key channels
   codes [D][128]               codes of the keys; 0 for sinks
   scales, zeros [D]            fp16 numbers
-  weights [groups][D], budget  planes of all groups, given where they save most: allocation [groups][D]
+  weights [groups][GROUP]      of channels; measured: planes of a group, and what the model lost with them
+  budget                       planes of all groups, given where they save most: allocation [groups][GROUP]
 
 Numbers of codes are computed in float32, one operation after the other; all others in float64.
 
@@ -28,6 +29,7 @@ import numpy as np
 
 F16, F32, F64 = np.float16, np.float32, np.float64
 D, SHARED, HIDDEN, TOKENS, FIRST_QUERY = 16, 3, 20, 128, 64
+TILE, GROUP, BUDGET = 8, 32, 168
 SHARE, PLACES, FIRST = F32(0.4), 8, 4
 
 
@@ -94,17 +96,51 @@ def code(keys, planes, order, factors, kept):
     return codes, scales, zeros
 
 
-def allocate(weights, budget, most):
-    """Plane by plane to the channel where it saves most; each group has an eighth of its channels at least."""
-    error = lambda planes: 1.0 if planes == 0 else 1.0 / (4.0**planes - 1) ** 2
-    planes = np.zeros(weights.shape, int)
-    saving = lambda at: weights[at] * (error(planes[at]) - error(planes[at] + 1)) if planes[at] < most else -1.0
-    for group in range(len(weights)):
-        for _ in range(D // 8):
-            planes[max(((group, c) for c in range(D)), key=saving)] += 1
-    while planes.sum() < budget:
-        planes[max(np.ndindex(*weights.shape), key=saving)] += 1
+def code_planes(weights):
+    """Of the channels a quarter each with 2 and 0 planes, the others with one."""
+    planes = np.ones(D, int)
+    order = np.argsort(-weights)
+    planes[order[: D // 4]], planes[order[-D // 4 :]] = 2, 0
     return planes
+
+
+def error(planes):
+    return 1.0 if planes == 0 else 1.0 / (4.0**planes - 1) ** 2
+
+
+def spend(weights, tiles, most):
+    """Plane by plane to the tile where it saves most; a tile is TILE channels of like weight."""
+    order = np.argsort(-weights, kind="stable").reshape(-1, TILE)
+    planes = np.zeros(len(order), int)
+    for _ in range(tiles):
+        saving = [weights[own].sum() * (error(p) - error(p + 1)) if p < most else -1.0 for own, p in zip(order, planes)]
+        planes[int(np.argmax(saving))] += 1
+    given = np.zeros(len(weights), int)
+    given[order] = planes[:, None]
+    return given
+
+
+def loss(weights, measured, tiles, most):
+    """What the weights say, times a factor that is interpolated between measurements, by its logarithm."""
+    expected = lambda given: sum(w * error(p) for w, p in zip(weights, given))
+    counts = [own.sum() for own, _ in measured]
+    factors = [np.log(cost / expected(own)) for own, cost in measured]
+    factor = np.interp(tiles * TILE, counts, factors) if measured else 0.0
+    return expected(spend(weights, tiles, most)) * np.exp(factor)
+
+
+def allocate(weights, measured, budget, most):
+    """Always so many further tiles of planes to a group as save most for each; every group has a tile at least."""
+    all_tiles = most * weights.shape[1] // TILE
+    losses = [[loss(w, m, tiles, most) for tiles in range(all_tiles + 1)] for w, m in zip(weights, measured)]
+    given, left = [1] * len(weights), budget // TILE - len(weights)
+    while left > 0:
+        options = [((losses[g][n] - losses[g][to]) / (to - n), -g, n - to) for g, n in enumerate(given) for to in range(n + 1, all_tiles + 1)]
+        _, group, more = max(options)
+        more = min(-more, left)
+        given[-group] += more
+        left -= more
+    return np.array([spend(w, tiles, most) for w, tiles in zip(weights, given)])
 
 
 def main():
@@ -121,9 +157,12 @@ def main():
     centred = values[kept].astype(F64) - values[kept].astype(F64).mean(0)
     spread = centred.T @ centred
     ranges = np.ptp(keys[kept].astype(F64), axis=0)
-    planes = allocate((np.diag(metric) * ranges**2)[None], D, 3)[0]
+    planes = code_planes(np.diag(metric) * ranges**2)
     codes, scales, zeros = code(keys, planes, order, factors, kept)
-    weights = rng.lognormal(0, 2, (5, D))
+    weights = rng.lognormal(0, 2, (5, GROUP))
+    # Some groups were measured once or twice.
+    costs = [[], [(2, 3.0)], [(1, 40.0), (5, 2.0)], [(4, 0.01)], [(2, 1.0), (6, 0.9)]]
+    measured = [[(spend(w, tiles, 3), cost) for tiles, cost in own] for w, own in zip(weights, costs)]
     golden = {
         "shape": {"d": D, "shared": SHARED, "hidden": HIDDEN, "tokens": TOKENS, "first": FIRST},
         "queries": queries.ravel().tolist(),
@@ -141,8 +180,9 @@ def main():
         "scales": scales.astype(F64).tolist(),
         "zeros": zeros.astype(F64).tolist(),
         "weights": weights.ravel().tolist(),
-        "budget": 96,
-        "allocation": allocate(weights, 96, 3).ravel().tolist(),
+        "measured": [[(own.tolist(), cost) for own, cost in group] for group in measured],
+        "budget": BUDGET,
+        "allocation": allocate(weights, measured, BUDGET, 3).ravel().tolist(),
     }
     (out / "dibit.json").write_text(json.dumps(golden))
 

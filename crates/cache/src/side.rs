@@ -65,7 +65,8 @@ pub struct PackedSide {
 ///
 /// Channels are ordered by falling planes. The rows of keys, or lanes of values, are the lowest plane of the channels that
 /// have one, then the second plane of those that have two, and so on. There are scales for channels with a plane, and
-/// zeros for all: the minimum of the group, or its mean where there is no plane.
+/// zeros for all: the minimum of the group, or its mean where there is no plane. Calibrations give the channels of a
+/// tile as many planes, so that a kernel can take a tile at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Planes {
     /// All channels.
@@ -78,15 +79,24 @@ impl Planes {
     /// Planes of a channel at most.
     pub const MOST: usize = 4;
 
+    /// Channels of a tile.
+    pub const TILE: usize = 8;
+
     /// From the planes of each channel.
     pub fn new(counts: &[u8]) -> Self {
         let with = |planes: usize| counts.iter().filter(|count| usize::from(**count) > planes).count();
         Planes { channels: counts.len(), with: std::array::from_fn(with) }
     }
 
+    /// Planes of a head whose channels have so many bits on average, in whole tiles.
+    pub fn of_average(bits: f32, channels: usize) -> usize {
+        let tiles = (f64::from(bits) * channels as f64 / (2 * Planes::TILE) as f64).round() as usize;
+        (tiles.max(1) * Planes::TILE).min(Planes::MOST * channels)
+    }
+
     /// Where an average of bits is all that is known: as many channels as can be have one plane.
     fn planned(average: f32, channels: usize) -> Self {
-        let planes = (f64::from(average) * channels as f64 / 2.0).round() as usize;
+        let planes = Planes::of_average(average, channels);
         let with = |index: usize| planes.saturating_sub(index * channels).min(channels);
         Planes { channels, with: std::array::from_fn(with) }
     }
@@ -355,8 +365,9 @@ mod tests {
         assert_eq!(Planes::order(&[0, 2, 1, 2, 0, 1, 1, 1]), [1, 3, 2, 5, 6, 7, 0, 4]);
         // What is planned for without a calibration is what two bits take everywhere.
         assert_eq!(side(None).bytes(), 8 * (32 + 4));
-        assert_eq!(Planes::planned(3.0, 8).with, [8, 4, 0, 0]);
-        assert_eq!(Planes::planned(1.0, 8).with, [4, 0, 0, 0]);
+        assert_eq!(Planes::planned(3.0, 32).with, [32, 16, 0, 0]);
+        assert_eq!(Planes::planned(1.0, 32).with, [16, 0, 0, 0]);
+        assert_eq!(Planes::planned(2.2, 64).with, [64, 8, 0, 0]);
         let values = Packed { planes: Some(2.0), ..packed(Axis::Channel, 128) };
         let values = PackedSide::new(values, false, 8, 0, Some(&[3, 2, 1, 1, 0, 0, 0, 0])).unwrap();
         assert_eq!((values.rows, values.lanes, values.row_bytes), (128, 7, 2));

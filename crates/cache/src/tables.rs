@@ -180,6 +180,13 @@ fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration
         if side == "value" && counts.chunks_exact(d).any(|own| own.windows(2).any(|pair| pair[0] < pair[1])) {
             return Err("planes of value channels that rise: their basis orders them by falling planes".into());
         }
+        let in_tiles = |own: &[u8]| Planes::new(own).with.iter().all(|count| count % Planes::TILE == 0);
+        if let Some(head) = counts.chunks_exact(d).position(|own| !in_tiles(own)) {
+            let tile = Planes::TILE;
+            return Err(format!(
+                "planes of {side} channels of KV head {head} that are not the same in tiles of {tile}"
+            ));
+        }
         if let Some(head) = counts.chunks_exact(d).position(|own| own.iter().all(|count| *count == 0)) {
             return Err(format!("the {side} channels of KV head {head} have no planes"));
         }
@@ -341,6 +348,23 @@ mod tests {
         let mut broken = none;
         broken.factors[7] = f32::INFINITY;
         assert!(with(Some(broken)).contains("not finite"));
+    }
+
+    #[test]
+    fn planes_are_the_same_in_tiles() {
+        let identity: Vec<f32> = (0..64 * 64).map(|i| if i % 65 == 0 { 1.0 } else { 0.0 }).collect();
+        let with = |key_planes: Vec<u8>| {
+            let (value_planes, value_basis) = (Some(vec![1; 4 * 64]), Some(identity.repeat(4)));
+            let key_feedback = Some(KeyFeedback::none(4, 64));
+            let key_planes = Some(key_planes);
+            let own = LayerCalibration { key_planes, value_planes, value_basis, key_feedback, ..Default::default() };
+            check("dibit", Some(own)).err().unwrap_or_default()
+        };
+        // Tiles of channels that do not lie side by side.
+        let mut planes: Vec<u8> = (0..4 * 64).map(|channel| (channel % 8 / 3) as u8).collect();
+        assert_eq!(with(planes.clone()), "");
+        planes[65] = 2;
+        assert!(with(planes).contains("planes of key channels of KV head 1 that are not the same in tiles of 8"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::path::Path;
 
 /// Version of the calibration's format and of what is computed.
-pub(crate) const VERSION: &str = "2";
+pub(crate) const VERSION: &str = "3";
 
 /// The fields that say what scheme it was made for, in the order of [`Fingerprint::parts`].
 const SCHEME_FIELDS: [&str; 8] = ["keys", "values", "window", "sinks", "layers", "classes", "correction", "planes"];

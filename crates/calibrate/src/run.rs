@@ -4,7 +4,7 @@ use crate::gathered::Gathered;
 use crate::linear::{Material, Outcome, Progressed, Recipe, Trainer, Watch, load, pack, save, train};
 use crate::progress::Kept;
 use crate::{Artefact, CalibrationError, Fingerprint, Source, planes};
-use dibit_cache::{CacheLayout, Calibration, Linear, Scheme};
+use dibit_cache::{CacheLayout, Calibration, Linear, Pool, Scheme};
 use dibit_device::Train;
 use dibit_model::{ExactPass, ModelConfig, Observation, Pretrained};
 use std::ops::ControlFlow;
@@ -162,10 +162,11 @@ fn written(result: Result<(), CalibrationError>) -> Result<bool, CalibrationErro
 
 /// Sequences that a calibration runs before any training, or that take as long, where statistics are gathered from so many.
 pub fn passes(scheme: &Scheme, config: &ModelConfig, gathered: usize) -> usize {
-    // What `planes::fit` runs: a few for ranges, and for each side of each layer four times, of half the tokens, the layers
+    // What `planes::fit` runs: a few for ranges, and for each side of each layer three times, of half the tokens, the layers
     // behind it.
-    let planes = if scheme.has_planes() { 4 + 3 * config.num_hidden_layers } else { 0 };
-    gathered + planes
+    let ranges = if scheme.has_planes() || scheme.protects_small_values() { 4 } else { 0 };
+    let measured = scheme.has_planes() && scheme.planes.pool != Pool::Head;
+    gathered + ranges + if measured { 2 * config.num_hidden_layers } else { 0 }
 }
 
 /// Runs a model over a tokenised text, as exact prefills of `context` tokens, and makes what the scheme needs: statistics
@@ -217,7 +218,7 @@ pub fn calibrate<D: Train>(
         let windows = &sequences.all[..count];
         if !planes::fit(device, pretrained, scheme, windows, &statistics, &mut layers, runs)? {
             // What a training that was stopped had done stays as it is.
-            if saved.is_none() {
+            if linear.is_none() || saved.is_none() {
                 kept.save(count, &gathered, |_| Ok(()))?;
             }
             return Ok(None);

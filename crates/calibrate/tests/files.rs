@@ -194,8 +194,8 @@ fn what_else_is_in_a_file_is_looked_at() {
 
     let mut parts = Parts::of(&made.bytes);
     let fingerprint = parts.metadata.get_mut("dibit.fingerprint").unwrap();
-    *fingerprint = fingerprint.replace("\"version\":\"2\"", "\"version\":\"1\"");
-    let words = ["is of version 1 of calibrations, and this program reads version 2", "dibit calibrate"];
+    *fingerprint = fingerprint.replace("\"version\":\"3\"", "\"version\":\"1\"");
+    let words = ["is of version 1 of calibrations, and this program reads version 3", "dibit calibrate"];
     says(made.attach(&parts.bytes()), &words);
     let Err(CalibrationError::Version { scheme, .. }) = made.attach(&parts.bytes()) else { panic!("it was read") };
     assert_eq!(scheme, made.artefact.fingerprint.scheme());

@@ -47,7 +47,7 @@ fn a_pool_is_spent_to_the_last_step() {
     let mut own = scheme.clone();
     let made = calibrated(2, &scheme);
     let counts = counts(&made);
-    assert!(counts.iter().flatten().all(|count| *count >= 8 && count.is_multiple_of(4)), "{counts:?}");
+    assert!(counts.iter().flatten().all(|count| *count >= 8 && count.is_multiple_of(8)), "{counts:?}");
     // 64 for each side of each head on average, and heads of a layer differ.
     assert_eq!(counts.iter().flatten().sum::<usize>(), 12 * 64);
     assert!(counts.iter().any(|heads| heads[0] != heads[1]), "{counts:?}");

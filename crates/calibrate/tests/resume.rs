@@ -172,8 +172,8 @@ fn a_damaged_state_is_refused() {
     refuses(&changed(&|parts| parts.metadata.clear()), &["not the state of a calibration"]);
     refuses(&bytes(&make(&stopped.pretrained, &stopped.scheme, &stopped.ids, &options(CONTEXT))), &["not the state"]);
     refuses(
-        &state(&own.replace("\"version\":\"2\"", "\"version\":\"1\"")),
-        &["another version: 1, and this run has 2"],
+        &state(&own.replace("\"version\":\"3\"", "\"version\":\"2\"")),
+        &["another version: 2, and this run has 3"],
     );
 
     // Nor is a state a calibration.

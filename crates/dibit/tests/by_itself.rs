@@ -317,7 +317,7 @@ fn two_runs_at_once_leave_one_whole_file() {
 fn a_file_of_an_older_version_is_refused_with_the_command() {
     let user = User::with_calibration();
     let mut bytes = std::fs::read(user.file()).unwrap();
-    let version = b"\\\"version\\\":\\\"2\\\"";
+    let version = b"\\\"version\\\":\\\"3\\\"";
     let at = bytes.windows(version.len()).position(|window| window == version).unwrap();
     bytes[at + version.len() - 3] = b'1';
     std::fs::remove_file(user.file()).unwrap();
@@ -328,9 +328,12 @@ fn a_file_of_an_older_version_is_refused_with_the_command() {
         let words = [&old, "is of version 1 of calibrations", &command];
         user.generate(&[&["--calibration", &old], further].concat()).fails_with(&words);
     }
-    // Beside the model it is said of its own scheme, and another one is used.
+    // Beside the model it is said of its own scheme, if it has words or the name of that, and another one is used.
+    let words = b"with error feedback";
+    let at = bytes.windows(words.len()).position(|window| window == words).unwrap();
+    bytes[at] = b'W';
     std::fs::create_dir(user.model.file("calibration")).unwrap();
-    std::fs::write(user.model.file("calibration/old.safetensors"), &bytes).unwrap();
+    std::fs::write(user.model.file("calibration/dibit.safetensors"), &bytes).unwrap();
     let done = user.generate(&["--calibrate", "never"]).succeeds();
     assert_eq!(done.stderr.matches("is of version 1 of calibrations").count(), 1, "{}", done.stderr);
     assert!(done.stderr.contains(&command) && done.stderr.contains("\ncache    k3v2: "), "{}", done.stderr);

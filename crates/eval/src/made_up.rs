@@ -1,7 +1,9 @@
 //! Made-up calibrations, to measure the speed of schemes without a model.
 
 use crate::random_cache::random;
-use dibit_cache::{Adapters, CacheShape, Calibration, KeyFeedback, LayerCalibration, Linear, Packed, PlaneBudget};
+use dibit_cache::{
+    Adapters, CacheShape, Calibration, KeyFeedback, LayerCalibration, Linear, Packed, PlaneBudget, Planes,
+};
 use dibit_cache::{Scheme, Side};
 use std::sync::Arc;
 
@@ -48,7 +50,8 @@ fn feedback(shape: CacheShape) -> KeyFeedback {
 fn planes(side: Side, budget: PlaneBudget, d: usize) -> Option<Vec<u8>> {
     let Side::Packed(Packed { planes: Some(average), .. }) = side else { return None };
     let of = |channel: usize| {
-        let place = 1.0 - 2.0 * (channel as f32 + 0.5) / d as f32;
+        let tile = channel / Planes::TILE;
+        let place = 1.0 - (2 * tile + 1) as f32 * Planes::TILE as f32 / d as f32;
         (average / 2.0 + 1.5 * place).round().clamp(0.0, budget.most as f32) as u8
     };
     Some((0..d).map(of).collect())

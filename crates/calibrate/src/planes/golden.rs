@@ -21,6 +21,7 @@ struct Golden {
     basis: Vec<f64>,
     sinks: Vec<usize>,
     weights: Vec<f64>,
+    measured: Vec<Vec<(Vec<u8>, f64)>>,
     budget: usize,
     allocation: Vec<u8>,
 }
@@ -78,7 +79,13 @@ fn what_is_calibrated_is_what_numpy_finds() {
 #[test]
 fn planes_are_given_as_numpy_gives_them() {
     let own = golden();
-    let groups: Vec<Group> = own.weights.chunks(own.shape.d).map(|own| Group { weights: own.to_vec() }).collect();
-    let given = pooled(&groups.iter().collect::<Vec<_>>(), own.shape.d, own.budget, 3);
+    let channels = own.weights.len() / own.measured.len();
+    let group = |(weights, measured): (&[f64], &Vec<(Vec<u8>, f64)>)| {
+        let mut group = Group::new(weights.to_vec());
+        measured.iter().for_each(|(planes, cost)| group.measure(planes, *cost));
+        group
+    };
+    let groups: Vec<Group> = own.weights.chunks(channels).zip(&own.measured).map(group).collect();
+    let given = pooled(&groups.iter().collect::<Vec<_>>(), channels, own.budget, 3);
     assert_eq!(given.concat(), own.allocation);
 }

@@ -3,7 +3,7 @@
 //! A channel matters as much as the error that rounding it makes in the model's output. Within one side of one KV head
 //! that is a weight of each channel, by its queries and its range. Between sides and layers it is what quantising one of them
 //! alone costs the model, and between the KV heads of a layer what each changes in the residual stream behind it. That is
-//! measured twice: with one plane for each channel, and with the planes that followed from it.
+//! measured twice: with the same number of planes in every head, and with the planes that followed from it.
 
 mod budget;
 #[cfg(test)]
@@ -16,7 +16,7 @@ mod value_basis;
 pub(crate) use statistics::{KeyMetric, ValueSpread};
 
 use crate::CalibrationError;
-use budget::{Group, planes_of, pooled};
+use budget::{Group, pooled};
 use dibit_cache::{CacheShape, LayerCalibration, Planes, Pool, Scheme};
 use dibit_device::Device;
 use dibit_model::{ExactPass, Observation, Pretrained};
@@ -28,14 +28,14 @@ use value_basis::{basis, output_metric};
 /// Sequences in which ranges are measured, those of values in their basis.
 const RANGE_SEQUENCES: usize = 4;
 
-/// Sequences on which the model is run with one place quantised.
-const SENSITIVITY_SEQUENCES: usize = 2;
+/// Costs are measured so often, and planes given by them: sequences on which the model is run with one place quantised.
+const ROUNDS: [usize; 2] = [1, 2];
+
+/// Such runs that take as long as a sequence of ranges: those have half the tokens, and go through half the layers.
+const RANGE_RUNS: usize = 4;
 
 /// Tokens of such a sequence at most.
 const SENSITIVITY_TOKENS: usize = 1024;
-
-/// How often costs are measured, and planes given by them.
-const ROUNDS: usize = 2;
 
 /// Pages of a layer have places for tokens with small values where a page and KV head has so many of them on average.
 const SMALL_TOKENS: f64 = 0.2;
@@ -74,13 +74,23 @@ pub(crate) fn fit<D: Device>(
             layer.value_basis = Some(metric.iter().zip(spread).flat_map(|(metric, own)| basis(metric, own)).collect());
         }
     }
-    let ranges = measure_ranges(device, pretrained, scheme, &windows[..windows.len().min(RANGE_SEQUENCES)], layers)?;
+    let measured = scheme.planes.pool != Pool::Head;
+    let places = places(scheme, shape);
+    let runs = ROUNDS.map(|count| match measured {
+        true => count.min(windows.len()) * places.len() / shape.num_key_value_heads,
+        false => 0,
+    });
+    let first = &windows[..windows.len().min(RANGE_SEQUENCES)];
+    let mut done = first.len() * RANGE_RUNS;
+    let all = done + runs.iter().sum::<usize>();
+    let told = |sequences: usize| progress(sequences * RANGE_RUNS, all);
+    let Some(ranges) = measure_ranges(device, pretrained, scheme, first, layers, told)? else { return Ok(false) };
     if scheme.protects_small_values() {
         for (layer, ranges) in layers.iter_mut().zip(&ranges) {
             layer.sink_places = Some(ranges.small_tokens() >= SMALL_TOKENS);
         }
     }
-    let mut placed: Vec<Placed> = places(scheme, shape)
+    let mut placed: Vec<Placed> = places
         .into_iter()
         .map(|place| {
             let own = &ranges[place.layer];
@@ -89,28 +99,27 @@ pub(crate) fn fit<D: Device>(
                 false => own.value_weights().to_vec(),
             };
             let weights = weights[place.kv_head * d..(place.kv_head + 1) * d].to_vec();
-            Placed { place, group: Group { weights }, planes: vec![1; d] }
+            Placed { place, group: Group::new(weights), planes: vec![1; d] }
         })
         .collect();
-    if scheme.planes.pool == Pool::Head {
-        give(scheme, d, &mut placed);
-    } else if !placed.is_empty() {
-        let some = windows.iter().take(SENSITIVITY_SEQUENCES);
+    give(scheme, Pool::Head, d, &mut placed);
+    if measured && !placed.is_empty() {
+        let some = windows.iter().take(ROUNDS[1]);
         let some: Vec<&[u32]> = some.map(|window| &window[..window.len().min(SENSITIVITY_TOKENS)]).collect();
         let mut costs = Sensitivities::new(device, pretrained, scheme, &some)?;
-        let runs = costs.runs(placed.len() / shape.num_key_value_heads);
-        for round in 0..ROUNDS {
+        for (windows, runs_of_round) in ROUNDS.into_iter().zip(runs) {
             let parts = placed.chunks(shape.num_key_value_heads);
             let parts: Vec<Alone> = parts.map(|part| alone(layers, part, shape)).collect();
-            let told = |own| progress(round * runs + own, ROUNDS * runs);
-            let Some(found) = costs.measure(&parts, told)? else { return Ok(false) };
-            // In the same unit everywhere: the divergence that the error of a channel causes.
+            let told = |own| progress(done + own, all);
+            let Some(found) = costs.measure(&parts, windows, told)? else { return Ok(false) };
+            done += runs_of_round;
             for (own, cost) in placed.iter_mut().zip(found.into_iter().flatten()) {
-                let expected = own.group.loss(&own.planes);
-                let factor = if expected > 0.0 { cost / expected } else { 0.0 };
-                own.group.weights.iter_mut().for_each(|weight| *weight *= factor);
+                if !cost.is_finite() {
+                    return Err(CalibrationError::NotFinite { layer: own.place.layer });
+                }
+                own.group.measure(&own.planes, cost);
             }
-            give(scheme, d, &mut placed);
+            give(scheme, scheme.planes.pool, d, &mut placed);
         }
     }
     for own in &placed {
@@ -134,29 +143,27 @@ fn alone(layers: &[LayerCalibration], part: &[Placed], shape: CacheShape) -> Alo
     Alone { layer, keys, all: with(part), heads }
 }
 
-/// Gives planes to all places, by the pool of the scheme.
-fn give(scheme: &Scheme, d: usize, placed: &mut [Placed]) {
+/// Gives planes to all places, as many as the scheme says for each of a pool.
+fn give(scheme: &Scheme, pool: Pool, d: usize, placed: &mut [Placed]) {
     let most = scheme.planes.most;
-    let count = |place: Place| {
+    let average = |place: Place| {
         let (keys, values) = scheme.sides(0, place.layer);
-        planes_of((if place.keys { keys } else { values }).average_bits().expect("a side with planes"), d)
+        (if place.keys { keys } else { values }).average_bits().expect("a side with planes")
     };
-    if scheme.planes.pool == Pool::Head {
-        for own in placed {
-            own.planes = own.group.spend(count(own.place), most);
-        }
-        return;
-    }
-    let mut give = |chosen: &dyn Fn(Place) -> bool| {
+    let mut share = |chosen: &dyn Fn(Place) -> bool| {
         let own: Vec<usize> = (0..placed.len()).filter(|index| chosen(placed[*index].place)).collect();
-        let total = own.iter().map(|index| count(placed[*index].place)).sum();
+        let bits: f64 = own.iter().map(|index| f64::from(average(placed[*index].place)) * d as f64).sum();
+        let total = (bits / 2.0).round() as usize;
         let groups: Vec<&Group> = own.iter().map(|index| &placed[*index].group).collect();
         let given = pooled(&groups, d, total, most);
         own.iter().zip(given).for_each(|(index, planes)| placed[*index].planes = planes);
     };
-    match scheme.planes.pool {
-        Pool::Side => [true, false].into_iter().for_each(|keys| give(&|place: Place| place.keys == keys)),
-        _ => give(&|_| true),
+    match pool {
+        Pool::Head => placed.iter_mut().for_each(|own| {
+            own.planes = own.group.spend(Planes::of_average(average(own.place), d), most);
+        }),
+        Pool::Side => [true, false].into_iter().for_each(|keys| share(&|place: Place| place.keys == keys)),
+        Pool::Model => share(&|_| true),
     }
 }
 
@@ -179,24 +186,29 @@ fn set(layer: &mut LayerCalibration, own: &Placed, shape: CacheShape) {
     }
 }
 
-/// Squared ranges of keys, and of values in the bases of their layers.
+/// Squared ranges of keys, and of values in the bases of their layers. `None` where `progress`, called with the windows
+/// done, broke it off.
 fn measure_ranges<D: Device>(
     device: &D,
     pretrained: &Pretrained,
     scheme: &Scheme,
     windows: &[Vec<u32>],
     layers: &[LayerCalibration],
-) -> Result<Vec<Ranges>, CalibrationError> {
+    mut progress: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<Option<Vec<Ranges>>, CalibrationError> {
     let config = &pretrained.config;
     let shape = config.cache_shape();
     let mut ranges: Vec<Ranges> = layers.iter().map(|_| Ranges::new(shape)).collect();
     let context = windows.iter().map(Vec::len).max().unwrap_or(0);
     let mut pass = ExactPass::new(device, config, &pretrained.weights, context)?;
-    for window in windows {
+    for (index, window) in windows.iter().enumerate() {
+        if progress(index).is_break() {
+            return Ok(None);
+        }
         pass.run(device, window, &mut |seen: Observation| {
             let basis = layers[seen.layer].value_basis.as_deref();
             ranges[seen.layer].add(shape, basis, seen.first_row, [seen.k, seen.v], scheme.sinks);
         })?;
     }
-    Ok(ranges)
+    Ok(Some(ranges))
 }

@@ -129,23 +129,19 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         })
     }
 
-    /// Runs that measuring so many parts takes.
-    pub(crate) fn runs(&self, parts: usize) -> usize {
-        self.windows.len() * parts
-    }
-
     /// For each KV head of each part, parts being in the order of layers, what it adds to the mean KL divergence in nats of
-    /// the model with the part alone quantised: its share of the squared change of the residual stream behind the layer.
+    /// the model with the part alone quantised, over the first `windows` windows: its share of the squared change of the residual stream behind the layer.
     /// `None` where `progress`, called with the runs done, broke it off.
     pub(crate) fn measure(
         &mut self,
         parts: &[Alone],
+        windows: usize,
         mut progress: impl FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Option<Vec<Vec<f64>>>, CalibrationError> {
         let num_layers = self.pretrained.config.num_hidden_layers;
         let mut sums: Vec<Vec<f64>> = parts.iter().map(|part| vec![0.0; part.heads.len().max(1)]).collect();
         let (mut rows, mut done) = (0, 0);
-        for window in self.windows {
+        for window in &self.windows[..windows.min(self.windows.len())] {
             let mut reference = Vec::new();
             let mut residual = self.embed(window)?;
             self.exactly(0..num_layers, &residual, window.len())?;

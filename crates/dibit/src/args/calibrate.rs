@@ -16,7 +16,8 @@ fn calibrated_help() -> String {
 #[command(after_help = "\
 Without --out the calibration lies in the user's folder (DIBIT_CACHE_DIR, or dibit/calibrations in the system's folder for
 caches). All commands find it there for this model, whether it is named as a directory, a hub id or a GGUF file in any format.
-Ctrl-C keeps what was done in FILE.partial; the same command goes on from there.
+Ctrl-C keeps what was gathered and trained in FILE.partial; the same command goes on from there, and measures anew what each
+layer costs.
 The same model, text, options and seed make the same file.
 
 Examples:

@@ -117,13 +117,13 @@ fn run<D: Train>(
         ControlFlow::Continue(())
     });
     bar.finish_and_clear();
-    match (artefact?, stop) {
+    let artefact = artefact?;
+    // A signal while this ran was for this.
+    interrupted.store(false, Ordering::Relaxed);
+    match (artefact, stop) {
         (Some(artefact), _) => Ok(Ok(artefact)),
         (None, Some(Stop::TooLong(estimate))) => Ok(Err(too_long("about", estimate))),
-        (None, _) => {
-            interrupted.store(false, Ordering::Relaxed);
-            Ok(Err(", and making one was skipped".to_owned()))
-        }
+        (None, _) => Ok(Err(", and making one was skipped".to_owned())),
     }
 }
 

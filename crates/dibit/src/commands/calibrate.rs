@@ -10,6 +10,7 @@ use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, 
 use dibit_device::Train;
 use dibit_model::{ChatFormat, Pretrained, SpecialTokens};
 use indicatif::ProgressBar;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -64,8 +65,9 @@ fn run_on<D: Train>(
     };
     let text =
         Text { documents: encode(&pretrained, texts, !trains)?, held_out: encode(&pretrained, held_out, !trains)? };
-    let state = state_path(&out);
-    let options = options(args, &pretrained, &text, state.clone());
+    let mut options = options(args, &pretrained, &text);
+    let state = state_path(&out, &options, &text, args.out.is_some());
+    options.state = Some(state.clone());
     let interrupted = interrupt_flag(true)?;
     let bar = bar(0);
     let mut told = Told::default();
@@ -158,7 +160,8 @@ fn encode(pretrained: &Pretrained, documents: &[Document], joined: bool) -> Resu
     texts.iter().map(|text| Ok(pretrained.tokenizer.encode_rendered(text)?)).collect()
 }
 
-fn options(args: &CalibrateArgs, pretrained: &Pretrained, text: &Text, state: PathBuf) -> Options {
+/// The options of a run, without a state.
+fn options(args: &CalibrateArgs, pretrained: &Pretrained, text: &Text) -> Options {
     let paper = args.training.recipe == Some(RecipeName::Paper);
     let usual = if paper { Recipe::PAPER_CONTEXT } else { CONTEXT };
     let context = args.context.unwrap_or(usual.min(pretrained.config.max_position_embeddings));
@@ -170,7 +173,7 @@ fn options(args: &CalibrateArgs, pretrained: &Pretrained, text: &Text, state: Pa
         context,
         tokens: Some(args.tokens.unwrap_or(usual)),
         seed: args.seed,
-        state: Some(state),
+        state: None,
         recipe: recipe(&args.training, args.tokens, context),
         held_out: if let Some(HeldOut::Share(share)) = args.training.heldout { share } else { HELD_OUT },
     }
@@ -312,9 +315,17 @@ fn announce(progress: Progress, options: &Options) {
     }
 }
 
-/// Where a calibration keeps its state while it runs.
-fn state_path(out: &Path) -> PathBuf {
+/// Where a calibration keeps its state while it runs. In the user's folder, where runs with other texts and options write the
+/// same file, each has a state of its own.
+fn state_path(out: &Path, options: &Options, text: &Text, named: bool) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
+    if !named {
+        let mut hash = DefaultHasher::new();
+        let Options { context, tokens, seed, held_out, ref recipe, .. } = *options;
+        (context, tokens, seed, held_out.to_bits(), recipe.to_string()).hash(&mut hash);
+        (&text.documents, &text.held_out).hash(&mut hash);
+        name.push(format!(".{:016x}", hash.finish()));
+    }
     name.push(".partial");
     PathBuf::from(name)
 }

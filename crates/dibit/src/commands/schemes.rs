@@ -128,7 +128,11 @@ fn named(args: &CacheArgs, pretrained: &Pretrained) -> Result<Chosen> {
 
 /// The command that makes the calibration of a scheme and a model.
 pub fn command(scheme: &Scheme, pretrained: &Pretrained) -> String {
-    let quoted = |text: &str| if text.contains(char::is_whitespace) { format!("'{text}'") } else { text.to_owned() };
+    let plain = |c: char| c.is_alphanumeric() || "/._-+:@%,=".contains(c);
+    let quoted = |text: &str| match text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    };
     let model = match pretrained.name.as_str() {
         bundled::NAME => String::new(),
         model => format!(" --model {}", quoted(model)),
@@ -224,7 +228,9 @@ pub fn find(scheme: &mut Scheme, pretrained: &Pretrained) -> Result<Option<Found
     for (path, artefact) in shipped(&pretrained.name)? {
         let artefact = match artefact {
             Err(error @ CalibrationError::Version { .. }) => {
-                if matches!(&error, CalibrationError::Version { scheme, .. } if *scheme == made_for) {
+                // Older versions say other things of a scheme, so that a file's name counts too.
+                let named = path.file_stem().is_some_and(|stem| *stem == *scheme.name);
+                if named || matches!(&error, CalibrationError::Version { scheme, .. } if *scheme == made_for) {
                     tracing::warn!("{:#}", with_command(error, scheme, pretrained));
                 }
                 continue;

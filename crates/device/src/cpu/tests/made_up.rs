@@ -41,6 +41,8 @@ pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
         };
         (0..heads).flat_map(reflection).collect()
     };
+    // Tiles of channels that do not lie side by side.
+    let tile = |channel: usize| ((channel / d % 3 + channel % d % (d / 8) + 1) * 3 % 7 % 5) as u8;
     LayerCalibration {
         permutation: Some((0..heads * d).map(|place| order(place) as u32).collect()),
         key_basis: Some(basis(50)),
@@ -48,13 +50,15 @@ pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
             Some(_) => basis(70).iter().enumerate().map(|(at, x)| x * 2f32.powi(at as i32 % 4 - 1)).collect(),
             None => basis(70),
         }),
-        key_planes: Some((0..heads * d).map(|channel| (channel * channel % 7 % 5) as u8).collect()),
+        key_planes: Some((0..heads * d).map(tile).collect()),
         key_feedback: Some(KeyFeedback {
             order: (0..heads * d).map(|place| ((2 * d - 1 - place % d - place / d) % d) as u32).collect(),
             factors: noise(60, heads * d * d, d).iter().map(|x| 0.3 * x / d as f32).collect(),
         }),
         sink_places: None,
-        value_planes: Some((0..heads * d).map(|channel| (4 * (heads * d - channel) / (heads * d)) as u8).collect()),
+        value_planes: Some(
+            (0..heads * d).map(|channel| (4 * (heads * d - channel / 8 * 8) / (heads * d)) as u8).collect(),
+        ),
         adapters,
     }
 }
