@@ -8,7 +8,7 @@ use super::codes::{Codes, IntegerWeights, Line, mix_codes};
 use super::element::Element;
 use super::mix::{self, mix_rows};
 use super::quantise::unpack;
-use super::scales::{Scales, apply, total, unfold};
+use super::scales::{Scales, Unfolding, apply, total, unfold};
 use super::simd::Isa;
 use dibit_cache::{Along, Factors, GroupSpan, High, Outliers, PAGE_TOKENS, PackedSide};
 use half::f16;
@@ -53,8 +53,12 @@ pub(super) struct Folding {
     offsets: Vec<f32>,
     /// Packed rows side by side.
     lines: Vec<Line>,
-    /// Weighted codes of one group of rows.
+    /// Weighted codes of one group of rows; zeros between calls.
     mixed: Vec<f32>,
+    /// The sum of each row of weights.
+    totals: Vec<f32>,
+    /// Weighted factors of the quantisation error.
+    factors: Vec<f32>,
     /// Codes of a row, and what its lanes are scaled and moved by.
     codes: Vec<u8>,
     row_scales: Vec<f32>,
@@ -121,14 +125,13 @@ impl Page<'_> {
     fn groups_of_rows(self, isa: Isa, rows: Range<usize>, weights: Weights, sums: &mut Sums, folding: &mut Folding) {
         let mut ahead = self.next;
         let lanes = self.side.lanes;
-        let Folding { mixed, weights: integers, lines, .. } = folding;
+        let Folding { mixed, totals, weights: integers, lines, .. } = folding;
         for (group, all) in self.side.row_groups() {
             let own = all.start.max(rows.start)..all.end.min(rows.end);
             if own.is_empty() {
                 continue;
             }
             let stride = self.side.planes.map_or(lanes, |planes| planes.channels.max(lanes));
-            mixed.clear();
             mixed.resize(weights.count * stride, 0.0);
             let weights = weights.from(own.start - rows.start);
             integers.load(isa, weights.values, weights.count, weights.stride, own.len());
@@ -136,11 +139,10 @@ impl Page<'_> {
                 let y = &mut mixed[span.lanes.start..];
                 mix_codes(isa, self.codes(&span, own.clone()), integers, lines, y, stride, &mut ahead, &[]);
             }
-            let rows = weights.rows().zip(mixed.chunks_exact_mut(stride)).zip(sums.rows());
-            for ((weights, mixed), sums) in rows {
-                let total = total(isa, &weights[..own.len()]);
-                unfold(isa, total, mixed, self.scales(group * lanes, lanes), sums);
-            }
+            totals.clear();
+            totals.extend(weights.rows().map(|weights| total(isa, &weights[..own.len()])));
+            let rows = Unfolding { totals, mixed, mixed_stride: stride, sums: sums.values, sum_stride: sums.stride };
+            unfold(isa, rows, self.scales(group * lanes, lanes));
         }
     }
 
@@ -210,15 +212,15 @@ impl Page<'_> {
         let (of_rows, of_lanes) = if self.side.tokens_are_lanes { (chunk, tokens) } else { (tokens, chunk) };
         let of_rows = &of_rows[rows.start * rank..rows.end * rank];
         for (weights, sums) in weights.rows().zip(sums.rows()) {
-            folding.mixed.clear();
-            folding.mixed.resize(rank, 0.0);
+            folding.factors.clear();
+            folding.factors.resize(rank, 0.0);
             for (weight, row) in weights.iter().zip(of_rows.chunks_exact(rank)) {
-                for (sum, x) in folding.mixed.iter_mut().zip(row) {
+                for (sum, x) in folding.factors.iter_mut().zip(row) {
                     *sum += weight * x.widen();
                 }
             }
             for (sum, lane) in sums[..self.side.lanes].iter_mut().zip(of_lanes.chunks_exact(rank)) {
-                *sum += folding.mixed.iter().zip(lane).map(|(a, b)| a * b.widen()).sum::<f32>();
+                *sum += folding.factors.iter().zip(lane).map(|(a, b)| a * b.widen()).sum::<f32>();
             }
         }
     }

@@ -7,7 +7,7 @@ use super::element::Element;
 use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
-use super::simd::{Lanes, Portable, WIDTH, dispatch, join, mul_add};
+use super::simd::{BASELINE_FMA, Lanes, Portable, WIDTH, dispatch, join, mul_add};
 use dibit_cache::Planes;
 use dibit_quant::Quantizer;
 use half::f16;
@@ -71,30 +71,64 @@ pub(super) fn fold<L: Lanes, const FMA: bool>(weights: &[f32], own: Scales, fold
     join(lanes)
 }
 
+/// Rows of weighted codes, and rows of sums that they are added to.
+pub(super) struct Unfolding<'a> {
+    /// The sum of the weights of each row.
+    pub totals: &'a [f32],
+    /// `[row][mixed_stride]`: sums over planes, the first plane of all channels first; room for all channels. Zeros behind.
+    pub mixed: &'a mut [f32],
+    pub mixed_stride: usize,
+    /// `[row][sum_stride]`
+    pub sums: &'a mut [f32],
+    pub sum_stride: usize,
+}
+
 #[inline(always)]
-fn unfold_body(total: f32, mixed: &mut [f32], own: Scales, sums: &mut [f32]) {
+fn unfold_body<L: Lanes, const FMA: bool>(rows: Unfolding, own: Scales) {
+    let Unfolding { totals, mixed, mixed_stride, sums, sum_stride } = rows;
     if let Some(planes) = own.planes {
-        for (value, place) in planes.further() {
-            let (first, behind) = mixed.split_at_mut(place.start);
-            first.iter_mut().zip(&behind[..place.len()]).for_each(|(sum, plane)| *sum += value * plane);
+        for mixed in mixed.chunks_exact_mut(mixed_stride) {
+            for (value, place) in planes.further() {
+                let (first, behind) = mixed.split_at_mut(place.start);
+                first.iter_mut().zip(&behind[..place.len()]).for_each(|(sum, plane)| *sum += value * plane);
+            }
+            mixed[planes.with[0]..].fill(0.0);
         }
-        mixed[planes.with[0]..planes.channels].fill(0.0);
     }
-    let integer = own.integer();
-    for (((mixed, scale), zero), sum) in mixed.iter().zip(own.scales).zip(own.zeros).zip(sums) {
-        let (scale, zero) = (scale.widen(), zero.widen());
-        *sum += mixed * scale + total * offset(integer, scale, zero);
+    let (integer, channels) = (own.integer(), own.scales.len());
+    let (none, minus) = (L::splat(0.0), L::splat(-1.0));
+    let whole = channels - channels % WIDTH;
+    for start in (0..whole).step_by(WIDTH) {
+        let of = start..start + WIDTH;
+        let scale: L = f16::load(own.scales[of.clone()].try_into().expect("WIDTH numbers"));
+        let zero: L = f16::load(own.zeros[of.clone()].try_into().expect("WIDTH numbers"));
+        let offset = if integer { scale.mul_add(zero.mul_add(minus, none), none) } else { zero };
+        let rows = mixed.chunks_exact_mut(mixed_stride).zip(sums.chunks_mut(sum_stride)).zip(totals);
+        for ((mixed, sums), total) in rows {
+            let mixed: &mut [f32; WIDTH] = (&mut mixed[of.clone()]).try_into().expect("WIDTH numbers");
+            let sums: &mut [f32; WIDTH] = (&mut sums[of.clone()]).try_into().expect("WIDTH numbers");
+            let offsets = L::splat(*total).mul_add(offset, L::load(sums));
+            L::load(mixed).mul_add(scale, offsets).store(sums);
+            none.store(mixed);
+        }
+    }
+    let rows = mixed.chunks_exact_mut(mixed_stride).zip(sums.chunks_mut(sum_stride)).zip(totals);
+    for ((mixed, sums), total) in rows {
+        for channel in whole..channels {
+            let (scale, offset) = own.at(channel);
+            let offsets = mul_add::<FMA>(*total, offset, sums[channel]);
+            sums[channel] = mul_add::<FMA>(std::mem::take(&mut mixed[channel]), scale, offsets);
+        }
     }
 }
 
 dispatch! {
-    /// `sums += scales * mixed + offsets * total`. Sums over planes, the first plane of all channels first, are joined in
-    /// `mixed`, which has room for the channels.
-    fn unfold<>(total: f32, mixed: &mut [f32], own: Scales, sums: &mut [f32]);
-    baseline: unfold_body(total, mixed, own, sums);
-    avx2: unfold_body(total, mixed, own, sums);
-    avx512: unfold_body(total, mixed, own, sums);
-    neon: unfold_body(total, mixed, own, sums);
+    /// `sums += scales * mixed + offsets * total` for each row.
+    fn unfold<>(rows: Unfolding, own: Scales);
+    baseline: unfold_body::<Portable, BASELINE_FMA>(rows, own);
+    avx2: unfold_body::<Avx2, true>(rows, own);
+    avx512: unfold_body::<Avx512, true>(rows, own);
+    neon: unfold_body::<Neon, true>(rows, own);
 }
 
 #[inline(always)]
@@ -141,7 +175,7 @@ dispatch! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::simd::{BASELINE_FMA, Isa};
+    use crate::cpu::simd::Isa;
     use proptest::prelude::*;
 
     dispatch! {
@@ -174,7 +208,9 @@ mod tests {
                 prop_assert!((f64::from(offset) - offsets).abs() < 1e-3, "{:?}: {} is not {}", isa, offset, offsets);
                 prop_assert!((f64::from(total(isa, &weights)) - sum).abs() < 1e-3);
                 let mut sums = weights.clone();
-                unfold(isa, 2.0, &mut folded.clone(), own, &mut sums);
+                let mut mixed = folded.clone();
+                unfold(isa, Unfolding { totals: &[2.0], mixed: &mut mixed, mixed_stride: len, sums: &mut sums, sum_stride: len }, own);
+                prop_assert!(mixed.iter().all(|x| *x == 0.0));
                 let codes: Vec<u8> = (0..len).map(|i| (i * 37 % 256) as u8).collect();
                 let mut numbers = vec![0.0; len];
                 let (scale, offset): (Vec<f32>, Vec<f32>) = groups.iter().copied().unzip();
