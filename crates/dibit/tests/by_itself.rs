@@ -86,6 +86,14 @@ fn calibration(run: Run) -> Value {
 }
 
 #[test]
+fn what_cannot_run_is_refused_before_a_calibration() {
+    let user = User::with_small_model();
+    let refused = user.generate(&["--calibrate", "now", "-c", "100000"]);
+    refused.fails_with(&["a context of 100000 tokens exceeds the 256 that the model supports"]);
+    assert!(user.files().is_empty() && !refused.stderr.contains("making one"), "{}", refused.stderr);
+}
+
+#[test]
 fn a_missing_calibration_is_made_once() {
     let user = User::with_small_model();
     let first = user.generate(&[]).succeeds();

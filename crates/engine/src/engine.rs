@@ -84,7 +84,7 @@ impl<'a, D: Device> Engine<'a, D> {
         options: Options,
     ) -> Result<Self, EngineError> {
         let layout = pretrained.cache_layout(scheme)?;
-        check(pretrained, options)?;
+        options.check(&pretrained.config)?;
         let model = Model::for_cache(device, &pretrained.config, &pretrained.weights, &layout)?;
         Self::with_model(device, pretrained, model, layout, options)
     }
@@ -101,7 +101,7 @@ impl<'a, D: Device> Engine<'a, D> {
         layout: CacheLayout,
         options: Options,
     ) -> Result<Self, EngineError> {
-        check(pretrained, options)?;
+        options.check(&pretrained.config)?;
         let config = &pretrained.config;
         let plan = MemoryPlan::new(config, &layout, options, &device.budget());
         let blocks = plan.sequence_blocks * options.sequences;
@@ -425,16 +425,4 @@ impl<'a, D: Device> Engine<'a, D> {
             Ok(())
         }
     }
-}
-
-/// Refuses room that a model cannot use, or that is none.
-fn check(pretrained: &Pretrained, options: Options) -> Result<(), EngineError> {
-    if options.sequences == 0 || options.context == 0 {
-        return Err(EngineError::NoRoom);
-    }
-    let (context, limit) = (options.context, pretrained.config.max_position_embeddings);
-    if context > limit {
-        return Err(EngineError::ContextTooLong { context, limit });
-    }
-    Ok(())
 }

@@ -1,5 +1,6 @@
 //! How much memory a run takes, known before it starts.
 
+use crate::EngineError;
 use dibit_cache::CacheLayout;
 use dibit_device::Budget;
 use dibit_model::{ModelConfig, pass_bytes, pass_row_bytes};
@@ -13,6 +14,23 @@ pub struct Options {
     pub sequences: usize,
     /// Prompt tokens that are prefilled in one pass; `None` takes as many as fit a fixed budget.
     pub prefill_chunk: Option<usize>,
+}
+
+impl Options {
+    /// Refuses room that a model cannot use, or that is none.
+    ///
+    /// # Errors
+    /// [`EngineError::NoRoom`] and [`EngineError::ContextTooLong`].
+    pub fn check(&self, config: &ModelConfig) -> Result<(), EngineError> {
+        if self.sequences == 0 || self.context == 0 {
+            return Err(EngineError::NoRoom);
+        }
+        let (context, limit) = (self.context, config.max_position_embeddings);
+        if context > limit {
+            return Err(EngineError::ContextTooLong { context, limit });
+        }
+        Ok(())
+    }
 }
 
 /// Memory of a run, in bytes.

@@ -30,6 +30,7 @@ fn run_on<D: Train>(device: &D, args: &ChatArgs) -> Result<Outcome> {
         sequences: 1,
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
+    options.check(&pretrained.config)?;
     // The editor takes SIGINT for itself when it is made; a calibration and an answer need it.
     let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
     let interrupted = interrupt_flag(false)?;

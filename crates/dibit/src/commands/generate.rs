@@ -34,6 +34,7 @@ fn run_on<D: Train>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Resu
         sequences: requests.len().min(usize::from(args.parallel)),
         prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
     };
+    options.check(&pretrained.config)?;
     let interrupted = interrupt_flag(true)?;
     let made_up = args.run.model.load_format == LoadFormat::Dummy;
     let chosen = schemes::chosen(device, &args.cache, &pretrained, made_up, &interrupted)?;
