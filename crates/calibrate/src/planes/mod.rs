@@ -99,7 +99,7 @@ pub(crate) fn fit<D: Device>(
                 false => own.value_weights().to_vec(),
             };
             let weights = weights[place.kv_head * d..(place.kv_head + 1) * d].to_vec();
-            Placed { place, group: Group::new(weights), planes: vec![1; d] }
+            Placed { place, group: Group::new(weights), planes: Vec::new() }
         })
         .collect();
     give(scheme, Pool::Head, d, &mut placed);

@@ -1,10 +1,10 @@
 //! Error feedback: what the code of a channel misses goes to the channels that are coded after it.
 
-use super::exp::ROUND;
-use super::quantise::RowParameters;
+use super::quantise::{RowParameters, rounded};
 use super::scales::offset;
 use super::simd::dispatch;
 use dibit_cache::{KeyFeedback, PAGE_TOKENS};
+use dibit_quant::Quantizer;
 
 /// Error feedback of the keys of one KV head, in the order in which pages hold their channels.
 pub(super) struct HeadFeedback {
@@ -85,11 +85,9 @@ type Column = [f32; PAGE_TOKENS];
 #[inline(always)]
 fn step_body(now: &mut Column, own: Channel, codes: &mut [u8; PAGE_TOKENS], factors: &[f32], later: &mut [f32]) {
     let Channel { scale, zero, max_code } = own;
-    let step = if scale == 0.0 { f32::INFINITY } else { scale };
     for (value, code) in now.iter_mut().zip(codes) {
-        // As `quantise::code` does; what is over goes on.
-        let steps = ((*value - zero) / step).max(0.0).min(max_code);
-        *code = (steps + ROUND).to_bits() as u8;
+        // What is over goes on.
+        *code = rounded(*value, scale, zero, max_code, Quantizer::FloatMin).to_bits() as u8;
         *value -= f32::from(*code) * scale + offset(false, scale, zero);
     }
     for (factor, column) in factors.iter().zip(later.chunks_exact_mut(PAGE_TOKENS)) {

@@ -102,7 +102,7 @@ impl RowParameters {
 
 /// The code of a number with [`ROUND`] added to it, which leaves it in the lowest bits.
 #[inline(always)]
-fn rounded(value: f32, scale: f32, zero: f32, max_code: f32, quantizer: Quantizer) -> f32 {
+pub(super) fn rounded(value: f32, scale: f32, zero: f32, max_code: f32, quantizer: Quantizer) -> f32 {
     let steps = match quantizer {
         Quantizer::FloatMin => (value - zero) / scale,
         // Beyond 2^22 this does not round, but no zero point is large enough to bring that back to a code.
