@@ -6,21 +6,28 @@
 #![forbid(unsafe_code)]
 
 mod basis;
+mod batch;
 mod error;
+mod flush;
 mod layout;
 mod manager;
 mod notes;
 mod page_sinks;
 mod scheme;
+mod sequence_state;
 mod side;
+mod sink_tokens;
 mod states;
 mod tables;
+mod transforms;
 mod usage;
 mod value_transform;
 mod window;
 
 pub use basis::Basis;
+pub use batch::{Batch, Mode, Phase, Span};
 pub use error::{CacheError, SchemeError};
+pub use flush::Run;
 pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
 pub use page_sinks::PageSinks;
@@ -28,9 +35,12 @@ pub use scheme::{
     AutoSinks, Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope,
     Scheme, Sees, Side, Sinks, StateType, Statistic, Transform,
 };
+pub use sequence_state::SequenceState;
 pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
+pub use sink_tokens::SinkTokens;
 pub use states::StateLayout;
 pub use tables::{Adapters, Calibration, KeyFeedback, LayerCalibration, Tables};
+pub use transforms::{CodingOrder, FeatureMaps, HeadTransform, LayerTransforms, PreRopeTransform};
 pub use usage::{Extras, Usage};
 pub use value_transform::{TransformedValues, ValueTransform};
 pub use window::{Schedule, Window};

@@ -1,6 +1,6 @@
 //! Who holds which block: the pool, its sequences and their block tables.
 
-use crate::{CacheError, CacheLayout};
+use crate::{Batch, CacheError, CacheLayout, SequenceState, Usage};
 
 /// One sequence of tokens in the cache.
 ///
@@ -95,7 +95,8 @@ pub struct CacheManager {
     free_blocks: Vec<u32>,
     num_blocks: usize,
     free_slots: Vec<u32>,
-    num_sequences: usize,
+    /// What is known of the sequence of each slot.
+    states: Vec<SequenceState>,
 }
 
 impl CacheManager {
@@ -103,11 +104,11 @@ impl CacheManager {
     pub fn new(layout: CacheLayout, num_blocks: usize, num_sequences: usize) -> Self {
         let descending = |n: usize| (0..n as u32).rev().collect();
         CacheManager {
-            layout,
             free_blocks: descending(num_blocks),
             num_blocks,
             free_slots: descending(num_sequences),
-            num_sequences,
+            states: vec![SequenceState::new(&layout); num_sequences],
+            layout,
         }
     }
 
@@ -121,6 +122,35 @@ impl CacheManager {
         self.num_blocks
     }
 
+    /// Sequences at once.
+    pub fn num_sequences(&self) -> usize {
+        self.states.len()
+    }
+
+    /// The layout, and what is known of the sequence of each slot: a pass chooses sinks.
+    pub fn split_states(&mut self) -> (&CacheLayout, &mut [SequenceState]) {
+        (&self.layout, &mut self.states)
+    }
+
+    /// For each block of a sequence the first one of its chunk, by their places in the block table.
+    pub(crate) fn chunks(&self, sequence: &Sequence) -> Vec<u32> {
+        self.states[sequence.slot as usize].chunks().to_vec()
+    }
+
+    /// Notes what a pass has stored, before the sequences advance.
+    pub fn note(&mut self, batch: &Batch) {
+        let stepwise = batch.is_stepwise(&self.layout);
+        for span in &batch.spans {
+            self.states[span.slot as usize].fill(&self.layout, span.cached..span.len(), stepwise);
+        }
+    }
+
+    /// What a sequence takes.
+    pub fn usage(&self, sequence: &Sequence) -> Usage {
+        let extras = self.states[sequence.slot as usize].extras(&self.layout, sequence.len);
+        self.layout.sequence_usage(sequence, extras)
+    }
+
     /// Blocks that nobody holds.
     pub fn free_blocks(&self) -> usize {
         self.free_blocks.len()
@@ -131,7 +161,7 @@ impl CacheManager {
     /// # Errors
     /// [`CacheError::TooManySequences`].
     pub fn open(&mut self) -> Result<Sequence, CacheError> {
-        let slot = self.free_slots.pop().ok_or(CacheError::TooManySequences { capacity: self.num_sequences })?;
+        let slot = self.free_slots.pop().ok_or(CacheError::TooManySequences { capacity: self.states.len() })?;
         let none = Classes { of_tokens: Vec::new(), blocks: vec![Vec::new(); self.layout.classes.len() + 1] };
         let classes = (!self.layout.classes.is_empty()).then_some(none);
         Ok(Sequence { slot, len: 0, blocks: Vec::new(), classes })
@@ -201,6 +231,7 @@ impl CacheManager {
             classes.of_tokens.clear();
         }
         sequence.len = 0;
+        self.states[sequence.slot as usize] = SequenceState::new(&self.layout);
     }
 
     /// Ends a sequence and takes its blocks and its slot back.

@@ -4,6 +4,7 @@
 //! cache is known from `len` alone, however the tokens came in.
 
 use crate::PAGE_TOKENS;
+use std::ops::Range;
 
 /// When tokens leave the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +59,23 @@ impl Window {
         match self.schedule {
             Schedule::None | Schedule::Guaranteed => self.key_slots(),
             Schedule::Kivi => self.tokens + 1,
+        }
+    }
+
+    /// Keys, and values, that leave the window while a sequence grows from `cached.start` to `cached.end` tokens.
+    pub fn leaving(self, cached: Range<usize>) -> [Range<usize>; 2] {
+        [
+            self.packed_keys(cached.start)..self.packed_keys(cached.end),
+            self.packed_values(cached.start)..self.packed_values(cached.end),
+        ]
+    }
+
+    /// Keys that leave together, in a page. A state in 16 bit is rounded once for these.
+    pub fn flush_tokens(self) -> usize {
+        match self.schedule {
+            Schedule::None => 1,
+            Schedule::Guaranteed => PAGE_TOKENS,
+            Schedule::Kivi => self.tokens.clamp(1, PAGE_TOKENS),
         }
     }
 

@@ -6,7 +6,8 @@ use crate::progress::Kept;
 use crate::{Artefact, CalibrationError, Fingerprint, Source, planes};
 use dibit_cache::{CacheLayout, Calibration, Linear, Pool, Scheme};
 use dibit_device::Train;
-use dibit_model::{ExactPass, ModelConfig, Observation, Pretrained};
+use dibit_model::{ModelConfig, Observation, Pretrained};
+use dibit_runner::ExactPass;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -178,7 +179,7 @@ pub fn passes(scheme: &Scheme, config: &ModelConfig, gathered: usize) -> usize {
 /// # Errors
 /// [`CalibrationError`].
 pub fn calibrate<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     scheme: &Scheme,
     text: &Text,
@@ -230,7 +231,7 @@ pub fn calibrate<D: Train>(
         let layout = config.cache_layout(&Scheme { calibration, ..scheme.clone() })?;
         let (recipe, seed) = (&options.recipe, options.seed);
         let mut trainer = Trainer::new(device, pretrained, layout, features, recipe, seed, context)?;
-        let resumed = saved.map(|contents| load(&contents, device, &mut trainer)).transpose();
+        let resumed = saved.map(|contents| load(&contents, &**device, &mut trainer)).transpose();
         let resumed = resumed.map_err(|problem| kept.unusable(problem))?.flatten();
         if resumed.is_none() {
             trainer.start(&sequences.all[0])?;
@@ -251,7 +252,7 @@ pub fn calibrate<D: Train>(
         let times = (seed, context);
         let outcome = train(device, &mut trainer, &material, recipe, times, &mut progressed, &mut watcher)?;
         let Some(outcome) = outcome else {
-            kept.save(count, &gathered, |contents| Ok(save(contents, device, &trainer, &progressed)?))?;
+            kept.save(count, &gathered, |contents| Ok(save(contents, &**device, &trainer, &progressed)?))?;
             return Ok(None);
         };
         let (adapters, found): Outcome = outcome;
@@ -273,7 +274,7 @@ fn gather_count(scheme: &Scheme, sequences: &Sequences, options: &Options) -> us
 /// Gathers statistics from the sequences behind the first `done`; says whether it came to the end.
 #[allow(clippy::too_many_arguments)]
 fn gather<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     sequences: &Sequences,
     options: &Options,
@@ -298,7 +299,7 @@ fn gather<D: Train>(
             return Ok(false);
         }
         keeper.save_if_due(|kept| kept.save(index, gathered, |_| Ok(())))?;
-        pass.run(device, ids, &mut |seen: Observation| gathered.add(seen, &layout, &inv_freq))?;
+        pass.run(ids, &mut |seen: Observation| gathered.add(seen, &layout, &inv_freq))?;
         if let Some(layer) = gathered.broken_layer() {
             return Err(CalibrationError::NotFinite { layer });
         }
@@ -308,7 +309,7 @@ fn gather<D: Train>(
 
 /// Tells how far a training is, and keeps its state.
 struct Watcher<'a, D, F> {
-    device: &'a D,
+    device: &'a Arc<D>,
     keeper: Keeper<'a>,
     /// Sequences that statistics were gathered from, and these.
     gathered: (usize, &'a Gathered),
@@ -337,8 +338,9 @@ impl<D: Train, F: FnMut(Progress) -> ControlFlow<()>> Watch<D> for Watcher<'_, D
 
     fn after_step(&mut self, trainer: &Trainer<D>, progressed: &Progressed) -> Result<(), CalibrationError> {
         let (device, (done, gathered)) = (self.device, self.gathered);
-        self.keeper
-            .save_if_due(|kept| kept.save(done, gathered, |contents| Ok(save(contents, device, trainer, progressed)?)))
+        self.keeper.save_if_due(|kept| {
+            kept.save(done, gathered, |contents| Ok(save(contents, &**device, trainer, progressed)?))
+        })
     }
 }
 

@@ -3,14 +3,17 @@
 mod common;
 
 use common::{FIXTURES, both, bytes, dummy, fixture, make, options, parse, resq, rotatekv, says, text, try_make};
-use dibit_cache::{CacheLayout, CacheManager, Scheme};
+use dibit_cache::{CacheLayout, Scheme};
 use dibit_calibrate::{Artefact, Options, calibrate};
-use dibit_device::{Batch, Cpu, DType, Device, Mode, Tensor};
-use dibit_model::{Model, Observation, Pretrained, Workspace};
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Tensor};
+use dibit_model::{Observation, Pretrained};
 use dibit_quant::Hadamard;
+use dibit_runner::ExactPass;
 use nalgebra::DMatrix;
 use serde_json::json;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// Longer than the rows that pass through a layer together.
 const CONTEXT: usize = 150;
@@ -23,27 +26,19 @@ struct Seen {
 
 /// Keys after RoPE and values of all layers, for sequences that begin with BOS.
 fn observe(pretrained: &Pretrained, ids: &[u32]) -> Vec<Seen> {
-    let (cpu, config) = (Cpu::new(Some(1)).unwrap(), &pretrained.config);
-    let layout = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
-    let model = Model::new(&cpu, config, &pretrained.weights).unwrap();
-    let mut workspace = Workspace::new(&cpu, config, CONTEXT, 1).unwrap();
+    let (cpu, config) = (Arc::new(Cpu::new(Some(1)).unwrap()), &pretrained.config);
+    let mut pass = ExactPass::new(&cpu, config, &pretrained.weights, CONTEXT).unwrap();
     let mut layers: Vec<Seen> = (0..config.num_hidden_layers).map(|_| Seen::default()).collect();
     let width = config.num_key_value_heads * config.head_dim;
     let wide = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
     for chunk in ids.chunks_exact(CONTEXT - 1) {
         let sequence_ids: Vec<u32> = [config.bos_token_id.unwrap()].iter().chain(chunk).copied().collect();
-        let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(CONTEXT), 1);
-        let mut store = cpu.store(&layout, manager.num_blocks(), 1, CONTEXT).unwrap();
-        let mut sequence = manager.open().unwrap();
-        manager.reserve(&mut sequence, CONTEXT).unwrap();
-        let mut batch = Batch::new(Mode::Chunk);
-        batch.push(&sequence, CONTEXT, layout.window);
         let mut see = |seen: Observation| {
             for (row, (k, v)) in seen.k.chunks_exact(width).zip(seen.v.chunks_exact(width)).enumerate() {
                 layers[seen.layer].rows.push((seen.first_row + row, wide(k), wide(v)));
             }
         };
-        model.observe(&cpu, &mut workspace, &mut store, &batch, &sequence_ids, &mut see).unwrap();
+        pass.run(&sequence_ids, &mut see).unwrap();
     }
     layers
 }
@@ -249,7 +244,7 @@ fn threads_do_not_matter() {
     for (name, scheme) in [("qwen2-bias-bf16", both()), ("llama32-old-bf16", resq(2))] {
         let (pretrained, scheme) = (fixture(name), parse(&scheme));
         let of = |threads: usize| {
-            let cpu = Cpu::new(Some(threads)).unwrap();
+            let cpu = Arc::new(Cpu::new(Some(threads)).unwrap());
             let go_on = |_| ControlFlow::Continue(());
             bytes(
                 &calibrate(&cpu, &pretrained, &scheme, &common::one(&ids), &options(CONTEXT), go_on).unwrap().unwrap(),

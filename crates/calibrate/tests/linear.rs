@@ -5,11 +5,12 @@ mod common;
 use common::{Folder, Parts, bytes, dummy, make, message, one, options, parse, says, text, try_make};
 use dibit_cache::Scheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, Phase, RateSchedule, Recipe, Start, Text, calibrate};
-use dibit_device::Cpu;
+use dibit_cpu::Cpu;
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 const CONTEXT: usize = 300;
 
@@ -44,7 +45,7 @@ fn ids() -> Vec<u32> {
 /// Stops when so many sequences were seen of this run; returns steps done when it began.
 fn stop(pretrained: &Pretrained, scheme: &Scheme, options: &Options, after: usize) -> usize {
     let (mut first, mut seen) = (None, 0);
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let made = calibrate(&cpu, pretrained, scheme, &one(&ids()), options, |progress| {
         first.get_or_insert(progress.steps);
         seen += 1;
@@ -98,7 +99,7 @@ fn nothing_depends_on_the_number_of_threads() {
     let (pretrained, scheme) = (model(), scheme(""));
     let options = trained(Recipe { steps: 2, ..recipe() });
     let of = |threads: usize| {
-        let cpu = Cpu::new(Some(threads)).unwrap();
+        let cpu = Arc::new(Cpu::new(Some(threads)).unwrap());
         let made = calibrate(&cpu, &pretrained, &scheme, &one(&ids()), &options, |_| ControlFlow::Continue(()));
         bytes(&made.unwrap().unwrap())
     };
@@ -170,7 +171,7 @@ fn what_cannot_be_trained_says_why() {
     says(run(&ids(), 256), &["sequences of 256 tokens", "--context must be at least 257"]);
     says(run(&ids()[..500], CONTEXT), &["500 tokens and 598 are needed"]);
     let held_out = Text { documents: vec![ids()], held_out: vec![ids()[..100].to_vec()] };
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let options = trained(Recipe { steps: 1, ..recipe() });
     let run = |text: &Text| calibrate(&cpu, &pretrained, &scheme, text, &options, |_| ControlFlow::Continue(()));
     says(run(&held_out), &["100 tokens and 299 are needed"]);
@@ -183,7 +184,7 @@ fn what_cannot_be_trained_says_why() {
 #[test]
 fn held_out_text_is_not_trained_on() {
     let (pretrained, scheme) = (model(), scheme(""));
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let options = trained(recipe());
     let run = |documents: &[u32], held_out: &[u32]| {
         let text = Text { documents: vec![documents.to_vec()], held_out: vec![held_out.to_vec()] };

@@ -4,10 +4,12 @@
 mod common;
 
 use common::{FIXTURES, dummy, fixture, make, options, parse, resq, rotatekv, text};
-use dibit_cache::{CacheLayout, CacheManager, Scheme};
+use dibit_cache::{CacheLayout, Scheme};
 use dibit_calibrate::Artefact;
-use dibit_device::{Batch, Cpu, DType, Device, Mode};
-use dibit_model::{Model, ModelFiles, Pretrained, WeightSource, Workspace};
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Mode};
+use dibit_model::{Model, ModelFiles, Pretrained, WeightSource};
+use dibit_runner::{Capacity, Runner};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,18 +26,13 @@ fn logits(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32]) -> Vec<Vec<f32>
 }
 
 fn of_layout(pretrained: &Pretrained, layout: CacheLayout, ids: &[u32]) -> Vec<Vec<f32>> {
-    let (cpu, config) = (Cpu::new(Some(2)).unwrap(), &pretrained.config);
+    let (cpu, config) = (Arc::new(Cpu::new(Some(2)).unwrap()), &pretrained.config);
     let model = Model::for_cache(&cpu, config, &pretrained.weights, &layout).unwrap();
-    let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
-    let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
-    let mut workspace = Workspace::new(&cpu, config, ids.len(), ids.len()).unwrap();
-    let mut sequence = manager.open().unwrap();
-    manager.reserve(&mut sequence, ids.len()).unwrap();
-    let mut batch = Batch::new(Mode::Streaming);
-    batch.push(&sequence, ids.len(), layout.window);
-    model.forward(&cpu, &mut workspace, &mut store, &batch, ids).unwrap();
+    let capacity = Capacity::of_one(&layout, ids.len(), ids.len());
+    let mut runner = Runner::new(Arc::new(model), layout, capacity).unwrap();
+    let mut sequence = runner.open().unwrap();
     let (rows, mut all): (Vec<usize>, _) = ((0..ids.len()).collect(), Vec::new());
-    model.logits(&cpu, &mut workspace, &rows, &mut all).unwrap();
+    runner.step(Mode::Streaming, &mut [(&mut sequence, ids)]).unwrap().logits(&rows, &mut all).unwrap();
     all.chunks_exact(config.vocab_size).map(<[f32]>::to_vec).collect()
 }
 

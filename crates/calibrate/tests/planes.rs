@@ -5,10 +5,11 @@ mod common;
 use common::{dummy, options, parse, text};
 use dibit_cache::{Calibration, Scheme};
 use dibit_calibrate::{Options, Text, calibrate};
-use dibit_device::Cpu;
+use dibit_cpu::Cpu;
 use dibit_model::Pretrained;
 use serde_json::json;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 const CONTEXT: usize = 700;
 
@@ -28,7 +29,7 @@ fn scheme(pool: &str, most: usize) -> Scheme {
 fn calibrated(threads: usize, scheme: &Scheme) -> Calibration {
     let ids = text(3 * CONTEXT, 5);
     let text = Text { documents: vec![ids], held_out: Vec::new() };
-    let cpu = Cpu::new(Some(threads)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(threads)).unwrap());
     let options = Options { tokens: Some(2 * CONTEXT), ..options(CONTEXT) };
     calibrate(&cpu, &model(), scheme, &text, &options, |_| ControlFlow::Continue(())).unwrap().unwrap().calibration
 }

@@ -7,19 +7,20 @@ use common::{
 };
 use dibit_cache::Scheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
-use dibit_device::Cpu;
+use dibit_cpu::Cpu;
 use dibit_model::Pretrained;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 const CONTEXT: usize = 20;
 
 /// Stops before the sequence `at`; returns how many sequences were done when the run began.
 fn stop(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32], options: &Options, at: usize) -> usize {
     let mut first = None;
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let made = calibrate(&cpu, pretrained, scheme, &one(ids), options, |progress| {
         first.get_or_insert(progress.done);
         if progress.done == at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -188,7 +189,7 @@ fn a_state_that_cannot_be_kept_is_an_error() {
     let (pretrained, scheme, ids) = (dummy(2, 1, json!({})), parse(&both()), text(100, 1));
     let run = |place: &str| {
         let options = Options { state: Some(folder.file(place)), ..options(CONTEXT) };
-        let cpu = Cpu::new(Some(1)).unwrap();
+        let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
         calibrate(&cpu, &pretrained, &scheme, &one(&ids), &options, |_| ControlFlow::Break(()))
     };
     let error = run("nowhere/x.partial").unwrap_err();

@@ -1,4 +1,4 @@
-// Tokens that leave the window become codes: the arithmetic of crates/device/src/cpu/encode.rs, number for number. Products
+// Tokens that leave the window become codes: the arithmetic of crates/cpu/src/encode.rs, number for number. Products
 // and sums are not fused here.
 
 /// Tokens that a block turns back.
@@ -6,7 +6,7 @@ constexpr int TURNED_TOKENS = 8;
 constexpr int ENCODE_THREADS = 256;
 /// Tokens that a page protects, at most: dibit_cache::AutoSinks::MOST.
 constexpr int MOST_PAGE_SINKS = 32;
-/// Adding it rounds to an integer, half to even; see crates/device/src/cpu/exp.rs.
+/// Adding it rounds to an integer, half to even; see crates/cpu/src/exp.rs.
 constexpr float ROUND = 12582912.0f;
 constexpr float MAX_ZERO = 65000.0f;
 constexpr float INFINITE = __builtin_bit_cast(float, 0x7f800000);

@@ -1,5 +1,5 @@
 // Attention over pages of any form, in f32: the history of a query in blocks of up to 128 tokens, joined by an online softmax,
-// as crates/device/src/cpu/{attention,block}.rs do it. HEAD_DIM is the size of a head.
+// as crates/cpu/src/{attention,block}.rs do it. HEAD_DIM is the size of a head.
 
 /// Queries of a block: rows times the heads that share a KV head. A warp has four of them.
 constexpr int QUERIES = 16;

@@ -1,5 +1,5 @@
 // The linear correction (KVLinC, section 3.2): features of queries and of what the codes of keys miss, and the states that
-// sum up what the codes of a whole sequence miss. See crates/device/src/cpu/adapters.rs.
+// sum up what the codes of a whole sequence miss. See crates/cpu/src/adapters.rs.
 
 /// Tokens, or query rows, of a block.
 constexpr int TILE = 8;

@@ -3,20 +3,20 @@
 use crate::blas::Blas;
 use crate::gpu::Gpu;
 use crate::linear;
-use crate::matrix::{Matrix, Stored};
+use crate::matrix::Matrix;
 use crate::memory::Memory;
 use crate::rows;
 use crate::store::CudaStore;
 use crate::timing::{self, CudaSweep};
 use crate::train::Scratch;
 use crate::{CudaError, attention};
-use dibit_cache::{CacheLayout, Extras};
+use dibit_cache::CacheLayout;
 use dibit_device::{
-    Batch, Budget, Device, DeviceError, DeviceMemory, Heads, Norm, Output, Phase, Projection, Sweep, Tensor,
+    Attention, Batch, Budget, Dense, DeviceError, DeviceMemory, Heads, KvStorage, Measure, Norm, Output, Phase,
+    Projection, Span, Sweep, Tensor,
 };
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// An NVIDIA GPU.
@@ -29,8 +29,6 @@ pub struct Cuda {
     pub(crate) scratch: Scratch,
     /// Whether passes of single tokens are recorded and done again.
     pub(crate) records: bool,
-    /// Whether attention computes in f32.
-    exact: AtomicBool,
 }
 
 /// Activations on a GPU.
@@ -52,21 +50,10 @@ impl Cuda {
     pub fn new(ordinal: usize) -> Result<Self, CudaError> {
         let gpu = Gpu::new(ordinal)?;
         let blas = Blas::new(&gpu)?;
-        let cuda = Cuda { gpu, blas, scratch: Scratch::default(), records: true, exact: AtomicBool::new(false) };
+        let cuda = Cuda { gpu, blas, scratch: Scratch::default(), records: true };
         // What cannot be compiled is said now, and not in the middle of a pass.
         rows::check(&cuda)?;
         Ok(cuda)
-    }
-
-    /// Computes attention in f32 from now on, whatever the weights are. A matrix of f32 does the same: what is asked to
-    /// be exact is exact throughout.
-    pub fn compute_exactly(&self) {
-        self.exact.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether attention computes in f32.
-    pub(crate) fn is_exact(&self) -> bool {
-        self.exact.load(Ordering::Relaxed)
     }
 
     /// The same, doing each pass anew, for tests.
@@ -83,16 +70,18 @@ impl Cuda {
     }
 }
 
-impl Device for Cuda {
+impl dibit_device::Memory for Cuda {
     type Buffer = Buffer;
-    type Matrix = Matrix;
-    type Store = CudaStore;
     type Ids = Ids;
 
     fn describe(&self) -> String {
         let limits = self.gpu.limits;
         let (major, minor) = (limits.capability / 10, limits.capability % 10);
         format!("{}, compute capability {major}.{minor}", self.gpu.name)
+    }
+
+    fn budget(&self) -> Budget {
+        Budget { tile_rows: 64..4096, tile_bytes: 512 << 20, pass_bytes: 512 << 20, pass_rows: 512 }
     }
 
     fn scope<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
@@ -117,44 +106,21 @@ impl Device for Cuda {
         Ok(Ids { memory: Memory::new(&self.gpu, "ids", capacity * size_of::<u32>())? })
     }
 
+    fn memory(&self) -> Option<DeviceMemory> {
+        let (free, total) = self.gpu.memory().ok()?;
+        Some(DeviceMemory { free, total })
+    }
+
     fn write_ids(&self, ids: &mut Ids, values: &[u32]) {
         self.keep(ids.memory.write(0, bytemuck::cast_slice(values)));
     }
+}
 
-    fn budget(&self) -> Budget {
-        Budget { tile_rows: 64..4096, tile_bytes: 512 << 20, pass_bytes: 512 << 20, pass_rows: 512 }
-    }
-
-    fn pass<E: From<DeviceError> + Send>(
-        &self,
-        store: &mut CudaStore,
-        batch: &Batch,
-        model: u64,
-        pass: impl FnMut(&mut CudaStore) -> Result<(), E> + Send,
-    ) -> Result<(), E> {
-        store.pass(self, batch, model, pass)
-    }
+impl Dense for Cuda {
+    type Matrix = Matrix;
 
     fn matrix(&self, tensor: Tensor) -> Result<Matrix, DeviceError> {
-        let matrix = Matrix::new(&self.gpu, &tensor)?;
-        if matrix.stored == Stored::F32 {
-            self.compute_exactly();
-        }
-        Ok(matrix)
-    }
-
-    fn store(
-        &self,
-        layout: &CacheLayout,
-        num_blocks: usize,
-        num_sequences: usize,
-        max_rows: usize,
-    ) -> Result<CudaStore, DeviceError> {
-        CudaStore::new(self, layout, num_blocks, num_sequences, max_rows)
-    }
-
-    fn layout<'a>(&self, store: &'a CudaStore) -> &'a CacheLayout {
-        &store.layout
+        Ok(Matrix::new(&self.gpu, &tensor)?)
     }
 
     fn embed(&self, table: &Matrix, ids: &Ids, count: usize, out: &mut Buffer) {
@@ -222,69 +188,79 @@ impl Device for Cuda {
         self.keep(rows::silu_mul(self, gate, up, len));
     }
 
-    fn observe(&self, store: &mut CudaStore, layer: usize, batch: &Batch, hidden: &Buffer, width: usize) {
-        self.keep(store.observe(layer, batch, hidden, width));
+    fn argmax_rows(&self, x: &Buffer, rows: usize, width: usize) -> Result<Vec<Option<u32>>, DeviceError> {
+        Ok(rows::argmax_rows(self, x, rows, width)?)
+    }
+}
+
+impl KvStorage for Cuda {
+    type Store = CudaStore;
+
+    fn new_store(
+        &self,
+        layout: &CacheLayout,
+        num_blocks: usize,
+        num_sequences: usize,
+        max_rows: usize,
+    ) -> Result<CudaStore, DeviceError> {
+        CudaStore::new(self, layout, num_blocks, num_sequences, max_rows)
     }
 
-    fn extras(&self, store: &CudaStore, sequence: u32, len: usize) -> Extras {
-        store.extras(sequence, len)
+    fn set_sinks(&self, store: &mut CudaStore, layer: usize, slot: u32, positions: &[u32]) -> Result<(), DeviceError> {
+        Ok(store.set_sinks(layer, slot as usize, positions)?)
     }
 
-    fn write_kv(
+    fn place(&self, store: &mut CudaStore, spans: &[Span], appends: bool) -> Result<(), DeviceError> {
+        store.place(spans, appends)
+    }
+
+    fn stage_kv(
         &self,
         store: &mut CudaStore,
         layer: usize,
-        batch: &Batch,
+        _: &Batch,
         rows: Range<usize>,
         k: &Buffer,
         v: &Buffer,
     ) -> Result<(), DeviceError> {
-        store.write(self, layer, batch, rows, k, v)
+        store.stage_kv(self, layer, rows, k, v);
+        Ok(())
     }
 
-    fn attention(
+    fn attend(
         &self,
         store: &mut CudaStore,
-        layer: usize,
-        batch: &Batch,
-        rows: Range<usize>,
-        num_heads: usize,
+        attention: Attention,
         q: &Buffer,
         out: &mut Buffer,
     ) -> Result<(), DeviceError> {
-        attention::attention(self, store, layer, batch, rows, num_heads, q, out)
+        attention::attend(self, store, attention, q, out)
     }
 
-    fn commit(&self, store: &mut CudaStore, layer: usize, batch: &Batch) -> Result<(), DeviceError> {
-        store.commit(self, layer, batch)
+    fn append(&self, store: &mut CudaStore, layer: usize, spans: &[Span]) -> Result<(), DeviceError> {
+        store.append(self, layer, spans)
     }
 
-    fn missed_keys(
+    fn record<E: From<DeviceError> + Send>(
         &self,
-        layout: &CacheLayout,
-        layer: usize,
-        k: &Buffer,
-        rows: usize,
-        out: &mut Buffer,
-    ) -> Result<(), DeviceError> {
-        crate::store::missed_keys(layout, layer, k, rows, out)
+        store: &mut CudaStore,
+        work: impl FnMut(&mut CudaStore) -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        store.record(self, work)
     }
 
+    fn finish(&self, store: &mut CudaStore, batch: &Batch) -> Result<(), DeviceError> {
+        store.finish(batch)
+    }
+}
+
+impl Measure for Cuda {
     fn synchronize(&self) {
         self.keep(self.gpu.synchronize());
     }
 
     fn timed<R: Send>(&self, work: impl FnOnce() -> R + Send) -> (R, Duration) {
         timing::timed(&self.gpu, work)
-    }
-
-    fn memory(&self) -> Option<DeviceMemory> {
-        let (free, total) = self.gpu.memory().ok()?;
-        Some(DeviceMemory { free, total })
-    }
-
-    fn argmax_rows(&self, x: &Buffer, rows: usize, width: usize) -> Result<Vec<Option<u32>>, DeviceError> {
-        Ok(rows::argmax_rows(self, x, rows, width)?)
     }
 
     fn sweep(&self, bytes: usize) -> Result<Box<dyn Sweep>, DeviceError> {

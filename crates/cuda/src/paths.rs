@@ -5,14 +5,20 @@ use crate::attention;
 use crate::linear::FEW_ROWS;
 use crate::store::{packs_on_host, refuses_graphs};
 use dibit_cache::CacheLayout;
-use dibit_device::Phase;
+use dibit_device::{Arithmetic, Phase};
 
 impl Cuda {
     /// Operations of a model with so many query heads over a cache, and how each of them runs.
-    pub fn paths(&self, layout: &CacheLayout, num_attention_heads: usize) -> Vec<(String, String)> {
+    pub fn paths(
+        &self,
+        layout: &CacheLayout,
+        arithmetic: Arithmetic,
+        num_attention_heads: usize,
+    ) -> Vec<(String, String)> {
         let shared = num_attention_heads / layout.shape.num_key_value_heads;
-        let attention =
-            |phase: Phase| format!("{}; {shared} query heads to a KV head", attention::describe(self, layout, phase));
+        let attention = |phase: Phase| {
+            format!("{}; {shared} query heads to a KV head", attention::describe(layout, arithmetic, phase))
+        };
         let packing = if packs_on_host(layout) { "on the host" } else { "on the GPU" };
         let correction = match layout.layers.iter().find_map(|layer| layer.linear.as_ref()) {
             Some(linear) => format!("{} features, f32", linear.features),

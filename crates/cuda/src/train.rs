@@ -6,7 +6,8 @@ use crate::kernel::{Grid, Kernel, launch};
 use crate::memory::Memory;
 use crate::source::TRAIN;
 use crate::{Cuda, CudaError};
-use dibit_device::{AdamStep, Place, ROW_STATISTICS, RowStatistic, Rows, Train};
+use dibit_cache::CacheLayout;
+use dibit_device::{AdamStep, DeviceError, Place, ROW_STATISTICS, RowStatistic, Rows, Train};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -353,6 +354,17 @@ impl Train for Cuda {
     }
 
     /// Not a number where the GPU has failed; [`crate::CudaError`] comes with what is asked for next.
+    fn missed_keys(
+        &self,
+        layout: &CacheLayout,
+        layer: usize,
+        k: &Buffer,
+        rows: usize,
+        out: &mut Buffer,
+    ) -> Result<(), DeviceError> {
+        crate::store::missed_keys(layout, layer, k, rows, out)
+    }
+
     fn sum_of_squares(&self, x: &Buffer, range: Range<usize>) -> f64 {
         self.try_sum_of_squares(x, range).unwrap_or_else(|error| {
             self.gpu.fail(error);

@@ -3,11 +3,12 @@
 
 mod common;
 
+use dibit_cpu::Cpu;
 use dibit_cuda::Cuda;
-use dibit_device::{BlockType, Bytes, Cpu, DType, Device, Heads, Norm, Output, Phase, Projection, Tensor};
+use dibit_device::{BlockType, Bytes, DType, Dense, Heads, Memory, Norm, Output, Phase, Projection, Tensor};
 use std::sync::{Arc, OnceLock};
 
-type Buffer = <Cuda as Device>::Buffer;
+type Buffer = <Cuda as Memory>::Buffer;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 

@@ -2,18 +2,20 @@
 #![cfg(feature = "gpu-tests")]
 
 mod common;
-#[path = "../../device/tests/numpy/mod.rs"]
+#[path = "../../cpu/tests/numpy/mod.rs"]
 mod numpy;
+
+use dibit_device::Arithmetic;
 
 #[test]
 fn decode_attention_of_every_method_is_that_of_numpy() {
     let Some(cuda) = common::cuda() else { return };
-    numpy::compare(cuda, 3e-4);
+    numpy::compare(cuda, Arithmetic::Exact, 3e-4);
 }
 
 #[test]
 fn tensor_cores_compute_what_numpy_does() {
-    let Some(cuda) = common::fast() else { return };
+    let Some(cuda) = common::cuda() else { return };
     // Queries and weights are rounded to 16 bits.
-    numpy::compare(cuda, 1e-2);
+    numpy::compare(cuda, Arithmetic::Fast, 1e-2);
 }

@@ -4,11 +4,12 @@
 mod common;
 
 use common::cuda;
+use dibit_cpu::Cpu;
 use dibit_cuda::Cuda;
-use dibit_device::{AdamStep, Cpu, Device, Place, ROW_STATISTICS, RowStatistic, Rows, Train};
+use dibit_device::{AdamStep, Memory, Place, ROW_STATISTICS, RowStatistic, Rows, Train};
 use proptest::prelude::*;
 
-type Buffer = <Cuda as Device>::Buffer;
+type Buffer = <Cuda as Memory>::Buffer;
 
 /// What buffers hold before an operation.
 const POISON: f32 = f32::NAN;

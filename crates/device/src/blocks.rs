@@ -53,17 +53,17 @@ impl BlockType {
 
     /// Numbers of a block.
     pub const fn numbers(self) -> usize {
-        with_type!(self, |T| <T as GgmlType>::BLCK_SIZE)
+        crate::with_block_type!(self, |T| <T as GgmlType>::BLCK_SIZE)
     }
 
     /// Bytes of a block.
     pub const fn bytes(self) -> usize {
-        with_type!(self, |T| size_of::<T>())
+        crate::with_block_type!(self, |T| size_of::<T>())
     }
 
     /// The numbers of some blocks, widened. Blocks are whole: `out` holds the numbers of all.
     pub(crate) fn widen(self, words: &[u16], out: &mut [f32]) {
-        with_blocks!(self, words, |blocks| widen(blocks, out));
+        crate::with_blocks!(self, words, |blocks| widen(blocks, out));
     }
 }
 
@@ -75,7 +75,7 @@ fn widen<T: Block>(blocks: &[T], out: &mut [f32]) {
 ///
 /// # Safety
 /// The type has no padding and no reference, and is valid for all bits.
-pub(crate) unsafe trait Block: GgmlType + 'static {}
+pub unsafe trait Block: GgmlType + 'static {}
 
 macro_rules! block {
     ($($name:ident),*) => {
@@ -93,7 +93,7 @@ block!(
 
 /// The blocks in some words; a rest that is no whole block is left out. They are copied where the words do not lie as the
 /// type must, which is only possible for Q8_K.
-pub(crate) fn cast<T: Block>(words: &[u16]) -> Cow<'_, [T]> {
+pub fn cast_blocks<T: Block>(words: &[u16]) -> Cow<'_, [T]> {
     let count = size_of_val(words) / size_of::<T>();
     let first = words.as_ptr().cast::<T>();
     if first.is_aligned() {
@@ -105,9 +105,10 @@ pub(crate) fn cast<T: Block>(words: &[u16]) -> Cow<'_, [T]> {
 }
 
 /// Runs an expression with the type of block that a [`BlockType`] says.
-macro_rules! with_type {
+#[macro_export]
+macro_rules! with_block_type {
     ($kind:expr, |$block:ident| $body:expr) => {
-        $crate::blocks::with_type!(
+        $crate::with_block_type!(
             @ $kind, $block, $body,
             Q8_0 BlockQ8_0, Q4_0 BlockQ4_0, Q4_1 BlockQ4_1, Q5_0 BlockQ5_0, Q5_1 BlockQ5_1, Q2K BlockQ2K,
             Q3K BlockQ3K, Q4K BlockQ4K, Q5K BlockQ5K, Q6K BlockQ6K, Q8K BlockQ8K
@@ -116,25 +117,24 @@ macro_rules! with_type {
     (@ $kind:expr, $block:ident, $body:expr, $($name:ident $type:ident),*) => {
         match $kind {
             $($crate::BlockType::$name => {
-                type $block = candle_core::quantized::k_quants::$type;
+                type $block = $crate::candle_core::quantized::k_quants::$type;
                 $body
             })*
         }
     };
 }
-pub(crate) use with_type;
 
 /// Runs an expression on the blocks in some words, as the type that a [`BlockType`] says.
+#[macro_export]
 macro_rules! with_blocks {
     ($kind:expr, $words:expr, |$blocks:ident| $body:expr) => {
-        $crate::blocks::with_type!($kind, |T| {
-            let blocks = $crate::blocks::cast::<T>($words);
+        $crate::with_block_type!($kind, |T| {
+            let blocks = $crate::cast_blocks::<T>($words);
             let $blocks = &*blocks;
             $body
         })
     };
 }
-pub(crate) use with_blocks;
 
 #[cfg(test)]
 mod tests {
@@ -146,7 +146,7 @@ mod tests {
         let words: Vec<u16> = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])).collect();
         let mut copied = 0;
         for first in 0..2 {
-            let blocks = cast::<BlockQ8K>(&words[first..]);
+            let blocks = cast_blocks::<BlockQ8K>(&words[first..]);
             copied += usize::from(matches!(blocks, Cow::Owned(_)));
             let mut numbers = [0.0; 512];
             BlockQ8K::to_float(&blocks, &mut numbers);

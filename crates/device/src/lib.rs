@@ -1,23 +1,35 @@
-//! The operations that a dibit model is made of.
+//! The contract between a dibit model and the machine that it runs on.
 //!
-//! [`Device`] is the whole contract between a model and the machine it runs on. [`Cpu`] is its
-//! reference implementation; any other device is tested against it.
+//! [`Device`] is all that inference takes, in three parts: [`Memory`], [`Dense`] and [`KvStorage`]. [`Measure`] is what
+//! benchmarks take besides, [`Train`] what training does. [`KvCache`] is a cache on a device, and [`Pass`] the order of what
+//! a forward pass does with it.
 
-mod batch;
+#[doc(hidden)]
+pub use candle_core;
+
 mod blocks;
 mod budget;
-mod cpu;
+mod dense;
 mod device;
 mod error;
-pub mod host;
+mod kv_cache;
+mod kv_storage;
+mod measure;
+mod memory;
+mod pass;
 mod tensor;
 mod train;
 
-pub use batch::{Batch, Mode, Phase, Span};
-pub use blocks::BlockType;
+pub use blocks::{Block, BlockType, cast_blocks};
 pub use budget::Budget;
-pub use cpu::{Cpu, CpuCache, Isa};
-pub use device::{Device, DeviceMemory, Heads, Norm, Output, Projection, Sweep};
+pub use dense::{Dense, Heads, Norm, Output, Projection};
+pub use device::Device;
+pub use dibit_cache::{Batch, Mode, Phase, Span};
 pub use error::DeviceError;
-pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError};
+pub use kv_cache::KvCache;
+pub use kv_storage::{Arithmetic, Attention, KvStorage};
+pub use measure::{Measure, Sweep};
+pub use memory::{DeviceMemory, Memory};
+pub use pass::{LayerPass, Pass, StagedRows};
+pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError, Values};
 pub use train::{AdamStep, Place, ROW_STATISTICS, RowStatistic, Rows, Train};

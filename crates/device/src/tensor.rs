@@ -152,10 +152,14 @@ enum Data {
 
 /// The numbers of a tensor, by storage type.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Values<'a> {
+pub enum Values<'a> {
+    /// IEEE single precision.
     F32(&'a [f32]),
+    /// IEEE half precision.
     F16(&'a [f16]),
+    /// bfloat16.
     Bf16(&'a [bf16]),
+    /// Blocks, as the words that they lie in.
     Blocks(BlockType, &'a [u16]),
 }
 
@@ -395,7 +399,8 @@ impl Tensor {
         }
     }
 
-    pub(crate) fn values(&self) -> Values<'_> {
+    /// The numbers, by storage type.
+    pub fn values(&self) -> Values<'_> {
         match &self.data {
             Data::F32(storage) => Values::F32(storage.as_slice()),
             Data::F16(storage) => Values::F16(storage.as_slice()),
@@ -412,7 +417,7 @@ impl Tensor {
     }
 
     /// Writes the numbers of row `row`, widened.
-    pub(crate) fn widen_row(&self, row: usize, out: &mut [f32]) {
+    pub fn widen_row(&self, row: usize, out: &mut [f32]) {
         fn widen<T: Copy>(values: &[T], out: &mut [f32], widen: impl Fn(T) -> f32) {
             for (out, value) in out.iter_mut().zip(values) {
                 *out = widen(*value);

@@ -1,4 +1,5 @@
-use crate::Device;
+use crate::{Device, DeviceError};
+use dibit_cache::CacheLayout;
 use std::ops::Range;
 
 /// Where a matrix lies in a buffer: number `(i, j)` is number `offset + i * row + j * column`.
@@ -171,6 +172,24 @@ pub trait Train: Device {
         statistics: &mut Self::Buffer,
         first_statistic: usize,
     );
+
+    /// What the codes of keys miss, `out = k - k^`, in the frame of `k`: rows of `num_key_value_heads * head_dim`, the keys
+    /// after RoPE of the first `rows` tokens of a sequence, rounded to the 16 bit in which a window holds them. It is zero
+    /// for first tokens that the scheme keeps in 16 bit; other sinks are not looked for.
+    ///
+    /// # Errors
+    /// [`DeviceError::Quantize`]; [`DeviceError::Tables`] as of [`crate::KvStorage::new_store`].
+    ///
+    /// # Panics
+    /// If `rows` is not a multiple of 128, or keys are stored before RoPE.
+    fn missed_keys(
+        &self,
+        layout: &CacheLayout,
+        layer: usize,
+        k: &Self::Buffer,
+        rows: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), DeviceError>;
 
     /// The sum of the squares of `x[range]`.
     fn sum_of_squares(&self, x: &Self::Buffer, range: Range<usize>) -> f64;

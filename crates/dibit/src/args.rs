@@ -17,7 +17,8 @@ use crate::commands::schemes::{BEST, UNCALIBRATED};
 use crate::device::{self, AnyDevice, DeviceChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
-use dibit_device::{DType, Isa};
+use dibit_cpu::Isa;
+use dibit_device::DType;
 use std::path::PathBuf;
 
 /// LLM inference with a key-value cache of two bits

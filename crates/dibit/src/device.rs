@@ -2,9 +2,11 @@
 
 use crate::args::IsaArgs;
 use anyhow::{Context, Result, bail};
+use dibit_cpu::Cpu;
 use dibit_cuda::Cuda;
-use dibit_device::{Cpu, Device};
+use dibit_device::Memory;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// What `--device` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +37,8 @@ impl FromStr for DeviceChoice {
 
 /// A device that was found. [`on_device`] runs something on it.
 pub enum AnyDevice {
-    Cpu(Cpu),
-    Cuda(Cuda),
+    Cpu(Arc<Cpu>),
+    Cuda(Arc<Cuda>),
 }
 
 /// Runs an expression with the device that an [`AnyDevice`] holds, as the type that it has.
@@ -62,7 +64,7 @@ pub fn open(choice: DeviceChoice, threads: Option<u16>, isa: &IsaArgs) -> Result
         }
         DeviceChoice::Cuda(ordinal) => {
             let cuda = Cuda::new(ordinal).with_context(|| format!("--device cuda:{ordinal}"))?;
-            Ok(AnyDevice::Cuda(cuda))
+            Ok(AnyDevice::Cuda(Arc::new(cuda)))
         }
         DeviceChoice::Auto if threads.is_some() || isa.isa.is_some() => {
             let given = if threads.is_some() { "--threads" } else { "--isa" };
@@ -73,7 +75,7 @@ pub fn open(choice: DeviceChoice, threads: Option<u16>, isa: &IsaArgs) -> Result
         DeviceChoice::Auto => match Cuda::new(0) {
             Ok(cuda) => {
                 tracing::info!("device: {}", cuda.describe());
-                Ok(AnyDevice::Cuda(cuda))
+                Ok(AnyDevice::Cuda(Arc::new(cuda)))
             }
             Err(reason) => {
                 let cpu = cpu(threads, isa)?;
@@ -87,12 +89,12 @@ pub fn open(choice: DeviceChoice, threads: Option<u16>, isa: &IsaArgs) -> Result
     }
 }
 
-fn cpu(threads: Option<u16>, isa: &IsaArgs) -> Result<Cpu> {
+fn cpu(threads: Option<u16>, isa: &IsaArgs) -> Result<Arc<Cpu>> {
     let cpu = Cpu::new(threads.map(usize::from))?;
-    Ok(match isa.isa {
+    Ok(Arc::new(match isa.isa {
         Some(isa) => cpu.with_isa(isa)?,
         None => cpu,
-    })
+    }))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use dibit_device::{DType, Device};
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tracing::subscriber::NoSubscriber;
 
 /// Seed of dummy weights; a constant, so that everyone measures the same.
@@ -29,7 +30,7 @@ pub fn describe(args: &ModelArgs) -> Result<ModelFiles> {
 }
 
 /// Loads a model with its weights, for a device.
-pub fn load<D: Device>(device: &D, args: &ModelArgs) -> Result<Pretrained> {
+pub fn load<D: Device>(device: &Arc<D>, args: &ModelArgs) -> Result<Pretrained> {
     let mut files = describe(args)?;
     let source = match args.load_format {
         LoadFormat::Auto => WeightSource::Checkpoint,

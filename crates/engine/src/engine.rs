@@ -2,22 +2,20 @@
 
 use crate::logprobs::logprob;
 use crate::{Completion, EngineError, FinishReason, MemoryPlan, Options, Request, Sampler, StopFilter, Timings};
-use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence, Usage};
-use dibit_device::{Batch, Device, Mode};
-use dibit_model::{Model, Pretrained, TextStream, Workspace};
+use dibit_cache::{CacheLayout, Scheme, Sequence, Usage};
+use dibit_device::{Device, Mode};
+use dibit_model::{Model, Pretrained, TextStream};
+use dibit_runner::{Capacity, Runner};
 use std::borrow::BorrowMut;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Runs sequences of one model under one scheme.
 pub struct Engine<'a, D: Device> {
-    device: &'a D,
     pretrained: &'a Pretrained,
-    model: Model<D>,
-    manager: CacheManager,
-    store: D::Store,
-    workspace: Workspace<D>,
+    runner: Runner<D>,
     options: Options,
     plan: MemoryPlan,
     logits: Vec<f32>,
@@ -78,7 +76,7 @@ impl<'a, D: Device> Engine<'a, D> {
     /// Those of [`Engine::with_model`], a scheme that does not suit the model, or a failed self-test of a transform of
     /// values.
     pub fn new(
-        device: &'a D,
+        device: &Arc<D>,
         pretrained: &'a Pretrained,
         scheme: &Scheme,
         options: Options,
@@ -86,7 +84,7 @@ impl<'a, D: Device> Engine<'a, D> {
         let layout = pretrained.cache_layout(scheme)?;
         options.check(&pretrained.config)?;
         let model = Model::for_cache(device, &pretrained.config, &pretrained.weights, &layout)?;
-        Self::with_model(device, pretrained, model, layout, options)
+        Self::with_model(pretrained, Arc::new(model), layout, options)
     }
 
     /// Plans a cache of this layout for a model of `pretrained` that is on the device already, and suits it
@@ -95,22 +93,23 @@ impl<'a, D: Device> Engine<'a, D> {
     /// # Errors
     /// [`EngineError::ContextTooLong`], [`EngineError::NoRoom`], or a lack of memory.
     pub fn with_model(
-        device: &'a D,
         pretrained: &'a Pretrained,
-        model: Model<D>,
+        model: Arc<Model<D>>,
         layout: CacheLayout,
         options: Options,
     ) -> Result<Self, EngineError> {
         options.check(&pretrained.config)?;
         let config = &pretrained.config;
-        let plan = MemoryPlan::new(config, &layout, options, &device.budget());
-        let blocks = plan.sequence_blocks * options.sequences;
-        // A decoding step has a row for each sequence.
-        let max_rows = plan.pass_rows.max(options.sequences);
-        let store = device.store(&layout, blocks, options.sequences, max_rows)?;
-        let workspace = Workspace::new(device, config, max_rows, options.sequences)?;
-        let manager = CacheManager::new(layout, blocks, options.sequences);
-        Ok(Engine { device, pretrained, model, manager, store, workspace, options, plan, logits: Vec::new() })
+        let plan = MemoryPlan::new(config, &layout, options, &model.device().budget());
+        let capacity = Capacity {
+            blocks: plan.sequence_blocks * options.sequences,
+            sequences: options.sequences,
+            // A decoding step has a row for each sequence.
+            rows: plan.pass_rows.max(options.sequences),
+            outputs: options.sequences,
+        };
+        let runner = Runner::new(model, layout, capacity)?;
+        Ok(Engine { pretrained, runner, options, plan, logits: Vec::new() })
     }
 
     /// The model with what belongs to it.
@@ -125,7 +124,7 @@ impl<'a, D: Device> Engine<'a, D> {
 
     /// The layout of the cache.
     pub fn layout(&self) -> &CacheLayout {
-        self.manager.layout()
+        self.runner.layout()
     }
 
     /// The planned context in tokens.
@@ -138,23 +137,22 @@ impl<'a, D: Device> Engine<'a, D> {
     /// # Errors
     /// [`EngineError::Cache`] where all are in use.
     pub fn open(&mut self) -> Result<Sequence, EngineError> {
-        Ok(self.manager.open()?)
+        Ok(self.runner.open()?)
     }
 
     /// Empties a sequence.
     pub fn clear(&mut self, sequence: &mut Sequence) {
-        self.manager.clear(sequence);
+        self.runner.clear(sequence);
     }
 
     /// Ends a sequence.
     pub fn close(&mut self, sequence: Sequence) {
-        self.manager.close(sequence);
+        self.runner.close(sequence);
     }
 
     /// What a sequence takes in the cache.
     pub fn usage(&self, sequence: &Sequence) -> Usage {
-        let extras = self.device.extras(&self.store, sequence.slot(), sequence.len());
-        self.manager.layout().sequence_usage(sequence, extras)
+        self.runner.usage(sequence)
     }
 
     /// Continues prompts, several at once where there is room and the rest as room comes free. `on_text` gets
@@ -176,7 +174,7 @@ impl<'a, D: Device> Engine<'a, D> {
         let mut finished: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
         let result = self.run(requests, &mut waiting, &mut active, &mut finished, &mut on_text);
         for left in active {
-            self.manager.close(left.sequence);
+            self.runner.close(left.sequence);
         }
         result?;
         Ok(finished.into_iter().map(|done| done.expect("every request ran")).collect())
@@ -194,7 +192,7 @@ impl<'a, D: Device> Engine<'a, D> {
             while active.len() < self.options.sequences
                 && let Some(index) = waiting.pop_front()
             {
-                let sequence = self.manager.open()?;
+                let sequence = self.runner.open()?;
                 active.push(self.activate(index, sequence, &requests[index]));
                 let new = active.len() - 1;
                 self.prefill(&mut active[new], &requests[index].prompt, on_text)?;
@@ -208,7 +206,7 @@ impl<'a, D: Device> Engine<'a, D> {
                 }
                 let Active { index, sequence, done, .. } = active.remove(i);
                 finished[index] = Some(done);
-                self.manager.close(sequence);
+                self.runner.close(sequence);
             }
         }
         Ok(())
@@ -234,8 +232,7 @@ impl<'a, D: Device> Engine<'a, D> {
         }
         let [Active { done, .. }] = active;
         if let Err(error) = result {
-            // A pass that failed half-way has overwritten parts of the window.
-            self.manager.clear(sequence);
+            self.runner.clear(sequence);
             return Err(error);
         }
         Ok(done)
@@ -362,9 +359,9 @@ impl<'a, D: Device> Engine<'a, D> {
     ) -> Result<Vec<u32>, EngineError> {
         let chosen: Vec<Option<u32>> =
             if running.iter().all(|active| active.sampler.is_greedy() && active.logprobs.is_none()) {
-                self.model.most_likely(self.device, &mut self.workspace, rows)?
+                self.runner.outputs().most_likely(rows)?
             } else {
-                self.model.logits(self.device, &mut self.workspace, rows, &mut self.logits)?;
+                self.runner.outputs().logits(rows, &mut self.logits)?;
                 let logits = self.logits.chunks_exact(self.pretrained.config.vocab_size);
                 let sample = |(active, logits): (&mut &mut Active<'a, S>, &[f32])| {
                     logits.iter().all(|logit| logit.is_finite()).then(|| {
@@ -383,18 +380,7 @@ impl<'a, D: Device> Engine<'a, D> {
 
     /// One forward pass over the new tokens of some sequences.
     fn pass(&mut self, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
-        let mut batch = Batch::new(Mode::Chunk);
-        let mut ids = Vec::new();
-        for (sequence, new) in rows.iter_mut() {
-            self.manager.reserve(sequence, sequence.len() + new.len())?;
-            batch.push(sequence, new.len(), self.manager.layout().window);
-            ids.extend_from_slice(new);
-        }
-        self.model.forward(self.device, &mut self.workspace, &mut self.store, &batch, &ids)?;
-        for (sequence, new) in rows {
-            let len = sequence.len() + new.len();
-            self.manager.advance(sequence, len);
-        }
+        self.runner.step(Mode::Chunk, rows)?;
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! Requests, batches and conversations on small checkpoints.
 
 use dibit_cache::{Adapters, Calibration, KeyFeedback, LayerCalibration, Linear, Scheme};
-use dibit_device::{Cpu, Device};
+use dibit_cpu::Cpu;
+use dibit_device::Device;
 use dibit_engine::{Chat, ChatOptions, Completion, Dry, Engine, EngineError, FinishReason, Options, Request, Sampling};
 use dibit_model::{ChatFormat, ModelConfig, ModelFiles, Pretrained, SpecialTokens, WeightSource};
 use std::ops::ControlFlow;
@@ -13,7 +14,7 @@ fn pretrained(name: &str) -> Pretrained {
     Pretrained::load(&ModelFiles::open(&directory).unwrap(), WeightSource::Checkpoint, None).unwrap()
 }
 
-fn engine<'a>(cpu: &'a Cpu, model: &'a Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
+fn engine<'a>(cpu: &Arc<Cpu>, model: &'a Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
     let options = Options { context: 1024, sequences, prefill_chunk: None };
     let mut scheme = Scheme::load(scheme).unwrap();
     if scheme.takes_calibration() {
@@ -89,13 +90,13 @@ fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
         .collect();
     for scheme in Scheme::built_in() {
         let model = pretrained("llama32-old-bf16");
-        let single = Cpu::new(Some(1)).unwrap();
+        let single = Arc::new(Cpu::new(Some(1)).unwrap());
         let alone: Vec<Completion> = requests
             .iter()
             .map(|r| engine(&single, &model, scheme, 1).generate(std::slice::from_ref(r), go_on).unwrap().remove(0))
             .collect();
         for (threads, sequences) in [(1, 5), (3, 2)] {
-            let cpu = Cpu::new(Some(threads)).unwrap();
+            let cpu = Arc::new(Cpu::new(Some(threads)).unwrap());
             let together = engine(&cpu, &model, scheme, sequences).generate(&requests, go_on).unwrap();
             for (alone, together) in alone.iter().zip(&together) {
                 assert_eq!(answer(alone), answer(together), "{scheme}, {threads} threads, {sequences} at once");
@@ -106,7 +107,7 @@ fn each_answer_in_a_batch_is_the_one_it_gets_alone() {
 
 #[test]
 fn an_engine_gives_back_what_its_requests_took() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("qwen2-bias-bf16"));
     let mut engine = engine(&cpu, &model, "kvlinc", 2);
     let requests = [request(1, 300, 5, Sampling::greedy()), request(2, 20, 5, Sampling::greedy())];
     let first = engine.generate(&requests, go_on).unwrap();
@@ -121,7 +122,7 @@ fn an_engine_gives_back_what_its_requests_took() {
 
 #[test]
 fn texts_end_for_the_reason_they_say() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("qwen2-bias-bf16"));
     let mut engine = engine(&cpu, &model, "fp16", 1);
     let mut run = |request: &Request| engine.generate(std::slice::from_ref(request), go_on).unwrap().remove(0);
     let plain = run(&request(1, 10, 8, Sampling::greedy()));
@@ -137,7 +138,7 @@ fn texts_end_for_the_reason_they_say() {
 
 #[test]
 fn impossible_requests_are_refused_before_anything_runs() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("qwen2-bias-bf16"));
     let mut engine = engine(&cpu, &model, "kvlinc", 1);
     let good = request(1, 10, 2, Sampling::greedy());
     for (bad, expected) in [
@@ -159,7 +160,7 @@ fn impossible_requests_are_refused_before_anything_runs() {
 
 #[test]
 fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let request = request(7, 700, 10, Sampling::greedy());
     let run = |scheme: &str, prefill_chunk| {
         let model = pretrained("llama32-old-bf16");
@@ -175,7 +176,7 @@ fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
 
 #[test]
 fn a_conversation_feeds_only_what_is_new() {
-    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(2)).unwrap()), pretrained("qwen2-bias-bf16"));
     let mut engine = engine(&cpu, &model, "kvlinc", 1);
     let mut chat = conversation(&mut engine, Some("Be brief."), false);
     let mut fed = Vec::new();
@@ -201,7 +202,7 @@ fn a_conversation_feeds_only_what_is_new() {
 
 #[test]
 fn a_cancelled_answer_stays_as_far_as_it_came() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("qwen2-bias-bf16"));
     let mut engine = engine(&cpu, &model, "kvlinc", 1);
     let mut chat = conversation(&mut engine, None, false);
     let mut pieces = 0;
@@ -224,7 +225,7 @@ fn a_cancelled_answer_stays_as_far_as_it_came() {
 
 #[test]
 fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
-    let (cpu, model) = (Cpu::new(Some(2)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(2)).unwrap()), pretrained("qwen2-bias-bf16"));
     let options = Options { context: 300, sequences: 1, prefill_chunk: None };
     let scheme = Scheme::load("kivi").unwrap();
     let mut engine = Engine::new(&cpu, &model, &scheme, options).unwrap();
@@ -256,7 +257,7 @@ fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
 
 #[test]
 fn requests_of_one_seed_differ_by_their_stream() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama32-old-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("llama32-old-bf16"));
     let mut engine = engine(&cpu, &model, "kivi", 3);
     let warm = Sampling { temperature: 1.5, seed: 3, ..Sampling::greedy() };
     let of = |stream| Request { stream, ..request(1, 9, 12, warm.clone()) };
@@ -267,7 +268,7 @@ fn requests_of_one_seed_differ_by_their_stream() {
 
 #[test]
 fn a_stop_string_that_is_a_special_token_is_that_token() {
-    let (cpu, mut model) = (Cpu::new(Some(1)).unwrap(), pretrained("qwen2-bias-bf16"));
+    let (cpu, mut model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("qwen2-bias-bf16"));
     model.stop_token_ids.clear();
     let vocabulary = 0..model.config.vocab_size as u32;
     let special = vocabulary.filter_map(|id| Some((id, model.tokenizer.token(id)?)));
@@ -285,7 +286,7 @@ fn a_stop_string_that_is_a_special_token_is_that_token() {
 
 #[test]
 fn log_probabilities_are_those_of_the_model_whatever_is_chosen() {
-    let (cpu, model) = (Cpu::new(Some(1)).unwrap(), pretrained("llama32-old-bf16"));
+    let (cpu, model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("llama32-old-bf16"));
     let mut engine = engine(&cpu, &model, "kivi", 1);
     let greedy = Request { logprobs: Some(3), ..request(1, 9, 6, Sampling::greedy()) };
     let done = engine.generate(std::slice::from_ref(&greedy), go_on).unwrap().remove(0);

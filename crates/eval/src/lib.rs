@@ -5,7 +5,6 @@ pub mod bench;
 mod choices;
 mod comparison;
 mod made_up;
-mod models;
 mod perplexity;
 mod random_cache;
 pub mod report;

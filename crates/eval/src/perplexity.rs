@@ -5,10 +5,10 @@
 //! reference `fp16` has nothing packed; it is evaluated as one exact prefill.
 
 use crate::EvalError;
-use crate::models::Models;
-use dibit_cache::{CacheLayout, CacheManager, Scheme};
-use dibit_device::{Batch, Device, Mode};
-use dibit_model::{Distribution, Model, Pretrained, Workspace, windows};
+use dibit_cache::{CacheLayout, Scheme, Usage};
+use dibit_device::{Device, Mode};
+use dibit_model::{Distribution, Pretrained, windows};
+use dibit_runner::{Capacity, Models, Runner};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::ops::{ControlFlow, Range};
@@ -79,13 +79,12 @@ pub struct Progress<'a> {
     pub scheme: &'a str,
 }
 
-/// One scheme's model and cache.
-pub(crate) struct Runner<D: Device> {
+/// One scheme on its way through the windows.
+pub(crate) struct Contender<D: Device> {
     pub scheme: Scheme,
-    model: Arc<Model<D>>,
-    manager: CacheManager,
-    store: D::Store,
-    workspace: Workspace<D>,
+    runner: Runner<D>,
+    /// What the last window took.
+    usage: Usage,
     nll: Vec<f32>,
     kl: Vec<f32>,
     /// Tokens whose most likely token is the reference's.
@@ -105,7 +104,7 @@ pub(crate) struct Runner<D: Device> {
 /// # Errors
 /// [`EvalError`].
 pub fn perplexity<D: Device>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     ids: &[u32],
@@ -123,7 +122,7 @@ pub fn perplexity<D: Device>(
         return Err(EvalError::TextTooShort { tokens: ids.len(), needed });
     }
     let scored = 0..context - 1;
-    let finish = |runner: Runner<D>| runner.result(device, context);
+    let finish = |contender: Contender<D>| contender.result();
     let Some(schemes) = run_windows(device, pretrained, schemes, (context, &windows), scored, finish, progress)? else {
         return Ok(None);
     };
@@ -140,12 +139,12 @@ pub fn perplexity<D: Device>(
 /// scheme, the reference first. Schemes are run by the transforms of values that are fused into the model, one after the
 /// other, each beside the reference. `None` where `progress` broke it off.
 pub(crate) fn run_windows<D: Device, R>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     (context, windows): (usize, &[Vec<u32>]),
     scored: Range<usize>,
-    finish: impl Fn(Runner<D>) -> R,
+    finish: impl Fn(Contender<D>) -> R,
     mut progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Vec<R>>, EvalError> {
     let schemes = Scheme::with_reference(schemes)?;
@@ -156,24 +155,23 @@ pub(crate) fn run_windows<D: Device, R>(
     let mut results: Vec<Option<R>> = schemes.iter().map(|_| None).collect();
     for group in &groups {
         models.keep_first();
-        let runner =
-            |index: &usize| Runner::new(device, &mut models, &schemes[*index], layouts[*index].clone(), context);
-        let mut runners = std::iter::once(&0).chain(group).map(runner).collect::<Result<Vec<_>, _>>()?;
+        let contender = |index: &usize| Contender::new(&mut models, &schemes[*index], layouts[*index].clone(), context);
+        let mut contenders = std::iter::once(&0).chain(group).map(contender).collect::<Result<Vec<_>, _>>()?;
         for (index, window) in windows.iter().enumerate() {
-            for runner in &mut runners {
-                let next = Progress { window: index, windows: windows.len(), passes, scheme: &runner.scheme.name };
+            for contender in &mut contenders {
+                let next = Progress { window: index, windows: windows.len(), passes, scheme: &contender.scheme.name };
                 if progress(next).is_break() {
                     return Ok(None);
                 }
-                runner.forward(device, window)?;
+                contender.forward(window)?;
             }
             for first in scored.clone().step_by(LOGIT_ROWS) {
                 let rows: Vec<usize> = (first..scored.end.min(first + LOGIT_ROWS)).collect();
-                Runner::score_all(&mut runners, device, &rows, window, pretrained.config.vocab_size)?;
+                Contender::score_all(&mut contenders, device, &rows, window, pretrained.config.vocab_size)?;
             }
         }
-        for (index, runner) in std::iter::once(&0).chain(group).zip(runners) {
-            results[*index] = Some(finish(runner));
+        for (index, contender) in std::iter::once(&0).chain(group).zip(contenders) {
+            results[*index] = Some(finish(contender));
         }
     }
     Ok(Some(results.into_iter().flatten().collect()))
@@ -196,22 +194,13 @@ fn groups(layouts: &[CacheLayout]) -> Vec<Vec<usize>> {
     groups.into_iter().map(|(_, group)| group).collect()
 }
 
-impl<D: Device> Runner<D> {
-    fn new(
-        device: &D,
-        models: &mut Models<D>,
-        scheme: &Scheme,
-        layout: CacheLayout,
-        context: usize,
-    ) -> Result<Self, EvalError> {
-        let model = models.get(&layout)?;
-        let blocks = layout.blocks(context);
-        Ok(Runner {
-            store: device.store(&layout, blocks, 1, context)?,
-            workspace: Workspace::new(device, model.config(), context, LOGIT_ROWS)?,
-            manager: CacheManager::new(layout, blocks, 1),
+impl<D: Device> Contender<D> {
+    fn new(models: &mut Models<D>, scheme: &Scheme, layout: CacheLayout, context: usize) -> Result<Self, EvalError> {
+        let capacity = Capacity::of_one(&layout, context, LOGIT_ROWS);
+        Ok(Contender {
+            runner: Runner::new(models.get(&layout)?, layout, capacity)?,
             scheme: scheme.clone(),
-            model,
+            usage: Usage::default(),
             nll: Vec::new(),
             kl: Vec::new(),
             agreements: 0,
@@ -220,31 +209,30 @@ impl<D: Device> Runner<D> {
         })
     }
 
-    pub fn forward(&mut self, device: &D, window: &[u32]) -> Result<(), EvalError> {
-        let mut sequence = self.manager.open()?;
-        self.manager.reserve(&mut sequence, window.len())?;
-        let mut batch = Batch::new(if self.scheme.is_exact() { Mode::Chunk } else { Mode::Streaming });
-        batch.push(&sequence, window.len(), self.manager.layout().window);
-        let result = self.model.forward(device, &mut self.workspace, &mut self.store, &batch, window);
-        self.manager.close(sequence);
+    pub fn forward(&mut self, window: &[u32]) -> Result<(), EvalError> {
+        let mut sequence = self.runner.open()?;
+        let mode = if self.scheme.is_exact() { Mode::Chunk } else { Mode::Streaming };
+        let result = self.runner.step(mode, &mut [(&mut sequence, window)]).map(drop);
+        self.usage = self.runner.usage(&sequence);
+        self.runner.close(sequence);
         Ok(result?)
     }
 
     /// Scores what the rows of a window expect next, by all schemes.
     pub fn score_all(
-        runners: &mut [Self],
+        contenders: &mut [Self],
         device: &D,
         rows: &[usize],
         window: &[u32],
         vocab_size: usize,
     ) -> Result<(), EvalError> {
         let targets: Vec<u32> = rows.iter().map(|row| window[row + 1]).collect();
-        for Runner { model, workspace, logits, .. } in runners.iter_mut() {
-            model.logits(device, workspace, rows, logits)?;
+        for Contender { runner, logits, .. } in contenders.iter_mut() {
+            runner.outputs().logits(rows, logits)?;
         }
-        let (reference, others) = runners.split_first_mut().expect("the reference is there");
+        let (reference, others) = contenders.split_first_mut().expect("the reference is there");
         reference.score(device, None, &targets, vocab_size)?;
-        others.iter_mut().try_for_each(|runner| runner.score(device, Some(&reference.logits), &targets, vocab_size))
+        others.iter_mut().try_for_each(|own| own.score(device, Some(&reference.logits), &targets, vocab_size))
     }
 
     fn score(
@@ -290,19 +278,17 @@ impl<D: Device> Runner<D> {
         mean(&self.kl)
     }
 
-    fn result(self, device: &D, context: usize) -> SchemeResult {
-        let layout = self.manager.layout();
-        // Every window took the first of the sequence's slots, and left in it what the last one held.
-        let usage = layout.usage(context, layout.blocks(context), device.extras(&self.store, 0, context));
+    fn result(self) -> SchemeResult {
+        let (layout, usage) = (self.runner.layout(), self.usage);
         SchemeResult {
             perplexity: mean(&self.nll).exp(),
             kl_mean: self.kl_mean(),
             kl_p999: percentile(&self.kl, 0.999),
             top1_agreement: self.share(self.agreements),
-            scheme: self.scheme.name,
             bits: usage.bits(),
             allocated_bits: usage.allocated_bits(),
             packed_bits: layout.packed_bits(),
+            scheme: self.scheme.name,
             nll: self.nll,
             kl: self.kl,
         }

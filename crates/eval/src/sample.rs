@@ -3,14 +3,16 @@
 use crate::EvalError;
 use crate::study::{LayerSample, StudyShape};
 use dibit_device::Device;
-use dibit_model::{ExactPass, Observation, Pretrained};
+use dibit_model::{Observation, Pretrained};
+use dibit_runner::ExactPass;
+use std::sync::Arc;
 
 /// Runs a text through a model and keeps the queries, keys and values of every layer, after RoPE.
 ///
 /// # Errors
 /// [`EvalError`].
 pub fn sample<D: Device>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     ids: &[u32],
 ) -> Result<(StudyShape, Vec<LayerSample>), EvalError> {
@@ -25,7 +27,7 @@ pub fn sample<D: Device>(
     let mut layers = vec![empty; config.num_hidden_layers];
     let mut pass = ExactPass::new(device, config, &pretrained.weights, ids.len())?;
     // Rows come in their order.
-    pass.run(device, ids, &mut |seen: Observation| {
+    pass.run(ids, &mut |seen: Observation| {
         let layer = &mut layers[seen.layer];
         layer.q.extend_from_slice(seen.q);
         layer.k.extend_from_slice(seen.k);

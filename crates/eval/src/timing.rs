@@ -3,7 +3,7 @@
 use crate::EvalError;
 use crate::random_cache::{RandomCache, random};
 use dibit_cache::Scheme;
-use dibit_device::Device;
+use dibit_device::{Device, Measure};
 use dibit_model::Pretrained;
 use dibit_timing::rounds;
 use std::time::Duration;
@@ -16,7 +16,7 @@ const STEPS: usize = 15;
 ///
 /// # Errors
 /// [`EvalError`].
-pub fn attention_times<D: Device>(
+pub fn attention_times<D: Device + Measure>(
     device: &D,
     pretrained: &Pretrained,
     schemes: &[Scheme],
@@ -25,13 +25,13 @@ pub fn attention_times<D: Device>(
     let config = &pretrained.config;
     let heads = config.num_attention_heads;
     let q = device.upload(&random(0, heads * config.head_dim))?;
+    let next = device.upload(&random(3, config.cache_shape().row()))?;
     let mut out = device.buffer(heads * config.head_dim)?;
     let mut caches = Vec::new();
     for scheme in schemes {
-        let mut cache = RandomCache::new(device, pretrained.cache_layout(scheme)?, 1, context, 1)?;
-        cache.write_next(device)?;
-        caches.push(cache);
+        let arithmetic = pretrained.weights.arithmetic();
+        caches.push(RandomCache::new(device, pretrained.cache_layout(scheme)?, 1, context, 1, arithmetic)?);
     }
-    let seconds = rounds(STEPS, caches.len(), |scheme| caches[scheme].attend(device, heads, &q, &mut out))?;
+    let seconds = rounds(STEPS, caches.len(), |scheme| caches[scheme].attend(device, heads, [&q, &next], &mut out))?;
     Ok(seconds.iter().map(|own| Duration::from_secs_f64(own.spread().median)).collect())
 }

@@ -1,12 +1,14 @@
 //! The evaluation on checkpoints: against independent figures, and against itself.
 
 use dibit_cache::Scheme;
-use dibit_device::{Cpu, DType, Tensor};
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Tensor};
 use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity};
 use dibit_model::{ModelFiles, Pretrained, WeightSource, windows};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -17,7 +19,7 @@ fn load(directory: &Path) -> Pretrained {
 }
 
 fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, windows: usize) -> Perplexity {
-    let cpu = Cpu::new(None).unwrap();
+    let cpu = Arc::new(Cpu::new(None).unwrap());
     let load = |name: &&str| match *name {
         "rotated-per-channel" => Scheme::parse(ROTATED_PER_CHANNEL, name).unwrap(),
         name => Scheme::load(name).unwrap(),
@@ -124,7 +126,7 @@ fn the_reference_comes_first_and_is_added_where_it_is_missing() {
 #[test]
 fn texts_and_windows_that_do_not_suit_are_refused() {
     let model = load(&repository().join("fixtures/llama32-old-bf16"));
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let run = |ids: &[u32], context| {
         perplexity(&cpu, &model, &[], ids, PerplexityOptions { context, windows: None }, |_| ControlFlow::Continue(()))
             .unwrap_err()
@@ -141,7 +143,7 @@ fn damaged_weights_are_no_agreement() {
     let mut model = load(&repository().join("fixtures/llama32-old-bf16"));
     let width = model.config.hidden_size;
     model.weights.norm = Tensor::from_f32(vec![f32::NAN; width], DType::F32, 1, width);
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let options = PerplexityOptions { context: 50, windows: Some(1) };
     let error = perplexity(&cpu, &model, &[], &[7; 100], options, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, EvalError::NotFinite { .. }), "{error}");

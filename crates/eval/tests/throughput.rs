@@ -1,10 +1,11 @@
 //! Generation of whole batches, on the CPU. No test looks at how fast anything is.
 
 use dibit_cache::Scheme;
-use dibit_device::Cpu;
+use dibit_cpu::Cpu;
 use dibit_eval::bench::{BatchSize, ThroughputBench, ThroughputOptions, throughput};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
 use std::path::Path;
+use std::sync::Arc;
 
 fn load(pooled: bool) -> Pretrained {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/llama32-old-bf16/config.json");
@@ -22,7 +23,7 @@ fn run(pretrained: &Pretrained, schemes: &[&str], batches: &[BatchSize], host_by
         host_bytes,
         made_up: true,
     };
-    throughput(&Cpu::new(Some(2)).unwrap(), pretrained, &schemes, &options, |_, _| {}).unwrap()
+    throughput(&Arc::new(Cpu::new(Some(2)).unwrap()), pretrained, &schemes, &options, |_, _| {}).unwrap()
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use crate::gguf::{self, Packed, SUPPORTED_TYPES};
 use crate::mixture::mixture;
 use crate::{ModelError, WeightFile, impostor, unread_tensors};
-use dibit_device::{BlockType, Bytes, DType, Tensor};
+use dibit_device::{Arithmetic, BlockType, Bytes, DType, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::SafeTensorError;
 use std::collections::{BTreeSet, HashMap};
@@ -162,6 +162,12 @@ impl Checkpoint {
             let name = self.file_name(&format!("model.layers.{layer}.self_attn.{projection}.weight"));
             !matches!(self.entries.get(&name), Some(Entry { format: Format::Blocks(_), .. }))
         })
+    }
+
+    /// In what a model of these matrices computes: see [`crate::Weights::arithmetic`].
+    pub fn arithmetic(&self) -> Arithmetic {
+        let is_f32 = |entry: &Entry| entry.shape.len() == 2 && matches!(entry.format, Format::Numbers(DType::F32));
+        if self.entries.values().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
     }
 
     /// How the numbers of a tensor are stored.

@@ -158,6 +158,9 @@ pub enum ModelError {
         /// The scheme of the cache.
         scheme: String,
     },
+    /// A cache, or a workspace, was used with another model before.
+    #[error("the cache belongs to another model or workspace; make one for each")]
+    OtherModel,
     /// A download failed.
     #[error("cannot get {model} from the hub: {reason}")]
     Hub {

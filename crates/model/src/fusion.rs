@@ -179,7 +179,7 @@ fn or_infinite(x: f32) -> f32 {
 mod tests {
     use super::*;
     use dibit_cache::{CacheLayout, Calibration, KeyFeedback, LayerCalibration, Scheme};
-    use dibit_device::Cpu;
+    use dibit_cpu::Cpu;
 
     const HIDDEN: usize = 48;
 

@@ -9,7 +9,6 @@ mod checkpoint;
 mod config;
 mod distribution;
 mod error;
-mod exact;
 mod files;
 mod fusion;
 mod generation_config;
@@ -40,7 +39,6 @@ pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, SUPPORTED_HEAD_DIMS, supports_head_dim};
 pub use distribution::Distribution;
 pub use error::ModelError;
-pub use exact::ExactPass;
 pub use files::{ModelFiles, WeightFile};
 pub use generation_config::{GenerationConfig, GenerationProblem};
 #[cfg(feature = "hub")]

@@ -4,7 +4,9 @@ use crate::fusion::Fusion;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
 use dibit_cache::{CacheLayout, ValueTransform};
-use dibit_device::{Batch, Device, Heads, Norm, Output, Phase, Projection, Tensor};
+use dibit_device::{
+    Arithmetic, Batch, Device, Heads, KvCache, LayerPass, Norm, Output, Pass, Phase, Projection, Tensor,
+};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -61,9 +63,11 @@ pub type Observer<'a> = dyn FnMut(Observation) + Send + 'a;
 
 /// A decoder on a device.
 pub struct Model<D: Device> {
+    device: Arc<D>,
     /// Tells it from every other model of the process.
     number: u32,
     config: ModelConfig,
+    arithmetic: Arithmetic,
     pub(crate) embed: D::Matrix,
     layers: Vec<Layer<D>>,
     /// For each layer the transform of values that is fused into its projections.
@@ -195,7 +199,7 @@ impl<D: Device> Model<D> {
     ///
     /// # Errors
     /// [`ModelError::Device`].
-    pub fn new(device: &D, config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+    pub fn new(device: &Arc<D>, config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
         Self::with_fused(device, config, weights, vec![None; weights.layers.len()])
     }
 
@@ -205,7 +209,7 @@ impl<D: Device> Model<D> {
     /// # Errors
     /// [`ModelError::FusionTest`], [`ModelError::QuantisedValues`], [`ModelError::Device`].
     pub fn for_cache(
-        device: &D,
+        device: &Arc<D>,
         config: &ModelConfig,
         weights: &Weights,
         layout: &CacheLayout,
@@ -215,11 +219,12 @@ impl<D: Device> Model<D> {
     }
 
     fn with_fused(
-        device: &D,
+        shared: &Arc<D>,
         config: &ModelConfig,
         weights: &Weights,
         fused: Vec<Option<ValueTransform>>,
     ) -> Result<Self, ModelError> {
+        let device = &**shared;
         let embed = device.matrix(weights.embed.clone())?;
         let lm_head = match weights.embed.same_numbers(&weights.lm_head) {
             true => embed.clone(),
@@ -230,7 +235,9 @@ impl<D: Device> Model<D> {
             Layer::new(device, own, projections(device, config, index, own, transform.as_ref(), None)?)
         };
         Ok(Model {
+            device: shared.clone(),
             number: number(),
+            arithmetic: weights.arithmetic(),
             embed,
             layers: layers.map(layer).collect::<Result<_, _>>()?,
             fused,
@@ -247,8 +254,9 @@ impl<D: Device> Model<D> {
     ///
     /// # Errors
     /// Those of [`Model::for_cache`].
-    pub fn variant(&self, device: &D, weights: &Weights, layout: &CacheLayout) -> Result<Self, ModelError> {
+    pub fn variant(&self, weights: &Weights, layout: &CacheLayout) -> Result<Self, ModelError> {
         tell(&self.config, layout);
+        let device = &*self.device;
         let mut layers = self.layers.clone();
         let fused = layout.fused_values();
         for (index, (layer, transform)) in layers.iter_mut().zip(&fused).enumerate() {
@@ -258,9 +266,11 @@ impl<D: Device> Model<D> {
                 [layer.v, layer.o] = projections(device, &self.config, index, own, transform.as_ref(), plain)?;
             }
         }
-        let Model { config, embed, norm, lm_head, inv_freq, .. } = self;
+        let Model { device, config, arithmetic, embed, norm, lm_head, inv_freq, .. } = self;
         Ok(Model {
+            device: device.clone(),
             number: number(),
+            arithmetic: *arithmetic,
             config: config.clone(),
             embed: embed.clone(),
             layers,
@@ -276,31 +286,42 @@ impl<D: Device> Model<D> {
         self.fused == layout.fused_values()
     }
 
+    /// The device that it is on.
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
+    }
+
+    /// In what it computes: exactly, where any of its matrices is f32.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
     /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
     /// Runs the new tokens `ids` of a batch through the layers and stores their keys and values.
-    /// [`Model::logits`] then reads the rows that are wanted.
+    /// [`Model::logits`] then reads the rows that are wanted. Cache and workspace are the model's own from then on.
     ///
     /// On an error the sequences of the batch must be cleared or closed: a pass that fails half-way has overwritten
     /// parts of their windows.
     ///
     /// # Errors
-    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::Device`].
+    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::OtherModel`],
+    /// [`ModelError::Device`].
     ///
     /// # Panics
     /// If the batch does not have one row for each id.
     pub fn forward(
         &self,
-        device: &D,
         workspace: &mut Workspace<D>,
-        store: &mut D::Store,
+        cache: &mut KvCache<D>,
         batch: &Batch,
         ids: &[u32],
     ) -> Result<(), ModelError> {
-        self.pass(device, workspace, store, batch, ids, None)
+        self.begin(workspace, cache, batch, ids)?;
+        cache.pass(&*self.device, batch, |pass| self.run_all(workspace, pass, batch, None))
     }
 
     /// [`Model::forward`], showing queries, keys and values of every layer and row to `observer`.
@@ -312,45 +333,48 @@ impl<D: Device> Model<D> {
     /// If the batch does not have one row for each id.
     pub fn observe(
         &self,
-        device: &D,
         workspace: &mut Workspace<D>,
-        store: &mut D::Store,
+        cache: &mut KvCache<D>,
         batch: &Batch,
         ids: &[u32],
         observer: &mut Observer,
     ) -> Result<(), ModelError> {
-        self.pass(device, workspace, store, batch, ids, Some(observer))
+        self.begin(workspace, cache, batch, ids)?;
+        // What is shown is not in the device's hands.
+        cache.pass_once(&*self.device, batch, |pass| self.run_all(workspace, pass, batch, Some(observer)))
     }
 
-    fn pass(
+    /// Checks a pass, and tells the device of its tokens.
+    fn begin(
         &self,
-        device: &D,
         workspace: &mut Workspace<D>,
-        store: &mut D::Store,
+        cache: &mut KvCache<D>,
         batch: &Batch,
         ids: &[u32],
-        mut observer: Option<&mut Observer>,
     ) -> Result<(), ModelError> {
         assert_eq!(ids.len(), batch.rows(), "one id for each row");
         self.check_ids(ids)?;
         workspace.check_rows(ids.len())?;
-        self.check_values(device, store)?;
-        let ws = workspace;
-        let positions: Vec<u32> = batch.positions().collect();
-        device.write_ids(&mut ws.ids, ids);
-        device.write_ids(&mut ws.positions, &positions);
-        let rows = ids.len();
-        let layers = |ws: &mut Workspace<D>, store: &mut D::Store, observer: Option<&mut Observer>| {
-            device.embed(&self.embed, &ws.ids, rows, &mut ws.hidden);
-            self.run_layers(device, ws, store, batch, 0..self.layers.len(), observer)
-        };
+        self.check_values(cache.layout())?;
         // A model with other buffers is another pass.
-        let buffers = u64::from(self.number) << 32 | u64::from(ws.number);
-        match observer.take() {
-            // What is shown is not in the device's hands.
-            Some(observer) => device.scope(|| layers(ws, store, Some(observer))),
-            None => device.pass(store, batch, buffers, |store| layers(ws, store, None)),
+        if !cache.claim(u64::from(self.number) << 32 | u64::from(workspace.number)) {
+            return Err(ModelError::OtherModel);
         }
+        let positions: Vec<u32> = batch.positions().collect();
+        self.device.write_ids(&mut workspace.ids, ids);
+        self.device.write_ids(&mut workspace.positions, &positions);
+        Ok(())
+    }
+
+    fn run_all(
+        &self,
+        workspace: &mut Workspace<D>,
+        pass: &mut Pass<D>,
+        batch: &Batch,
+        observer: Option<&mut Observer>,
+    ) -> Result<(), ModelError> {
+        self.device.embed(&self.embed, &workspace.ids, batch.rows(), &mut workspace.hidden);
+        self.run_layers(workspace, pass, batch, 0..self.layers.len(), observer)
     }
 
     /// Refuses ids that are no tokens.
@@ -363,8 +387,7 @@ impl<D: Device> Model<D> {
     }
 
     /// Refuses a store that expects values in another frame than the model writes them in.
-    pub(crate) fn check_values(&self, device: &D, store: &D::Store) -> Result<(), ModelError> {
-        let layout = device.layout(store);
+    pub(crate) fn check_values(&self, layout: &CacheLayout) -> Result<(), ModelError> {
         match self.suits(layout) {
             true => Ok(()),
             false => Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() }),
@@ -374,24 +397,24 @@ impl<D: Device> Model<D> {
     /// Runs the residual stream of a workspace through some layers.
     pub(crate) fn run_layers(
         &self,
-        device: &D,
         ws: &mut Workspace<D>,
-        store: &mut D::Store,
+        pass: &mut Pass<D>,
         batch: &Batch,
         layers: Range<usize>,
         mut observer: Option<&mut Observer>,
     ) -> Result<(), ModelError> {
-        let rows = batch.rows();
+        let (device, rows) = (&*self.device, batch.rows());
+        pass.skip_to(layers.start);
         device.rope_table(&self.inv_freq, self.config.head_dim / 2, &ws.positions, rows, &mut ws.rope);
         for (index, layer) in layers.clone().zip(&self.layers[layers]) {
-            device.observe(store, index, batch, &ws.hidden, self.config.hidden_size);
+            let mut in_cache = pass.layer(&ws.hidden, self.config.hidden_size)?;
             for first in (0..rows).step_by(ws.tile_rows) {
                 let tile = first..rows.min(first + ws.tile_rows);
                 let observer = observer.as_deref_mut();
-                self.attention_block(device, ws, store, batch, index, layer, tile.clone(), observer)?;
-                self.mlp_block(device, batch.phase(), ws, layer, tile);
+                self.attention_block(ws, &mut in_cache, batch.phase(), index, layer, tile.clone(), observer)?;
+                self.mlp_block(batch.phase(), ws, layer, tile);
             }
-            device.commit(store, index, batch)?;
+            in_cache.pack()?;
         }
         Ok(())
     }
@@ -400,15 +423,9 @@ impl<D: Device> Model<D> {
     ///
     /// # Errors
     /// [`ModelError::TooManyRows`].
-    pub fn logits(
-        &self,
-        device: &D,
-        workspace: &mut Workspace<D>,
-        rows: &[usize],
-        out: &mut Vec<f32>,
-    ) -> Result<(), ModelError> {
-        self.project(device, workspace, rows)?;
-        Ok(device.download(&workspace.logits, 0..rows.len() * self.config.vocab_size, out)?)
+    pub fn logits(&self, workspace: &mut Workspace<D>, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
+        self.project(workspace, rows)?;
+        Ok(self.device.download(&workspace.logits, 0..rows.len() * self.config.vocab_size, out)?)
     }
 
     /// The most likely token after each of some rows of the last pass, in their order, the first of equals. Logits stay
@@ -416,18 +433,14 @@ impl<D: Device> Model<D> {
     ///
     /// # Errors
     /// [`ModelError::TooManyRows`], [`ModelError::Device`].
-    pub fn most_likely(
-        &self,
-        device: &D,
-        workspace: &mut Workspace<D>,
-        rows: &[usize],
-    ) -> Result<Vec<Option<u32>>, ModelError> {
-        self.project(device, workspace, rows)?;
-        Ok(device.argmax_rows(&workspace.logits, rows.len(), self.config.vocab_size)?)
+    pub fn most_likely(&self, workspace: &mut Workspace<D>, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
+        self.project(workspace, rows)?;
+        Ok(self.device.argmax_rows(&workspace.logits, rows.len(), self.config.vocab_size)?)
     }
 
     /// Logits of some rows of the last pass, into the first rows of the workspace's.
-    fn project(&self, device: &D, workspace: &mut Workspace<D>, rows: &[usize]) -> Result<(), ModelError> {
+    fn project(&self, workspace: &mut Workspace<D>, rows: &[usize]) -> Result<(), ModelError> {
+        let device = &*self.device;
         let (count, max_rows) = (rows.len(), workspace.max_outputs);
         if count > max_rows {
             return Err(ModelError::TooManyRows { rows: count, max_rows });
@@ -455,10 +468,9 @@ impl<D: Device> Model<D> {
     #[allow(clippy::too_many_arguments)]
     fn attention_block(
         &self,
-        device: &D,
         ws: &mut Workspace<D>,
-        store: &mut D::Store,
-        batch: &Batch,
+        in_cache: &mut LayerPass<D>,
+        phase: Phase,
         index: usize,
         layer: &Layer<D>,
         tile: Range<usize>,
@@ -466,9 +478,9 @@ impl<D: Device> Model<D> {
     ) -> Result<(), ModelError> {
         let ModelConfig { hidden_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps: eps, .. } =
             self.config;
-        let rows = tile.len();
+        let (device, rows) = (&*self.device, tile.len());
         device.norm_linear(
-            batch.phase(),
+            phase,
             &ws.hidden,
             tile.clone(),
             hidden_size,
@@ -486,15 +498,14 @@ impl<D: Device> Model<D> {
             device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v)?;
             observer(Observation { layer: index, first_row: tile.start, q: &q, k: &k, v: &v });
         }
-        device.write_kv(store, index, batch, tile.clone(), &ws.k, &ws.v)?;
-        device.attention(store, index, batch, tile.clone(), num_attention_heads, &ws.q, &mut ws.attention)?;
-        layer.o.run(device, batch.phase(), &ws.attention, rows, &mut ws.hidden, Output::Add(tile.start));
+        in_cache.stage(tile.end, &ws.k, &ws.v)?.attend(num_attention_heads, &ws.q, &mut ws.attention)?;
+        layer.o.run(device, phase, &ws.attention, rows, &mut ws.hidden, Output::Add(tile.start));
         Ok(())
     }
 
-    fn mlp_block(&self, device: &D, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
+    fn mlp_block(&self, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
         let ModelConfig { hidden_size, intermediate_size, rms_norm_eps: eps, .. } = self.config;
-        let rows = tile.len();
+        let (device, rows) = (&*self.device, tile.len());
         device.norm_linear(
             phase,
             &ws.hidden,

@@ -1,7 +1,7 @@
 //! Parts of a forward pass, for measurements that begin in the middle of a model.
 
 use crate::{Model, ModelError, Workspace};
-use dibit_device::{Batch, Device, DeviceError};
+use dibit_device::{Batch, Device, DeviceError, KvCache};
 use std::ops::Range;
 
 impl<D: Device> Model<D> {
@@ -9,7 +9,8 @@ impl<D: Device> Model<D> {
     ///
     /// # Errors
     /// [`ModelError::TokenId`], [`ModelError::TooManyRows`].
-    pub fn embed(&self, device: &D, workspace: &mut Workspace<D>, ids: &[u32]) -> Result<(), ModelError> {
+    pub fn embed(&self, workspace: &mut Workspace<D>, ids: &[u32]) -> Result<(), ModelError> {
+        let device = &**self.device();
         self.check_ids(ids)?;
         workspace.check_rows(ids.len())?;
         device.write_ids(&mut workspace.ids, ids);
@@ -27,25 +28,24 @@ impl<D: Device> Model<D> {
     /// If `residual` does not have the batch's rows, or there are no such layers.
     pub fn resume(
         &self,
-        device: &D,
         workspace: &mut Workspace<D>,
-        store: &mut D::Store,
+        cache: &mut KvCache<D>,
         batch: &Batch,
         layers: Range<usize>,
         residual: &[f32],
     ) -> Result<(), ModelError> {
-        let (rows, width) = (batch.rows(), self.config().hidden_size);
+        let (device, rows, width) = (&**self.device(), batch.rows(), self.config().hidden_size);
         assert_eq!(residual.len(), rows * width, "one row of the residual stream for each row of the batch");
         workspace.check_rows(rows)?;
-        self.check_values(device, store)?;
+        self.check_values(cache.layout())?;
         let positions: Vec<u32> = batch.positions().collect();
         let all: Vec<u32> = (0..rows as u32).collect();
         device.write_ids(&mut workspace.positions, &positions);
         device.write_ids(&mut workspace.ids, &all);
         let residual = device.upload(residual)?;
-        device.scope(|| {
+        cache.pass_once(device, batch, |pass| {
             device.copy_rows(&residual, &workspace.ids, rows, width, &mut workspace.hidden);
-            self.run_layers(device, workspace, store, batch, layers, None)
+            self.run_layers(workspace, pass, batch, layers, None)
         })
     }
 }
@@ -54,7 +54,7 @@ impl<D: Device> Workspace<D> {
     /// The residual stream behind the last layer that ran, `[row][hidden_size]`, of the first rows.
     ///
     /// # Errors
-    /// Those of [`Device::download`].
+    /// Those of [`dibit_device::Memory::download`].
     pub fn residual(&self, device: &D, rows: usize, out: &mut Vec<f32>) -> Result<(), DeviceError> {
         device.download(&self.hidden, 0..rows * self.hidden_size, out)
     }

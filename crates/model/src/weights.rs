@@ -3,7 +3,7 @@
 use crate::mixture::mixture;
 use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, Sketch, unread_tensors};
 use dibit_cache::CacheLayout;
-use dibit_device::{Bytes, DType, Tensor};
+use dibit_device::{Arithmetic, Bytes, DType, Tensor};
 use std::cell::RefCell;
 use std::collections::HashSet;
 
@@ -140,6 +140,12 @@ impl Weights {
     /// projections of layers whose weights are numbers, and the cache does those of the others.
     pub fn fuse(&self, layout: CacheLayout) -> CacheLayout {
         layout.with_fused_values(|layer| self.layers[layer].takes_fused_values())
+    }
+
+    /// In what a model of them computes: what is asked to be f32 anywhere is exact throughout.
+    pub fn arithmetic(&self) -> Arithmetic {
+        let is_f32 = |matrix: &Tensor| matrix.block_type().is_none() && matrix.dtype() == DType::F32;
+        if self.matrices().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
     }
 
     /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row.

@@ -1,14 +1,17 @@
 //! GGUF files against the checkpoints that they were made of.
 
 mod common;
+mod passes;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
 use common::{Gguf, fixture, made_up, tiny};
-use dibit_cache::{CacheManager, Scheme};
-use dibit_device::{Batch, Cpu, DType, Device, Mode};
-use dibit_model::{Message, Model, ModelError, ModelFiles, Pretrained, WeightSource, Workspace};
+use dibit_cache::Scheme;
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Mode};
+use dibit_model::{Message, Model, ModelError, ModelFiles, Pretrained, WeightSource};
 use std::path::Path;
+use std::sync::Arc;
 
 const TEXT: &str = "Once upon a time there was a small village at the edge of a dark forest. The people who lived there \
     told stories about 1234 wolves; nobody had seen one, but everyone was afraid.";
@@ -27,27 +30,10 @@ fn load_gguf(gguf: &Gguf, dtype: Option<DType>) -> Result<Pretrained, ModelError
 
 /// Logits of all `ids`, fed in passes of these lengths.
 fn logits(pretrained: &Pretrained, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
-    let (cpu, config) = (Cpu::new(Some(2)).unwrap(), &pretrained.config);
+    let (cpu, config) = (Arc::new(Cpu::new(Some(2)).unwrap()), &pretrained.config);
     let model = Model::new(&cpu, config, &pretrained.weights).unwrap();
     let layout = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
-    let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
-    let mut store = cpu.store(&layout, manager.num_blocks(), 1, ids.len()).unwrap();
-    let mut workspace = Workspace::new(&cpu, config, ids.len(), ids.len()).unwrap();
-    let mut sequence = manager.open().unwrap();
-    let mut all = Vec::new();
-    for &rows in passes {
-        let (start, end) = (sequence.len(), sequence.len() + rows);
-        manager.reserve(&mut sequence, end).unwrap();
-        let mut batch = Batch::new(Mode::Streaming);
-        batch.push(&sequence, rows, layout.window);
-        model.forward(&cpu, &mut workspace, &mut store, &batch, &ids[start..end]).unwrap();
-        manager.advance(&mut sequence, end);
-        let outputs: Vec<usize> = (0..rows).collect();
-        let mut logits = Vec::new();
-        model.logits(&cpu, &mut workspace, &outputs, &mut logits).unwrap();
-        all.extend(logits.chunks_exact(config.vocab_size).map(<[f32]>::to_vec));
-    }
-    all
+    passes::logits(&Arc::new(model), &layout, Mode::Streaming, ids, passes)
 }
 
 /// Mean divergence of the next-token distributions, in nats.

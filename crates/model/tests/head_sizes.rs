@@ -3,9 +3,11 @@
 mod passes;
 
 use dibit_cache::Scheme;
-use dibit_device::{Cpu, DType, Mode, Tensor};
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Mode, Tensor};
 use dibit_model::{LinearWeights, Model, ModelConfig, ModelFiles, WeightSource, Weights};
 use serde_json::json;
+use std::sync::Arc;
 use tempfile::TempDir;
 
 const HEAD_DIMS: [usize; 7] = [8, 32, 48, 72, 112, 120, 248];
@@ -41,10 +43,10 @@ impl Case {
         Case { config, weights }
     }
 
-    fn logits(&self, cpu: &Cpu, scheme: &Scheme, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
+    fn logits(&self, cpu: &Arc<Cpu>, scheme: &Scheme, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
         let layout = self.weights.fuse(self.config.cache_layout(scheme).unwrap());
         let model = Model::for_cache(cpu, &self.config, &self.weights, &layout).unwrap();
-        passes::logits(cpu, &model, &layout, Mode::Chunk, ids, passes)
+        passes::logits(&Arc::new(model), &layout, Mode::Chunk, ids, passes)
     }
 
     fn reference(&self, ids: &[u32]) -> Vec<Vec<f64>> {
@@ -135,7 +137,7 @@ fn close(what: &str, tolerance: f64, got: &[Vec<f32>], expected: &[Vec<f64>]) {
 
 #[test]
 fn a_prompt_equals_the_reference_whatever_the_scheme() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let ids = ids(140);
     for head_dim in HEAD_DIMS {
         let case = Case::new(head_dim);
@@ -149,7 +151,7 @@ fn a_prompt_equals_the_reference_whatever_the_scheme() {
 
 #[test]
 fn decoding_equals_the_reference_as_far_as_the_cache_does() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let ids = ids(160);
     let passes = [&[150][..], &[1; 10]].concat();
     let side = "bits = 8\naxis = \"token\"\ngroup = 32\ntransform = \"hadamard\"\n";

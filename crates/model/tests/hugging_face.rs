@@ -3,11 +3,13 @@
 mod passes;
 
 use dibit_cache::Scheme;
-use dibit_device::{Cpu, DType, Mode};
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Mode};
 use dibit_model::{ChatTemplate, Message, Model, ModelConfig, ModelFiles, Tokenizer, WeightSource, Weights};
 use serde_json::Value;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const TOLERANCE: f64 = 1e-3;
 
@@ -33,29 +35,29 @@ fn fixtures() -> Vec<PathBuf> {
 struct Loaded {
     config: ModelConfig,
     weights: Weights,
-    model: Model<Cpu>,
+    model: Arc<Model<Cpu>>,
 }
 
-fn load(cpu: &Cpu, directory: &Path, dtype: Option<DType>) -> Loaded {
+fn load(cpu: &Arc<Cpu>, directory: &Path, dtype: Option<DType>) -> Loaded {
     let files = ModelFiles::open(directory).unwrap();
     let config = ModelConfig::parse(&files.config, "config.json").unwrap();
     let weights = Weights::load(&files, &config, WeightSource::Checkpoint, dtype).unwrap();
-    let model = Model::new(cpu, &config, &weights).unwrap();
+    let model = Arc::new(Model::new(cpu, &config, &weights).unwrap());
     Loaded { config, weights, model }
 }
 
-fn logits(cpu: &Cpu, model: &Model<Cpu>, scheme: &str, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
+fn logits(model: &Arc<Model<Cpu>>, scheme: &str, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
     let layout = model.config().cache_layout(&Scheme::load(scheme).unwrap()).unwrap();
-    passes::logits(cpu, model, &layout, mode, ids, passes)
+    passes::logits(model, &layout, mode, ids, passes)
 }
 
 /// With values rotated by the projections.
-fn rotated(cpu: &Cpu, loaded: &Loaded, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
+fn rotated(loaded: &Loaded, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
     let Loaded { config, weights, model } = loaded;
     let layout = weights.fuse(config.cache_layout(&Scheme::load("kvlinc").unwrap()).unwrap());
-    let model = model.variant(cpu, weights, &layout).unwrap();
+    let model = Arc::new(model.variant(weights, &layout).unwrap());
     assert!(!model.suits(&config.cache_layout(&Scheme::load("kvlinc").unwrap()).unwrap()));
-    passes::logits(cpu, &model, &layout, mode, ids, passes)
+    passes::logits(&model, &layout, mode, ids, passes)
 }
 
 fn nll(logits: &[f32], id: u32) -> f64 {
@@ -76,14 +78,14 @@ fn expected(directory: &Path) -> (Vec<u32>, Vec<f64>, Vec<usize>) {
 
 #[test]
 fn every_token_agrees_with_transformers() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let fixtures = fixtures();
     assert!(fixtures.len() >= 5);
     for directory in fixtures {
         let (ids, nlls, argmax) = expected(&directory);
         let Loaded { model, .. } = load(&cpu, &directory, Some(DType::F32));
         let passes = [ids.len()];
-        let logits = logits(&cpu, &model, "fp16", Mode::Chunk, &ids, &passes);
+        let logits = logits(&model, "fp16", Mode::Chunk, &ids, &passes);
         let mut worst = 0f64;
         for (at, expected) in nlls.iter().enumerate() {
             worst = worst.max((nll(&logits[at], ids[at + 1]) - expected).abs());
@@ -99,13 +101,13 @@ fn every_token_agrees_with_transformers() {
 
 #[test]
 fn fused_value_rotation_changes_nothing_but_rounding() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     for directory in fixtures() {
         let (ids, ..) = expected(&directory);
         let ids = &ids[..200];
         let loaded = load(&cpu, &directory, Some(DType::F32));
-        let plain = logits(&cpu, &loaded.model, "fp16", Mode::Chunk, ids, &[200]);
-        let rotated = rotated(&cpu, &loaded, Mode::Chunk, ids, &[200]);
+        let plain = logits(&loaded.model, "fp16", Mode::Chunk, ids, &[200]);
+        let rotated = rotated(&loaded, Mode::Chunk, ids, &[200]);
         for (at, (a, b)) in plain.iter().zip(&rotated).enumerate() {
             let difference = (nll(a, ids[at]) - nll(b, ids[at])).abs();
             assert!(difference < TOLERANCE, "{}: {difference}", directory.display());
@@ -115,7 +117,7 @@ fn fused_value_rotation_changes_nothing_but_rounding() {
 
 #[test]
 fn streaming_in_one_pass_is_decoding_token_by_token() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     for name in ["qwen2-bias-bf16", "llama32-old-bf16"] {
         let directory = repository().join("fixtures").join(name);
         let (ids, ..) = expected(&directory);
@@ -123,18 +125,18 @@ fn streaming_in_one_pass_is_decoding_token_by_token() {
         let loaded = load(&cpu, &directory, None);
         // Here the cache rotates the values of kvlinc.
         for scheme in ["fp16", "kivi", "kivi-paper", "kvlinc"] {
-            let one_pass = logits(&cpu, &loaded.model, scheme, Mode::Streaming, &ids, &[200, 312]);
-            let decoded = logits(&cpu, &loaded.model, scheme, Mode::Chunk, &ids, &[1; 512]);
+            let one_pass = logits(&loaded.model, scheme, Mode::Streaming, &ids, &[200, 312]);
+            let decoded = logits(&loaded.model, scheme, Mode::Chunk, &ids, &[1; 512]);
             assert!(one_pass == decoded, "{name}, {scheme}");
         }
-        let one_pass = rotated(&cpu, &loaded, Mode::Streaming, &ids, &[200, 312]);
-        assert!(one_pass == rotated(&cpu, &loaded, Mode::Chunk, &ids, &[1; 512]), "{name}, rotated by the weights");
+        let one_pass = rotated(&loaded, Mode::Streaming, &ids, &[200, 312]);
+        assert!(one_pass == rotated(&loaded, Mode::Chunk, &ids, &[1; 512]), "{name}, rotated by the weights");
     }
 }
 
 #[test]
 fn aligned_weights_are_mapped_and_tied_ones_shared() {
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let mut shared = 0;
     for directory in fixtures() {
         let Loaded { weights, config, .. } = load(&cpu, &directory, None);

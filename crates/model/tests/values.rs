@@ -6,8 +6,10 @@ mod passes;
 use candle_core::quantized::GgmlDType;
 use common::{Gguf, fixture, made_up};
 use dibit_cache::{CacheLayout, CacheShape, Calibration, LayerCalibration, Scheme};
-use dibit_device::{Cpu, DType, Device, Mode, Tensor};
+use dibit_cpu::Cpu;
+use dibit_device::{DType, Mode, Tensor};
 use dibit_model::{Model, ModelError, ModelFiles, Pretrained, WeightSource};
+use dibit_runner::{Capacity, Runner};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -63,8 +65,8 @@ fn ids(count: usize, vocab_size: usize) -> Vec<u32> {
 }
 
 /// The model of a layout, run token by token over what is stored.
-fn decoded(cpu: &Cpu, model: &Model<Cpu>, layout: &CacheLayout, ids: &[u32]) -> Vec<Vec<f32>> {
-    passes::logits(cpu, model, layout, Mode::Streaming, ids, &[ids.len()])
+fn decoded(model: &Arc<Model<Cpu>>, layout: &CacheLayout, ids: &[u32]) -> Vec<Vec<f32>> {
+    passes::logits(model, layout, Mode::Streaming, ids, &[ids.len()])
 }
 
 /// Largest difference, as a share of the largest number.
@@ -76,24 +78,24 @@ fn apart(expected: &[Vec<f32>], found: &[Vec<f32>]) -> f32 {
 
 #[test]
 fn fused_is_online_is_plain() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     // Biases, several query heads on a KV head, one KV head, heads of 64 to 256.
     for name in ["qwen2-bias-bf16", "llama32-old-bf16", "llama2-linear-f16", "qwen3-hd256-bf16"] {
         for (dtype, rounding) in [(DType::F32, 1e-4), (DType::F16, 4e-3), (DType::Bf16, 3e-2)] {
             let pretrained = load(&fixture(name), Some(dtype));
             let Pretrained { config, weights, .. } = &pretrained;
-            let plain = Model::new(&cpu, config, weights).unwrap();
+            let plain = Arc::new(Model::new(&cpu, config, weights).unwrap());
             let half = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
             let ids = ids(300, config.vocab_size);
-            let prompt = |model: &Model<Cpu>, layout: &CacheLayout| {
-                passes::logits(&cpu, model, layout, Mode::Chunk, &ids, &[ids.len()])
+            let prompt = |model: &Arc<Model<Cpu>>, layout: &CacheLayout| {
+                passes::logits(model, layout, Mode::Chunk, &ids, &[ids.len()])
             };
             let expected = prompt(&plain, &half);
             for scheme in schemes(config.cache_shape()) {
                 let online = config.cache_layout(&scheme).unwrap();
                 let fused = pretrained.cache_layout(&scheme).unwrap();
                 assert!(fused.fused_values().iter().all(Option::is_some));
-                let model = Model::for_cache(&cpu, config, weights, &fused).unwrap();
+                let model = Arc::new(Model::for_cache(&cpu, config, weights, &fused).unwrap());
                 let what = format!("{name} in {dtype:?}, {}", scheme.name);
                 // A prompt is seen exactly.
                 let differences =
@@ -101,7 +103,7 @@ fn fused_is_online_is_plain() {
                 println!("{what}: a prompt online, and fused: {differences:?}");
                 assert!(differences[0] < 1e-4 && differences[1] < rounding, "{what}: {differences:?}");
                 // What is stored has 8 bits, and a code more or less here and there.
-                let [online, fused] = [(&plain, &online), (&model, &fused)].map(|(m, l)| decoded(&cpu, m, l, &ids));
+                let [online, fused] = [(&plain, &online), (&model, &fused)].map(|(m, l)| decoded(m, l, &ids));
                 let differences = [apart(&expected, &online), apart(&online, &fused)];
                 println!("{what}: decoded online against a prompt, and fused: {differences:?}");
                 assert!(differences[0] < 0.2 && differences[1] < 0.02 + rounding, "{what}: {differences:?}");
@@ -112,16 +114,16 @@ fn fused_is_online_is_plain() {
 
 #[test]
 fn quantised_projections_stay_as_they_are() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_1, GgmlDType::Q4K] {
         let file = made_up(dtype);
         let [blocks, numbers] = [None, Some(DType::F32)].map(|dtype| load_gguf(&file, dtype));
         let config = &blocks.config;
         let ids = ids(300, config.vocab_size);
-        let plain = Model::new(&cpu, config, &blocks.weights).unwrap();
+        let plain = Arc::new(Model::new(&cpu, config, &blocks.weights).unwrap());
         let half = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
-        let prompt = |model: &Model<Cpu>, layout: &CacheLayout| {
-            passes::logits(&cpu, model, layout, Mode::Chunk, &ids, &[ids.len()])
+        let prompt = |model: &Arc<Model<Cpu>>, layout: &CacheLayout| {
+            passes::logits(model, layout, Mode::Chunk, &ids, &[ids.len()])
         };
         let expected = prompt(&plain, &half);
         for scheme in schemes(config.cache_shape()) {
@@ -131,7 +133,7 @@ fn quantised_projections_stay_as_they_are() {
             assert_eq!((values.fused, values.online), (0, 2), "{what}");
             assert!(values.multiply_adds > 0 && values.to_string().contains("in 2 layers"), "{what}: {values}");
             let (before, model) =
-                (blocks.weights.formats(), Model::for_cache(&cpu, config, &blocks.weights, &layout).unwrap());
+                (blocks.weights.formats(), Arc::new(Model::for_cache(&cpu, config, &blocks.weights, &layout).unwrap()));
             assert_eq!(blocks.weights.formats(), before, "{what}");
             let difference = apart(&expected, &prompt(&model, &layout));
             // Products of blocks round the other factor to 8 bits, where the last bit of a number may decide.
@@ -139,13 +141,13 @@ fn quantised_projections_stay_as_they_are() {
             // The same numbers in 32 bit are fused, and compute the same.
             let fused = numbers.cache_layout(&scheme).unwrap();
             assert_eq!(fused.transformed_values(4).fused, 2, "{what}");
-            let fused_model = Model::for_cache(&cpu, config, &numbers.weights, &fused).unwrap();
+            let fused_model = Arc::new(Model::for_cache(&cpu, config, &numbers.weights, &fused).unwrap());
             let differences = [
                 apart(
-                    &prompt(&Model::new(&cpu, config, &numbers.weights).unwrap(), &half),
+                    &prompt(&Arc::new(Model::new(&cpu, config, &numbers.weights).unwrap()), &half),
                     &prompt(&fused_model, &fused),
                 ),
-                apart(&decoded(&cpu, &model, &layout, &ids), &decoded(&cpu, &fused_model, &fused, &ids)),
+                apart(&decoded(&model, &layout, &ids), &decoded(&fused_model, &fused, &ids)),
             ];
             println!("{what}: {difference}, {differences:?}");
             assert!(differences[0] < 1e-4 && differences[1] < 0.1, "{what}: {differences:?}");
@@ -158,7 +160,7 @@ fn quantised_projections_stay_as_they_are() {
 
 #[test]
 fn layers_may_differ() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let mut mixed = load_gguf(&made_up(GgmlDType::Q8_0), None);
     let numbers = load_gguf(&made_up(GgmlDType::Q8_0), Some(DType::F16));
     // Of layer 0 both are numbers now, of layer 1 the value projection alone.
@@ -168,13 +170,13 @@ fn layers_may_differ() {
     let config = &mixed.config;
     let ids = ids(200, config.vocab_size);
     let half = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
-    let plain = Model::new(&cpu, config, &mixed.weights).unwrap();
-    let expected = passes::logits(&cpu, &plain, &half, Mode::Chunk, &ids, &[200]);
+    let plain = Arc::new(Model::new(&cpu, config, &mixed.weights).unwrap());
+    let expected = passes::logits(&plain, &half, Mode::Chunk, &ids, &[200]);
     for scheme in schemes(config.cache_shape()) {
         let layout = mixed.cache_layout(&scheme).unwrap();
         assert_eq!(layout.fused_values().iter().map(Option::is_some).collect::<Vec<_>>(), [true, false]);
-        let model = plain.variant(&cpu, &mixed.weights, &layout).unwrap();
-        let difference = apart(&expected, &passes::logits(&cpu, &model, &layout, Mode::Chunk, &ids, &[200]));
+        let model = Arc::new(plain.variant(&mixed.weights, &layout).unwrap());
+        let difference = apart(&expected, &passes::logits(&model, &layout, Mode::Chunk, &ids, &[200]));
         println!("{}: {difference}", scheme.name);
         assert!(difference < BLOCKS, "{}: {difference}", scheme.name);
     }
@@ -182,7 +184,7 @@ fn layers_may_differ() {
 
 #[test]
 fn variants_are_the_models_that_they_stand_for() {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let pretrained = load(&fixture("qwen2-bias-bf16"), None);
     let Pretrained { config, weights, .. } = &pretrained;
     let ids = ids(150, config.vocab_size);
@@ -190,30 +192,30 @@ fn variants_are_the_models_that_they_stand_for() {
     let [hadamard, basis] = schemes(config.cache_shape());
     let other = in_planes(config.cache_shape(), 50);
     layouts.extend([hadamard, basis, other].map(|scheme| pretrained.cache_layout(&scheme).unwrap()));
-    let own: Vec<Model<Cpu>> =
-        layouts.iter().map(|layout| Model::for_cache(&cpu, config, weights, layout).unwrap()).collect();
+    let own: Vec<Arc<Model<Cpu>>> =
+        layouts.iter().map(|layout| Arc::new(Model::for_cache(&cpu, config, weights, layout).unwrap())).collect();
     for (from, model) in own.iter().enumerate() {
         for (to, layout) in layouts.iter().enumerate() {
             assert_eq!(model.suits(layout), from == to);
-            let variant = model.variant(&cpu, weights, layout).unwrap();
+            let variant = Arc::new(model.variant(weights, layout).unwrap());
             assert!(variant.suits(layout));
-            assert!(decoded(&cpu, &variant, layout, &ids) == decoded(&cpu, &own[to], layout, &ids), "{from} to {to}");
+            assert!(decoded(&variant, layout, &ids) == decoded(&own[to], layout, &ids), "{from} to {to}");
         }
     }
 }
 
 #[test]
 fn a_cache_of_another_frame_is_refused() {
-    let cpu = Cpu::new(Some(1)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let pretrained = load(&fixture("qwen2-bias-bf16"), None);
     let Pretrained { config, weights, .. } = &pretrained;
     let [hadamard, basis] = schemes(config.cache_shape());
     let other = in_planes(config.cache_shape(), 50);
     let online = config.cache_layout(&hadamard).unwrap();
     let fused = [hadamard, basis, other].map(|scheme| pretrained.cache_layout(&scheme).unwrap());
-    let plain = Model::new(&cpu, config, weights).unwrap();
-    let rotated = Model::for_cache(&cpu, config, weights, &fused[0]).unwrap();
-    let based = Model::for_cache(&cpu, config, weights, &fused[1]).unwrap();
+    let plain = Arc::new(Model::new(&cpu, config, weights).unwrap());
+    let rotated = Arc::new(Model::for_cache(&cpu, config, weights, &fused[0]).unwrap());
+    let based = Arc::new(Model::for_cache(&cpu, config, weights, &fused[1]).unwrap());
     for (model, layout) in [
         (&plain, &fused[0]),
         (&plain, &fused[1]),
@@ -222,14 +224,8 @@ fn a_cache_of_another_frame_is_refused() {
         (&based, &fused[0]),
         (&based, &fused[2]),
     ] {
-        let mut manager = dibit_cache::CacheManager::new(layout.clone(), 1, 1);
-        let mut store = cpu.store(layout, 1, 1, 4).unwrap();
-        let mut workspace = dibit_model::Workspace::new(&cpu, config, 4, 4).unwrap();
-        let mut sequence = manager.open().unwrap();
-        manager.reserve(&mut sequence, 4).unwrap();
-        let mut batch = dibit_device::Batch::new(Mode::Chunk);
-        batch.push(&sequence, 4, layout.window);
-        let refused = model.forward(&cpu, &mut workspace, &mut store, &batch, &[1, 2, 3, 4]).unwrap_err();
+        let capacity = Capacity::of_one(layout, 4, 4);
+        let refused = Runner::new(model.clone(), layout.clone(), capacity).err().unwrap();
         assert!(matches!(refused, ModelError::OtherValues { .. }), "{refused}");
         assert!(refused.to_string().contains(layout.scheme_name()), "{refused}");
     }

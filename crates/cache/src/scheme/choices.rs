@@ -187,9 +187,12 @@ impl Sinks {
             Sinks::Pivots(pivots) => pivots.count.max(Pivots::FALLBACK),
         }
     }
-}
 
-impl Sinks {
+    /// Whether they are chosen by the activations of a prompt.
+    pub fn are_chosen(self) -> bool {
+        matches!(self, Sinks::Massive(_) | Sinks::Pivots(_))
+    }
+
     /// First tokens of a sequence that are never packed, whatever they hold.
     pub fn first(self) -> usize {
         match self {

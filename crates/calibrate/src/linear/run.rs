@@ -11,6 +11,7 @@ use crate::CalibrationError;
 use dibit_cache::Adapters;
 use dibit_device::{DeviceError, Train};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// Measurements in the course of a training, about, besides the first.
 const MEASUREMENTS: usize = 10;
@@ -35,7 +36,7 @@ pub(crate) type Outcome = (Vec<Option<Adapters>>, Training);
 
 /// Trains from where `progressed` stands; `None` where `watch` broke it off, with `progressed` at the last whole step.
 pub(crate) fn train<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     trainer: &mut Trainer<D>,
     material: &Material,
     recipe: &Recipe,
@@ -114,7 +115,7 @@ impl Progressed {
 }
 
 fn finish<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     trainer: &Trainer<D>,
     recipe: &Recipe,
     sums: &[Sums],

@@ -6,7 +6,8 @@ use super::recipe::{Recipe, Start};
 use super::start::{Seen, start};
 use super::tiles::Tiles;
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
-use dibit_device::{Cpu, Device, Isa};
+use dibit_cpu::{Cpu, Isa};
+use dibit_device::{Memory, Train};
 
 const CONTEXT: usize = 300;
 

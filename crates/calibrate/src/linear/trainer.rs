@@ -10,7 +10,9 @@ use super::tiles::{Tiles, corrected_rows};
 use crate::CalibrationError;
 use dibit_cache::CacheLayout;
 use dibit_device::{DeviceError, Train};
-use dibit_model::{ExactPass, Observation, Pretrained};
+use dibit_model::{Observation, Pretrained};
+use dibit_runner::ExactPass;
+use std::sync::Arc;
 
 /// Least share of the queries of held-out sequences that are measured.
 const MEASURED_ROWS: f32 = 0.25;
@@ -20,7 +22,7 @@ const HELD_OUT_STREAM: u64 = 1 << 40;
 
 /// The adapters of all layers, and everything that is needed to train them.
 pub(crate) struct Trainer<'a, D: Train> {
-    device: &'a D,
+    device: &'a Arc<D>,
     layout: CacheLayout,
     recipe: &'a Recipe,
     seed: u64,
@@ -40,7 +42,7 @@ pub(crate) struct Trainer<'a, D: Train> {
 impl<'a, D: Train> Trainer<'a, D> {
     /// Adapters of zeros, for the linear correction of `features` features that `layout` has.
     pub(crate) fn new(
-        device: &'a D,
+        device: &'a Arc<D>,
         pretrained: &Pretrained,
         layout: CacheLayout,
         features: usize,
@@ -64,14 +66,14 @@ impl<'a, D: Train> Trainer<'a, D> {
         }
         let outputs = recipe.output_weight > 0.0;
         let adapters = layout.layers.iter();
-        let adapters = adapters.map(|layer| layer.linear.map(|_| Adapter::new(device, shape, recipe)).transpose());
+        let adapters = adapters.map(|layer| layer.linear.map(|_| Adapter::new(&**device, shape, recipe)).transpose());
         Ok(Trainer {
             device,
             recipe,
             seed,
             context,
             pass: ExactPass::new(device, config, &pretrained.weights, context)?,
-            layer_pass: LayerPass::new(device, shape, context, outputs)?,
+            layer_pass: LayerPass::new(&**device, shape, context, outputs)?,
             collector: Collector::new(shape, context, outputs),
             rows,
             shape,
@@ -96,7 +98,7 @@ impl<'a, D: Train> Trainer<'a, D> {
                     result = layer_pass.look(*device, input, adapter.shape).map(|shown| seen[row.layer] = Some(shown));
                 }
             };
-            pass.run(*device, ids, &mut observer)?;
+            pass.run(ids, &mut observer)?;
             result?;
         }
         for (layer, (adapter, seen)) in self.layers.iter_mut().zip(&seen).enumerate() {
@@ -165,7 +167,7 @@ impl<'a, D: Train> Trainer<'a, D> {
                 result = layer_pass.run(*device, input, adapter, task, &mut sums[seen.layer]);
             }
         };
-        pass.run(*device, ids, &mut observer)?;
+        pass.run(ids, &mut observer)?;
         result?;
         Ok(())
     }

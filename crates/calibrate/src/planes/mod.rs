@@ -19,10 +19,12 @@ use crate::CalibrationError;
 use budget::{Group, pooled};
 use dibit_cache::{CacheShape, LayerCalibration, Planes, Pool, Scheme};
 use dibit_device::Device;
-use dibit_model::{ExactPass, Observation, Pretrained};
+use dibit_model::{Observation, Pretrained};
+use dibit_runner::ExactPass;
 use sensitivity::{Alone, Place, Sensitivities, places};
 use statistics::Ranges;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use value_basis::{basis, output_metric};
 
 /// Sequences in which ranges are measured, those of values in their basis.
@@ -57,7 +59,7 @@ struct Placed {
 /// layers protect tokens with small values. Returns false where `progress`, called with the runs done and in all, broke it
 /// off.
 pub(crate) fn fit<D: Device>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     scheme: &Scheme,
     windows: &[Vec<u32>],
@@ -189,7 +191,7 @@ fn set(layer: &mut LayerCalibration, own: &Placed, shape: CacheShape) {
 /// Squared ranges of keys, and of values in the bases of their layers. `None` where `progress`, called with the windows
 /// done, broke it off.
 fn measure_ranges<D: Device>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     scheme: &Scheme,
     windows: &[Vec<u32>],
@@ -205,7 +207,7 @@ fn measure_ranges<D: Device>(
         if progress(index).is_break() {
             return Ok(None);
         }
-        pass.run(device, window, &mut |seen: Observation| {
+        pass.run(window, &mut |seen: Observation| {
             let basis = layers[seen.layer].value_basis.as_deref();
             ranges[seen.layer].add(shape, basis, seen.first_row, [seen.k, seen.v], scheme.sinks);
         })?;

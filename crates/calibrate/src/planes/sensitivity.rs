@@ -4,9 +4,10 @@
 //! quantised and every later one as it is.
 
 use crate::CalibrationError;
-use dibit_cache::{CacheManager, CacheShape, Calibration, Correction, LayerCalibration, LayerOverride, Scheme, Side};
-use dibit_device::{Batch, Device, Mode};
-use dibit_model::{Distribution, Model, Pretrained, Workspace};
+use dibit_cache::{CacheShape, Calibration, Correction, LayerCalibration, LayerOverride, Scheme, Side};
+use dibit_device::Device;
+use dibit_model::{Distribution, Model, Pretrained};
+use dibit_runner::{Capacity, Runner};
 use rayon::prelude::*;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -74,59 +75,29 @@ impl Alone {
     }
 }
 
-/// A cache, and buffers for passes of so many rows.
-struct Runner<D: Device> {
-    manager: CacheManager,
-    store: D::Store,
-}
-
-impl<D: Device> Runner<D> {
-    fn new(
-        device: &D,
-        pretrained: &Pretrained,
-        scheme: &Scheme,
-        context: usize,
-        rows: usize,
-    ) -> Result<Self, CalibrationError> {
-        let layout = pretrained.config.cache_layout(scheme)?;
-        let blocks = layout.blocks(context);
-        Ok(Runner { store: device.store(&layout, blocks, 1, rows)?, manager: CacheManager::new(layout, blocks, 1) })
-    }
-}
-
 /// Runs a model on some windows with parts of it quantised.
 pub(crate) struct Sensitivities<'a, D: Device> {
-    device: &'a D,
+    device: &'a Arc<D>,
     pretrained: &'a Pretrained,
     scheme: &'a Scheme,
     windows: &'a [&'a [u32]],
-    model: Model<D>,
+    /// Runs whole windows as they are.
     exact: Runner<D>,
-    /// For a whole window.
-    wide: Workspace<D>,
-    /// For [`ROWS`] rows.
-    narrow: Workspace<D>,
 }
 
 impl<'a, D: Device> Sensitivities<'a, D> {
     pub(crate) fn new(
-        device: &'a D,
+        device: &'a Arc<D>,
         pretrained: &'a Pretrained,
         scheme: &'a Scheme,
         windows: &'a [&'a [u32]],
     ) -> Result<Self, CalibrationError> {
         let config = &pretrained.config;
         let context = windows.iter().map(|window| window.len()).max().unwrap_or(0);
-        Ok(Sensitivities {
-            model: Model::new(device, config, &pretrained.weights)?,
-            exact: Runner::new(device, pretrained, &Scheme::load("fp16")?, context, context)?,
-            wide: Workspace::new(device, config, context, LOGIT_ROWS)?,
-            narrow: Workspace::new(device, config, ROWS, 1)?,
-            device,
-            pretrained,
-            scheme,
-            windows,
-        })
+        let layout = config.cache_layout(&Scheme::load("fp16")?)?;
+        let capacity = Capacity::of_one(&layout, context, LOGIT_ROWS);
+        let model = Arc::new(Model::new(device, config, &pretrained.weights)?);
+        Ok(Sensitivities { exact: Runner::new(model, layout, capacity)?, device, pretrained, scheme, windows })
     }
 
     /// For each KV head of each part, parts being in the order of layers, what it adds to the mean KL divergence in nats of
@@ -143,19 +114,19 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         let (mut rows, mut done) = (0, 0);
         for window in &self.windows[..windows.min(self.windows.len())] {
             let mut reference = Vec::new();
-            let mut residual = self.embed(window)?;
-            self.exactly(0..num_layers, &residual, window.len())?;
+            let mut residual = self.exact.embed(window)?;
+            self.exactly(0..num_layers, &residual)?;
             self.logits(window.len(), |_, logits| reference.extend_from_slice(logits))?;
             rows += window.len() / EVERY;
-            let (mut layer, mut behind) = (0, self.exactly(0..1, &residual, window.len())?);
+            let (mut layer, mut behind) = (0, self.exactly(0..1, &residual)?);
             for (part, sum) in parts.iter().zip(&mut sums) {
                 if progress(done).is_break() {
                     return Ok(None);
                 }
                 if part.layer > layer {
-                    residual = self.exactly(layer + 1..part.layer, &behind, window.len())?;
+                    residual = self.exactly(layer + 1..part.layer, &behind)?;
                     layer = part.layer;
-                    behind = self.exactly(layer..layer + 1, &residual, window.len())?;
+                    behind = self.exactly(layer..layer + 1, &residual)?;
                 }
                 let changed = self.quantised(part, &part.all, &residual)?;
                 let divergence = self.divergence(layer + 1, &changed, &reference, window.len())?;
@@ -168,26 +139,12 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         Ok(Some(sums))
     }
 
-    /// The residual stream that enters layer 0.
-    fn embed(&mut self, window: &[u32]) -> Result<Vec<f32>, CalibrationError> {
-        let mut residual = Vec::new();
-        self.model.embed(self.device, &mut self.wide, window)?;
-        self.wide.residual(self.device, window.len(), &mut residual)?;
-        Ok(residual)
-    }
-
     /// Runs a window through some layers as they are; returns the residual stream behind them.
-    fn exactly(&mut self, layers: Range<usize>, residual: &[f32], rows: usize) -> Result<Vec<f32>, CalibrationError> {
-        let Self { device, model, exact: Runner { manager, store }, wide, .. } = self;
-        let mut sequence = manager.open()?;
-        manager.reserve(&mut sequence, rows)?;
-        let mut batch = Batch::new(Mode::Chunk);
-        batch.push(&sequence, rows, manager.layout().window);
-        model.resume(*device, wide, store, &batch, layers, residual)?;
-        manager.close(sequence);
-        let mut behind = Vec::new();
-        wide.residual(*device, rows, &mut behind)?;
-        Ok(behind)
+    fn exactly(&mut self, layers: Range<usize>, residual: &[f32]) -> Result<Vec<f32>, CalibrationError> {
+        let mut sequence = self.exact.open()?;
+        let behind = self.exact.resume(&mut sequence, layers, residual);
+        self.exact.close(sequence);
+        Ok(behind?)
     }
 
     /// The residual stream behind the layer of a part that is quantised by a calibration.
@@ -200,22 +157,14 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         let config = &self.pretrained.config;
         let (width, rows) = (config.hidden_size, residual.len() / config.hidden_size);
         let scheme = part.scheme(self.scheme, calibration, config.num_hidden_layers);
-        let Runner { mut manager, mut store } = Runner::new(self.device, self.pretrained, &scheme, rows, ROWS)?;
-        let mut sequence = manager.open()?;
-        let (mut behind, mut own) = (Vec::with_capacity(residual.len()), Vec::new());
+        let layout = config.cache_layout(&scheme)?;
+        let capacity = Capacity { rows: ROWS, ..Capacity::of_one(&layout, rows, 1) };
+        let mut runner = Runner::new(self.exact.model().clone(), layout, capacity)?;
+        let mut sequence = runner.open()?;
+        let mut behind = Vec::with_capacity(residual.len());
         for chunk in residual.chunks(ROWS * width) {
-            let count = chunk.len() / width;
-            let len = sequence.len() + count;
-            manager.reserve(&mut sequence, len)?;
-            let mut batch = Batch::new(Mode::Chunk);
-            batch.push(&sequence, count, manager.layout().window);
-            let layers = part.layer..part.layer + 1;
-            self.model.resume(self.device, &mut self.narrow, &mut store, &batch, layers, chunk)?;
-            manager.advance(&mut sequence, len);
-            self.narrow.residual(self.device, count, &mut own)?;
-            behind.extend_from_slice(&own);
+            behind.extend(runner.resume(&mut sequence, part.layer..part.layer + 1, chunk)?);
         }
-        manager.close(sequence);
         Ok(behind)
     }
 
@@ -244,7 +193,7 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         rows: usize,
     ) -> Result<f64, CalibrationError> {
         let vocab_size = self.pretrained.config.vocab_size;
-        self.exactly(layer..self.pretrained.config.num_hidden_layers, residual, rows)?;
+        self.exactly(layer..self.pretrained.config.num_hidden_layers, residual)?;
         let mut sum = 0.0;
         let device = self.device;
         self.logits(rows, |first, logits| {
@@ -262,7 +211,7 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         let all: Vec<usize> = (0..rows).skip(EVERY - 1).step_by(EVERY).collect();
         let mut logits = Vec::new();
         for (index, rows) in all.chunks(LOGIT_ROWS).enumerate() {
-            self.model.logits(self.device, &mut self.wide, rows, &mut logits)?;
+            self.exact.outputs().logits(rows, &mut logits)?;
             seen(index * LOGIT_ROWS, &logits);
         }
         Ok(())

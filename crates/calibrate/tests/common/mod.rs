@@ -3,13 +3,15 @@
 
 use dibit_cache::Scheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, Recipe, Text, calibrate};
-use dibit_device::{Cpu, DType};
+use dibit_cpu::Cpu;
+use dibit_device::DType;
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tempfile::TempDir;
 
 /// One checkpoint of each family, with head sizes of every kind.
@@ -102,7 +104,7 @@ pub fn try_make(
     ids: &[u32],
     options: &Options,
 ) -> Result<Artefact, CalibrationError> {
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let made = calibrate(&cpu, pretrained, scheme, &one(ids), options, |_| ControlFlow::Continue(()))?;
     Ok(made.expect("nobody stopped it"))
 }

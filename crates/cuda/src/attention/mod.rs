@@ -14,8 +14,8 @@ use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
 use crate::store::{CudaStore, ROWS};
 use crate::{Cuda, CudaError, abi};
-use dibit_cache::{CacheLayout, LayerLayout, Sees};
-use dibit_device::{Batch, DeviceError, Phase};
+use dibit_cache::{CacheLayout, LayerLayout};
+use dibit_device::{Arithmetic, Attention, DeviceError, Phase};
 use packed::Packed;
 use std::ops::Range;
 use std::sync::Arc;
@@ -46,9 +46,9 @@ enum Path<'a> {
 }
 
 /// How attention of passes of a phase is computed, in words.
-pub(crate) fn describe(c: &Cuda, layout: &CacheLayout, phase: Phase) -> String {
+pub(crate) fn describe(layout: &CacheLayout, arithmetic: Arithmetic, phase: Phase) -> String {
     let exact = "f32, pages of any form expanded in shared memory";
-    if c.is_exact() {
+    if arithmetic == Arithmetic::Exact {
         return format!("{exact} (the weights are f32)");
     }
     let is_packed = |index: usize| phase == Phase::Decode && Packed::suits(layout, index).is_some();
@@ -73,21 +73,6 @@ pub(crate) fn describe(c: &Cuda, layout: &CacheLayout, phase: Phase) -> String {
     paths.join("; in other layers: ")
 }
 
-/// Rows of staged spans that attend.
-struct Call<'a> {
-    layer: usize,
-    phase: Phase,
-    /// Rows of the batch.
-    rows: Range<usize>,
-    /// The row with which `q` and `out` begin.
-    first: usize,
-    num_heads: usize,
-    /// Whether the pass in flight is seen.
-    incoming: bool,
-    q: &'a Buffer,
-    out: &'a Buffer,
-}
-
 /// What a kernel that computes parts needs to know.
 struct Parts {
     layer: usize,
@@ -105,65 +90,21 @@ impl Parts {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn attention(
+/// Rows of the spans in place attend.
+pub(crate) fn attend(
     c: &Cuda,
     store: &mut CudaStore,
-    layer: usize,
-    batch: &Batch,
-    rows: Range<usize>,
-    num_heads: usize,
+    call: Attention,
     q: &Buffer,
     out: &mut Buffer,
 ) -> Result<(), DeviceError> {
-    let width = num_heads * store.layout.shape.head_dim;
-    assert!(rows.len() * width <= q.len.min(out.len), "queries of rows");
-    if rows.is_empty() {
-        return Ok(());
-    }
-    let call = |phase: Phase, rows: Range<usize>, first: usize, incoming: bool| Call {
-        layer,
-        phase,
-        rows,
-        first,
-        num_heads,
-        incoming,
-        q,
-        out: &*out,
-    };
-    if !store.is_stepwise(batch) {
-        store.stage_alone(batch)?;
-        return attend(c, store, call(batch.phase(), rows.clone(), rows.start, true));
-    }
-    let stored = store.layout.sees == Sees::Stored;
-    for span in &batch.spans {
-        let mut one = span.clone();
-        for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
-            one.rows = row..row + 1;
-            one.cached = span.cached + row - span.rows.start;
-            store.stage_spans(std::slice::from_ref(&one), true)?;
-            if stored {
-                store.append(c, layer, std::slice::from_ref(&one))?;
-                one.cached += 1;
-                store.stage_spans(std::slice::from_ref(&one), false)?;
-            }
-            attend(c, store, call(Phase::Decode, row..row + 1, rows.start, !stored))?;
-            if !stored {
-                store.append(c, layer, std::slice::from_ref(&one))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn attend(c: &Cuda, store: &mut CudaStore, call: Call) -> Result<(), DeviceError> {
     let gpu = &c.gpu;
     let shape = store.layout.shape;
     let (heads, kv_heads, d) = (call.num_heads, shape.num_key_value_heads, shape.head_dim);
-    let (shared, rows) = (heads / kv_heads, call.rows.len());
-    let number = size_of::<f32>();
-    let at = (call.rows.start - call.first) * heads * d * number;
-    let (given, out) = (call.q.memory.at(at), call.out.memory.at(at));
+    let (shared, rows, first) = (heads / kv_heads, call.rows.len(), call.rows.start - call.first);
+    let (number, width) = (size_of::<f32>(), heads * d);
+    assert!((first + rows) * width <= q.len.min(out.len), "queries of rows");
+    let (given, out) = (q.memory.at(first * width * number), out.memory.at(first * width * number));
     let mut q = given;
     let keys = &store.layers[call.layer].keys;
     if !keys.is_none() {
@@ -173,7 +114,7 @@ fn attend(c: &Cuda, store: &mut CudaStore, call: Call) -> Result<(), DeviceError
         launch!(gpu, store.kernels.rotate_rows, grid, q, rotated, rotation, rows as i32, d as i32, shared as i32);
         q = rotated;
     }
-    let own = if c.is_exact() { None } else { Some(store.attention(c, call.layer)?) };
+    let own = if call.arithmetic == Arithmetic::Exact { None } else { Some(store.attention(c, call.layer)?) };
     let path = match own.as_deref() {
         Some(Kernels { packed: Some(packed), .. }) if call.phase == Phase::Decode => Path::Packed(packed),
         Some(Kernels { tiles: Some(tiles), .. }) => Path::Tiles(tiles),

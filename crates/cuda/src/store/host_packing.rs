@@ -1,108 +1,121 @@
-//! Packing on the host, for pages that hold low-rank factors or outliers: a cache of the CPU beside that of the GPU, which
-//! gets what changes in it.
+//! Packing on the host, for pages that hold low-rank factors or outliers: what a sequence has in a layer is read from the GPU
+//! when tokens leave its window, and written back.
 
+use super::Side;
 use crate::CudaError;
-use crate::device::Buffer;
 use crate::memory::Memory;
+use bytemuck::Zeroable;
 use dibit_cache::CacheLayout;
-use dibit_device::host::{CpuStore, blocks, leaving};
-use dibit_device::{Batch, DeviceError, Isa, Span};
+use dibit_cpu::{HostPacker, LayerRows};
+use dibit_device::{DeviceError, Span};
 use half::f16;
 use std::ops::Range;
 
 pub(super) struct HostPacking {
-    cache: CpuStore,
-    /// Rows on their way to the host.
-    rows: [Vec<f32>; 2],
+    packer: HostPacker,
+    /// Keys and values outside of pages.
+    sides: [Rows; 2],
 }
 
-/// What on the GPU is written.
-pub(super) struct Target<'a> {
+/// Keys, or values, of a sequence outside of pages, `[kv head][slot][head_dim]`.
+#[derive(Default)]
+struct Rows {
+    ring: Vec<f16>,
+    sinks: Vec<f16>,
+    incoming: Vec<f32>,
+}
+
+/// The bytes of a sequence in a layer, on the GPU.
+pub(super) struct Bytes<'a> {
     pub pool: &'a Memory,
-    /// Protected keys and values, fp16 `[layer][sequence][kv head][sink][head_dim]`.
-    pub sinks: [&'a Memory; 2],
+    pub sides: [&'a Side; 2],
     pub states: &'a Memory,
-    pub num_sequences: usize,
+    /// Number of the sequence among those of all layers.
+    pub sequence: usize,
+    /// Rows of a pass.
+    pub max_rows: usize,
+    /// Protected positions.
+    pub sinks: &'a [u32],
 }
 
 impl HostPacking {
-    pub(super) fn new(
-        layout: &CacheLayout,
-        num_blocks: usize,
-        num_sequences: usize,
-        max_rows: usize,
-    ) -> Result<Self, DeviceError> {
-        let cache = CpuStore::new(Isa::detect(), layout, num_blocks, num_sequences, max_rows)?;
-        Ok(HostPacking { cache, rows: Default::default() })
+    pub(super) fn new(layout: &CacheLayout) -> Result<Self, DeviceError> {
+        Ok(HostPacking { packer: HostPacker::new(layout)?, sides: Default::default() })
     }
 
-    pub(super) fn observe(
-        &mut self,
-        layer: usize,
-        batch: &Batch,
-        hidden: &Buffer,
-        width: usize,
-    ) -> Result<(), CudaError> {
-        let rows = &mut self.rows[0];
-        download(hidden, batch.rows() * width, rows)?;
-        self.cache.observe(layer, batch, rows, width);
-        Ok(())
-    }
-
-    pub(super) fn write(
-        &mut self,
-        layer: usize,
-        batch: &Batch,
-        rows: Range<usize>,
-        k: &Buffer,
-        v: &Buffer,
-    ) -> Result<(), DeviceError> {
-        let numbers = rows.len() * self.cache.layout().shape.row();
-        let [keys, values] = &mut self.rows;
-        download(k, numbers, keys)?;
-        download(v, numbers, values)?;
-        self.cache.write(layer, batch, rows, keys, values)
-    }
-
-    /// Stores the rows of a span, and tells the GPU which pages, protected tokens and states that has changed.
+    /// Packs what leaves the window while the rows of a span are stored.
     pub(super) fn append(
         &mut self,
         layout: &CacheLayout,
         layer: usize,
         span: &Span,
-        to: &Target,
+        of: &Bytes,
     ) -> Result<(), DeviceError> {
-        let cache = &mut self.cache;
-        cache.append(layer, span, span.rows.clone(), span.cached)?;
-        let heads = layout.shape.num_key_value_heads;
-        let leaving = leaving(layout, span.cached..span.cached + span.rows.len());
-        for (block, class) in blocks(span, leaving.clone()) {
-            for head in 0..heads {
-                to.pool.write(layout.page_offset(class, block, layer, head), cache.page(class, block, layer, head))?;
-            }
+        let blocks = span.filled_blocks(layout.window, span.cached..span.len());
+        if blocks.is_empty() {
+            return Ok(());
         }
-        let capacity = layout.sinks.capacity();
-        let row_bytes = layout.shape.head_dim * size_of::<f16>();
-        for (slot, token) in cache.sinks(span, layer).iter().enumerate() {
-            if !leaving.iter().any(|tokens| tokens.contains(&(*token as usize))) {
-                continue;
-            }
-            for head in 0..heads {
-                let sequence = layer * to.num_sequences + span.slot as usize;
-                let at = ((sequence * heads + head) * capacity + slot) * row_bytes;
-                for (memory, row) in to.sinks.iter().zip(cache.sink(span, layer, head, slot)) {
-                    memory.write(at, bytemuck::cast_slice(row))?;
-                }
-            }
+        let sink_numbers = layout.sinks.capacity() * layout.shape.row();
+        for (own, side) in self.sides.iter_mut().zip(of.sides) {
+            let numbers = side.slots * layout.shape.row();
+            read(&side.ring, of.sequence * numbers, numbers, &mut own.ring)?;
+            read(&side.sinks, of.sequence * sink_numbers, sink_numbers, &mut own.sinks)?;
+            own.read_incoming(layout, side, span.rows.clone(), of.max_rows)?;
         }
-        match cache.state_bytes(span, layer).filter(|_| !leaving[0].is_empty()) {
-            Some((at, bytes)) => Ok(to.states.write(at, bytes)?),
-            None => Ok(()),
+        let mut pages = Vec::new();
+        for (block, class) in blocks {
+            let mut bytes = vec![0; layout.layer(class, layer).bytes()];
+            of.pool.read(layout.page_offset(class, block, layer, 0), &mut bytes)?;
+            pages.push((block, class, bytes));
         }
+        let (mut states, mut states_at) = (Vec::new(), 0);
+        if let Some(own) = &layout.layers[layer].states {
+            states_at = span.slot as usize * layout.state_bytes() + own.offset;
+            read(of.states, states_at, own.bytes(), &mut states)?;
+        }
+        let own = Span { rows: 0..span.rows.len(), ..span.clone() };
+        let rows = self.sides.each_mut().map(|own| LayerRows {
+            ring: &mut own.ring,
+            sinks: &mut own.sinks,
+            incoming: &own.incoming,
+        });
+        self.packer.append(layer, &own, rows, &mut pages, &mut states, of.sinks)?;
+        for (block, class, bytes) in &pages {
+            of.pool.write(layout.page_offset(*class, *block, layer, 0), bytes)?;
+        }
+        for (own, side) in self.sides.iter().zip(of.sides) {
+            side.sinks.write(of.sequence * sink_numbers * size_of::<f16>(), bytemuck::cast_slice(&own.sinks))?;
+        }
+        Ok(of.states.write(states_at, &states)?)
     }
 }
 
-fn download(from: &Buffer, numbers: usize, to: &mut Vec<f32>) -> Result<(), CudaError> {
-    to.resize(numbers, 0.0);
-    from.memory.read(0, bytemuck::cast_slice_mut(to))
+impl Rows {
+    fn read_incoming(
+        &mut self,
+        layout: &CacheLayout,
+        side: &Side,
+        rows: Range<usize>,
+        max_rows: usize,
+    ) -> Result<(), CudaError> {
+        let d = layout.shape.head_dim;
+        self.incoming.clear();
+        for head in 0..layout.shape.num_key_value_heads {
+            let mut own = Vec::new();
+            read::<f32>(&side.incoming, (head * max_rows + rows.start) * d, rows.len() * d, &mut own)?;
+            self.incoming.extend(own);
+        }
+        Ok(())
+    }
+}
+
+/// Reads numbers from number `first` on.
+fn read<T: bytemuck::Pod + Zeroable>(
+    from: &Memory,
+    first: usize,
+    numbers: usize,
+    to: &mut Vec<T>,
+) -> Result<(), CudaError> {
+    to.resize(numbers, T::zeroed());
+    from.read(first * size_of::<T>(), bytemuck::cast_slice_mut(to))
 }

@@ -1,18 +1,13 @@
 //! What a layer does to keys, queries and values, on a GPU.
 
-use super::feedback::Feedback;
 use super::rotation::Rotation;
 use crate::CudaError;
 use crate::abi;
 use crate::gpu::Gpu;
 use crate::memory::Memory;
 use bytemuck::Zeroable;
-use dibit_cache::{
-    CacheLayout, LayerLayout, PAGE_TOKENS, Permutation, Planes, PreRope, SideLayout, StateType, Transform,
-    ValueTransform,
-};
+use dibit_cache::{CacheLayout, CodingOrder, FeatureMaps, HeadTransform, PAGE_TOKENS, PreRopeTransform, StateType};
 use dibit_device::DeviceError;
-use dibit_device::host::FeatureMaps;
 use std::sync::Arc;
 
 /// One layer.
@@ -30,6 +25,13 @@ pub(crate) struct Layer {
     pub order: Option<Memory>,
     feedback: Option<Feedback>,
     pub correction: Option<Correction>,
+}
+
+/// Error feedback of keys.
+struct Feedback {
+    /// Number in storage of each channel, in the order of coding, `[kv head][head_dim]`.
+    places: Memory,
+    factors: Memory,
 }
 
 /// Keys that are stored before RoPE.
@@ -59,67 +61,17 @@ impl Layer {
         index: usize,
         num_blocks: usize,
     ) -> Result<Self, DeviceError> {
-        let own = &layout.layers[index];
-        let shape = layout.shape;
+        let d = layout.shape.head_dim;
         let missing = || DeviceError::Tables(layout.scheme_name().to_owned());
-        let tables = layout.tables();
-        let calibration = tables.and_then(|tables| tables.layer(index));
-        let hadamard = || -> Result<_, DeviceError> { Rotation::hadamard(gpu, shape.head_dim)?.map_err(|_| missing()) };
-        let keys = match own.keys {
-            Transform::Hadamard => hadamard()?,
-            Transform::Basis => {
-                let basis = tables.and_then(|tables| tables.key_basis(index)).ok_or_else(missing)?;
-                Rotation::basis(gpu, shape.head_dim, &basis)?
-            }
-            _ => Rotation::None,
-        };
-        // Without tables it would be taken for values as they are.
-        if own.values == Transform::Basis && tables.and_then(|tables| tables.value_basis(index)).is_none() {
-            return Err(missing());
-        }
-        let values = match layout.online_values(index) {
-            Some(ValueTransform::Hadamard) => hadamard()?,
-            Some(ValueTransform::Basis(basis)) => Rotation::basis(gpu, shape.head_dim, &basis)?,
-            None => Rotation::None,
-        };
-        let pre_rope = match own.keys {
-            Transform::PreRope(choice) => Some(PreRopeKeys::new(gpu, layout, own, choice, index, num_blocks)?),
-            _ => None,
-        };
-        let has_planes = |side: SideLayout| matches!(side, SideLayout::Packed(side) if side.planes.is_some());
-        let order = match own.pages.iter().any(|page| has_planes(page.keys)) {
-            true => {
-                let counts = calibration.and_then(|own| own.key_planes.as_ref()).ok_or_else(missing)?;
-                let heads = counts.chunks_exact(shape.head_dim).flat_map(Planes::order);
-                Some(heads.map(|channel| channel as i32).collect::<Vec<_>>())
-            }
-            false => None,
-        };
-        let takes_feedback = |side: SideLayout| matches!(side, SideLayout::Packed(side) if side.feedback);
-        let feedback = match own.pages.iter().any(|page| takes_feedback(page.keys)) {
-            true => {
-                let all = calibration.and_then(|own| own.key_feedback.as_ref()).ok_or_else(missing)?;
-                Some(Feedback::new(gpu, all, shape.head_dim, order.as_deref())?)
-            }
-            false => None,
-        };
-        let order = order.map(|order| Memory::of(gpu, "an order of channels", &order)).transpose()?;
-        let adapters = own.states.as_ref().zip(calibration.and_then(|own| own.adapters.as_ref()));
-        let correction = match adapters {
-            Some((states, adapters)) => {
-                let maps = FeatureMaps::new(adapters, shape);
-                let places: Vec<i32> = states.places.iter().map(|place| place.map_or(-1, |at| at as i32)).collect();
-                Some(Correction {
-                    features: maps.features,
-                    shared: maps.shared,
-                    query: Memory::of(gpu, "adapters", &maps.query)?,
-                    key: Memory::of(gpu, "adapters", &maps.key)?,
-                    gates: Memory::of(gpu, "adapters", &maps.gates)?,
-                    places: Memory::of(gpu, "adapters", &places)?,
-                })
-            }
-            None => None,
-        };
+        let own = layout.transforms(index).ok_or_else(missing)?;
+        let rotation = |own: &Option<_>| Rotation::new(gpu, d, own.as_ref());
+        let pre_rope = own.pre_rope.map(|own| PreRopeKeys::new(gpu, d, own, num_blocks)).transpose()?;
+        let order = own.order.map(|order| {
+            let channels: Vec<i32> = order.iter().flatten().map(|channel| *channel as i32).collect();
+            Memory::of(gpu, "an order of channels", &channels)
+        });
+        let states = layout.layers[index].states.as_ref();
+        let correction = own.adapters.zip(states).map(|(maps, states)| Correction::new(gpu, &maps, &states.places));
         let page_layouts = |class: usize| -> Result<Memory, CudaError> {
             let pages: Vec<abi::Page> = layout.layer(class, index).pages.iter().map(abi::Page::from).collect();
             Memory::of(gpu, "page layouts", &pages)
@@ -131,11 +83,23 @@ impl Layer {
         };
         let classes: Vec<abi::ClassPages> = pages.iter().enumerate().map(class_pages).collect();
         let classes = Memory::of(gpu, "page layouts", &classes)?;
-        Ok(Layer { pages, classes, keys, values, pre_rope, order, feedback, correction })
+        Ok(Layer {
+            pages,
+            classes,
+            keys: rotation(&own.keys)?,
+            values: rotation(&own.values)?,
+            pre_rope,
+            order: order.transpose()?,
+            feedback: own.feedback.map(|own| Feedback::new(gpu, &own)).transpose()?,
+            correction: correction.transpose()?,
+        })
     }
 
     pub(super) fn feedback(&self) -> abi::Feedback {
-        self.feedback.as_ref().map_or(abi::Feedback::zeroed(), Feedback::for_kernels)
+        self.feedback.as_ref().map_or(abi::Feedback::zeroed(), |own| abi::Feedback {
+            places: own.places.at(0),
+            factors: own.factors.at(0),
+        })
     }
 
     pub(crate) fn pre_rope(&self) -> abi::PreRope {
@@ -151,39 +115,32 @@ impl Layer {
     }
 }
 
+impl Feedback {
+    fn new(gpu: &Arc<Gpu>, own: &CodingOrder) -> Result<Self, CudaError> {
+        let places: Vec<i32> = own.places.iter().map(|place| *place as i32).collect();
+        Ok(Feedback {
+            places: Memory::of(gpu, "error feedback", &places)?,
+            factors: Memory::of(gpu, "error feedback", &own.factors)?,
+        })
+    }
+}
+
 impl PreRopeKeys {
-    fn new(
-        gpu: &Arc<Gpu>,
-        layout: &CacheLayout,
-        layer: &LayerLayout,
-        choice: PreRope,
-        index: usize,
-        num_blocks: usize,
-    ) -> Result<Self, DeviceError> {
-        let missing = || DeviceError::Tables(layout.scheme_name().to_owned());
-        let tables = layout.tables().ok_or_else(missing)?;
-        let shape = layout.shape;
-        let calibrated = tables.layer(index).and_then(|own| own.permutation.clone());
-        let channels: Vec<u32> = match choice.permutation {
-            Permutation::None => (0..shape.row() as u32).collect(),
-            _ => calibrated.ok_or_else(missing)?,
-        };
+    fn new(gpu: &Arc<Gpu>, head_dim: usize, own: PreRopeTransform, num_blocks: usize) -> Result<Self, CudaError> {
+        let PreRopeTransform { heads, hadamard, channels, inv_freq } = own;
         let mut places = vec![0u32; channels.len()];
         for (place, channel) in channels.iter().enumerate() {
             places[*channel as usize] = place as u32;
         }
-        let rotation = match choice.heads {
-            0 => Rotation::None,
-            _ => Rotation::hadamard(gpu, layer.rotated_heads * shape.head_dim)?.map_err(|_| missing())?,
-        };
+        let rotation = Rotation::new(gpu, heads * head_dim, hadamard.map(HeadTransform::Hadamard).as_ref())?;
         let angles = |position: usize| {
             let angle = move |frequency: &f32| f64::from(*frequency) * position as f64;
-            tables.inv_freq.iter().map(angle).flat_map(|angle| [angle.cos() as f32, angle.sin() as f32])
+            inv_freq.iter().map(angle).flat_map(|angle| [angle.cos() as f32, angle.sin() as f32])
         };
         let tokens: Vec<f32> = (0..PAGE_TOKENS).flat_map(angles).collect();
         let pages: Vec<f32> = (0..num_blocks).flat_map(|page| angles(page * PAGE_TOKENS)).collect();
         Ok(PreRopeKeys {
-            heads: layer.rotated_heads,
+            heads,
             rotation,
             channels: Memory::of(gpu, "an order of channels", &channels)?,
             places: Memory::of(gpu, "an order of channels", &places)?,
@@ -199,6 +156,18 @@ impl PreRopeKeys {
 }
 
 impl Correction {
+    fn new(gpu: &Arc<Gpu>, maps: &FeatureMaps, places: &[Option<usize>]) -> Result<Self, CudaError> {
+        let places: Vec<i32> = places.iter().map(|place| place.map_or(-1, |at| at as i32)).collect();
+        Ok(Correction {
+            features: maps.features,
+            shared: maps.shared,
+            query: Memory::of(gpu, "adapters", &maps.query)?,
+            key: Memory::of(gpu, "adapters", &maps.key)?,
+            gates: Memory::of(gpu, "adapters", &maps.gates)?,
+            places: Memory::of(gpu, "adapters", &places)?,
+        })
+    }
+
     pub(super) fn for_kernels(
         &self,
         layout: &CacheLayout,

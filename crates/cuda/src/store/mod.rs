@@ -1,7 +1,6 @@
 //! The bytes of a cache on a GPU.
 
 mod errors;
-mod feedback;
 mod flush;
 mod host_packing;
 mod kernels;
@@ -17,9 +16,9 @@ use crate::graph::Graphs;
 use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
 use crate::{Cuda, CudaError};
-use dibit_cache::{CacheLayout, Extras, PAGE_TOKENS, Sees, SideLayout, Sinks};
-use dibit_device::host::{self, Protected};
-use dibit_device::{Batch, DeviceError, Isa, Mode, Span};
+use dibit_cache::{CacheLayout, Sees, SideLayout};
+use dibit_cpu::Isa;
+use dibit_device::{Batch, DeviceError, Span};
 use errors::ErrorRecord;
 use host_packing::HostPacking;
 pub(crate) use kernels::Kernels;
@@ -50,27 +49,17 @@ pub struct CudaStore {
     num_sequences: usize,
     /// Rows of a pass.
     max_rows: usize,
-    sequences: Vec<SequenceState>,
+    /// The protected tokens once more, `[layer][sequence]`.
+    sinks: Vec<Vec<u32>>,
     pub(crate) staged: Staged,
     /// Keys of a pass that leave the window, before their rotary embedding, `[key][kv head][head_dim]`.
     turned: Memory,
     /// Features of what their codes miss, `[key][kv head][D]`.
     missed: Memory,
     errors: ErrorRecord,
-    /// Whether the batch of the pass in flight has been staged.
-    in_pass: bool,
     pub(crate) scratch: Scratch,
-    graphs: Graphs<PassShape>,
+    graphs: Graphs<StagedShape>,
     host_packing: Option<HostPacking>,
-}
-
-/// All that the launches of a pass of single tokens depend on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct PassShape {
-    model: u64,
-    /// Whether attention computes in f32.
-    exact: bool,
-    staged: StagedShape,
 }
 
 /// Keys, or values, outside of pages.
@@ -82,13 +71,6 @@ struct Side {
     sinks: Memory,
     /// f32 `[kv head][row of the batch][head_dim]`
     incoming: Memory,
-}
-
-/// What one sequence holds beside pages and window.
-struct SequenceState {
-    protected: Protected,
-    /// For each block, the first block of its chunk.
-    chunks: Vec<u32>,
 }
 
 /// Buffers of attention, which grow.
@@ -136,8 +118,8 @@ impl CudaStore {
         let pre_rope = layers.iter().any(|layer| layer.pre_rope.is_some());
         let turned = if pre_rope { leaving_rows * shape.head_dim } else { 0 };
         let features = layers.iter().filter_map(|layer| layer.correction.as_ref()).map(|own| own.features).max();
-        let host_packing = packs_on_host(layout).then(|| HostPacking::new(layout, num_blocks, num_sequences, max_rows));
-        let state = || SequenceState { protected: Protected::new(layout.sinks, shape.num_layers), chunks: Vec::new() };
+        let host_packing = packs_on_host(layout).then(|| HostPacking::new(layout));
+        let first: Vec<u32> = (0..layout.sinks.first() as u32).collect();
         let kernels = Kernels::new(gpu, shape.head_dim)?;
         let needed =
             layers.iter().map(|layer| attention::exact::shared_bytes(layer, shape.head_dim)).max().unwrap_or(0);
@@ -161,12 +143,11 @@ impl CudaStore {
             sink_counts: Memory::zeros(gpu, "sinks", rows * size_of::<i32>())?,
             num_sequences,
             max_rows,
-            sequences: (0..num_sequences).map(|_| state()).collect(),
+            sinks: vec![first; rows],
             turned: Memory::new(gpu, "keys that leave the window", turned)?,
             missed: Memory::new(gpu, "features of keys", leaving_rows * features.unwrap_or(0))?,
             staged,
             errors: ErrorRecord::new(gpu)?,
-            in_pass: false,
             scratch: Scratch::default(),
             graphs: Graphs::new(),
             host_packing: host_packing.transpose()?,
@@ -176,70 +157,30 @@ impl CudaStore {
         Ok(store)
     }
 
-    pub(crate) fn pass<E: From<DeviceError> + Send>(
+    /// Runs a pass that may be recorded.
+    pub(crate) fn record<E: From<DeviceError> + Send>(
         &mut self,
         c: &Cuda,
-        batch: &Batch,
-        model: u64,
-        mut pass: impl FnMut(&mut Self) -> Result<(), E> + Send,
+        mut work: impl FnMut(&mut Self) -> Result<(), E> + Send,
     ) -> Result<(), E> {
-        self.in_pass = true;
-        let result = self.stage(batch).map_err(E::from).and_then(|()| match c.records && self.repeats(batch) {
-            true => {
-                let shape = PassShape { model, exact: c.is_exact(), staged: self.staged.shape };
-                let mut graphs = std::mem::replace(&mut self.graphs, Graphs::new());
-                let result = graphs.run(&c.gpu, shape, self.scratch.addresses(), || pass(self));
-                self.graphs = graphs;
-                result
-            }
-            false => pass(self),
-        });
-        self.in_pass = false;
-        let checked = self.check(batch);
-        result?;
-        Ok(checked?)
-    }
-
-    /// Whether rows are stored one by one as they attend.
-    pub(crate) fn is_stepwise(&self, batch: &Batch) -> bool {
-        batch.mode == Mode::Streaming || self.layout.sees == Sees::Stored
-    }
-
-    /// Whether a pass does nothing on the host that depends on more than its shape.
-    fn repeats(&self, batch: &Batch) -> bool {
-        let chooses = matches!(self.layout.sinks, Sinks::Massive(_) | Sinks::Pivots(_));
-        let single = |span: &Span| span.rows.len() == 1 && (span.cached > 0 || !chooses);
-        batch.mode == Mode::Chunk && refuses_graphs(&self.layout).is_none() && batch.spans.iter().all(single)
-    }
-
-    /// Tells the GPU of a batch, unless the pass in flight has done so.
-    fn stage(&mut self, batch: &Batch) -> Result<(), DeviceError> {
-        if self.is_stepwise(batch) {
-            return Ok(());
+        if !c.records || refuses_graphs(&self.layout).is_some() {
+            return work(self);
         }
-        self.stage_spans(&batch.spans, true)
+        let shape = self.staged.shape;
+        let mut graphs = std::mem::replace(&mut self.graphs, Graphs::new());
+        let result = graphs.run(&c.gpu, shape, self.scratch.addresses(), || work(self));
+        self.graphs = graphs;
+        result
     }
 
     /// Tells the GPU of some tokens of sequences, and of what leaves the window once they are stored.
-    pub(crate) fn stage_spans(&mut self, spans: &[Span], leaves: bool) -> Result<(), DeviceError> {
-        let Self { staged, sequences, layout, .. } = self;
-        let chunks = |slot: u32| &sequences[slot as usize].chunks[..];
-        Ok(staged.fill(layout, spans, chunks, leaves)?)
-    }
-
-    /// The same for a batch outside of a pass.
-    pub(crate) fn stage_alone(&mut self, batch: &Batch) -> Result<(), DeviceError> {
-        if self.in_pass { Ok(()) } else { self.stage(batch) }
+    pub(crate) fn place(&mut self, spans: &[Span], appends: bool) -> Result<(), DeviceError> {
+        Ok(self.staged.fill(&self.layout, spans, appends)?)
     }
 
     /// Says what went wrong on the GPU, once all is done.
-    fn check(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+    pub(crate) fn finish(&mut self, batch: &Batch) -> Result<(), DeviceError> {
         self.errors.take(batch)
-    }
-
-    /// The same outside of a pass.
-    fn check_alone(&mut self, batch: &Batch) -> Result<(), DeviceError> {
-        if self.in_pass { Ok(()) } else { self.check(batch) }
     }
 
     /// The kernels of attention that suit a layer.
@@ -294,73 +235,29 @@ impl CudaStore {
         Some(own.for_kernels(&self.layout, layer, &self.states, &self.missed))
     }
 
-    /// Lets a layer choose which tokens of prompts it protects.
-    pub(crate) fn observe(
-        &mut self,
-        layer: usize,
-        batch: &Batch,
-        hidden: &Buffer,
-        width: usize,
-    ) -> Result<(), CudaError> {
-        if matches!(self.layout.sinks, Sinks::None | Sinks::First(_) | Sinks::Auto(_)) {
-            return Ok(());
-        }
-        for span in &batch.spans {
-            // Tokens that are decoded one by one are never protected for their activations.
-            if span.rows.len() > 1 || span.cached == 0 {
-                let tokens = span.cached..span.cached + span.rows.len();
-                let mut rows = vec![0f32; span.rows.len() * width];
-                let start = span.rows.start * width * size_of::<f32>();
-                hidden.memory.read(start, bytemuck::cast_slice_mut(&mut rows))?;
-                let state = &mut self.sequences[span.slot as usize];
-                state.protected.choose(self.layout.sinks, layer, tokens, &rows, width);
-                self.upload_sinks(layer, span.slot as usize)?;
-            }
-        }
-        if let Some(host) = &mut self.host_packing {
-            host.observe(layer, batch, hidden, width)?;
-        }
-        Ok(())
-    }
-
-    /// What is protected in sequences that nothing has been seen of.
+    /// What is protected in every sequence, whatever it holds.
     fn upload_first_sinks(&self) -> Result<(), CudaError> {
         let capacity = self.layout.sinks.capacity();
         let (mut counts, mut positions) = (Vec::<i32>::new(), Vec::<i32>::new());
-        for layer in 0..self.layers.len() {
-            for sequence in &self.sequences {
-                let own = sequence.protected.layer(layer);
-                counts.push(own.len() as i32);
-                positions.extend(own.iter().map(|at| *at as i32));
-                positions.resize(counts.len() * capacity, 0);
-            }
+        for own in &self.sinks {
+            counts.push(own.len() as i32);
+            positions.extend(own.iter().map(|at| *at as i32));
+            positions.resize(counts.len() * capacity, 0);
         }
         self.sink_counts.write(0, bytemuck::cast_slice(&counts))?;
         self.sink_positions.write(0, bytemuck::cast_slice(&positions))
     }
 
-    fn upload_sinks(&self, layer: usize, slot: usize) -> Result<(), CudaError> {
-        let positions: Vec<i32> = self.sequences[slot].protected.layer(layer).iter().map(|at| *at as i32).collect();
+    pub(crate) fn set_sinks(&mut self, layer: usize, slot: usize, positions: &[u32]) -> Result<(), CudaError> {
         let sequence = layer * self.num_sequences + slot;
-        let capacity = self.layout.sinks.capacity();
+        self.sinks[sequence] = positions.to_vec();
+        let at = sequence * self.layout.sinks.capacity() * size_of::<u32>();
         self.sink_counts.write(sequence * size_of::<i32>(), bytemuck::bytes_of(&(positions.len() as i32)))?;
-        self.sink_positions.write(sequence * capacity * size_of::<i32>(), bytemuck::cast_slice(&positions))
+        self.sink_positions.write(at, bytemuck::cast_slice(positions))
     }
 
-    pub(crate) fn extras(&self, sequence: u32, len: usize) -> Extras {
-        let state = &self.sequences[sequence as usize];
-        host::extras(&self.layout, &state.protected, &state.chunks, len)
-    }
-
-    pub(crate) fn write(
-        &mut self,
-        c: &Cuda,
-        layer: usize,
-        batch: &Batch,
-        rows: Range<usize>,
-        k: &Buffer,
-        v: &Buffer,
-    ) -> Result<(), DeviceError> {
+    /// Writes rows of the pass in flight, rotated.
+    pub(crate) fn stage_kv(&mut self, c: &Cuda, layer: usize, rows: Range<usize>, k: &Buffer, v: &Buffer) {
         let shape = self.layout.shape;
         assert!(rows.end <= self.max_rows && rows.len() * shape.row() <= k.len.min(v.len), "rows of a pass");
         let own = &self.layers[layer];
@@ -384,33 +281,25 @@ impl CudaStore {
             layer as i32,
             self.errors.at(),
         );
-        if let Some(host) = &mut self.host_packing {
-            host.write(layer, batch, rows, k, v)?;
-        }
-        self.check_alone(batch)
-    }
-
-    pub(crate) fn commit(&mut self, c: &Cuda, layer: usize, batch: &Batch) -> Result<(), DeviceError> {
-        if self.is_stepwise(batch) {
-            return Ok(());
-        }
-        self.stage_alone(batch)?;
-        self.append(c, layer, &batch.spans)?;
-        self.check_alone(batch)
     }
 
     /// Stores the rows of staged spans: packs what leaves the window, and fills the rings.
     pub(crate) fn append(&mut self, c: &Cuda, layer: usize, spans: &[Span]) -> Result<(), DeviceError> {
         match &mut self.host_packing {
             Some(host) => {
-                let Self { layout, pool, keys, values, states, num_sequences, .. } = self;
-                let to = host_packing::Target {
-                    pool,
-                    sinks: [&keys.sinks, &values.sinks],
-                    states,
-                    num_sequences: *num_sequences,
-                };
-                spans.iter().try_for_each(|span| host.append(layout, layer, span, &to))?;
+                let Self { layout, pool, keys, values, states, sinks, num_sequences, max_rows, .. } = self;
+                for span in spans {
+                    let sequence = layer * *num_sequences + span.slot as usize;
+                    let of = host_packing::Bytes {
+                        pool,
+                        sides: [&*keys, &*values],
+                        states,
+                        sequence,
+                        max_rows: *max_rows,
+                        sinks: &sinks[sequence],
+                    };
+                    host.append(layout, layer, span, &of)?;
+                }
             }
             None => flush::flush(self, c, layer)?,
         }
@@ -418,15 +307,6 @@ impl CudaStore {
         let grid = Grid::new([rows, self.layout.shape.num_key_value_heads, 2], 128);
         let (cache, spans_at) = (self.cache(layer), self.staged.spans());
         launch!(c.gpu, self.kernels.append_rows, grid, cache, spans_at, spans.len() as i32);
-        if self.layout.chunk_bytes() > 0 {
-            for span in spans {
-                let ends = [span.cached, span.cached + span.rows.len()];
-                let filled = ends.map(|len| self.layout.window.packed_keys(len) / PAGE_TOKENS);
-                let chunks = &mut self.sequences[span.slot as usize].chunks;
-                chunks.resize(chunks.len().max(filled[1]), 0);
-                chunks[filled[0]..filled[1]].fill(filled[0] as u32);
-            }
-        }
         Ok(())
     }
 
@@ -476,6 +356,6 @@ pub(crate) fn missed_keys(
     assert!(keys.len() <= k.len.min(out.len), "keys of rows");
     k.memory.read(0, bytemuck::cast_slice_mut(&mut keys))?;
     let mut missed = vec![0f32; keys.len()];
-    host::missed_keys(Isa::detect(), layout, layer, &keys, &mut missed)?;
+    dibit_cpu::missed_keys(Isa::detect(), layout, layer, &keys, &mut missed)?;
     Ok(out.memory.write(0, bytemuck::cast_slice(&missed))?)
 }

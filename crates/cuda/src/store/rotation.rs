@@ -5,8 +5,8 @@ use crate::abi;
 use crate::gpu::Gpu;
 use crate::memory::Memory;
 use bytemuck::Zeroable;
-use dibit_cache::Basis;
-use dibit_quant::{Hadamard, QuantError};
+use dibit_cache::{Basis, HeadTransform};
+use dibit_quant::Hadamard;
 use std::sync::Arc;
 
 /// An invertible matrix for each KV head, or one for all; one that turns, for keys.
@@ -31,12 +31,17 @@ pub(crate) enum Rotation {
 }
 
 impl Rotation {
-    /// The normalised Hadamard matrix of this order, or one of such blocks.
-    pub(super) fn hadamard(gpu: &Arc<Gpu>, order: usize) -> Result<Result<Self, QuantError>, CudaError> {
-        let whole = match Hadamard::new(order) {
-            Ok(whole) => whole,
-            Err(error) => return Ok(Err(error)),
-        };
+    /// The transform of heads of `order` channels.
+    pub(super) fn new(gpu: &Arc<Gpu>, order: usize, own: Option<&HeadTransform>) -> Result<Self, CudaError> {
+        match own {
+            None => Ok(Rotation::None),
+            Some(HeadTransform::Hadamard(whole)) => Rotation::hadamard(gpu, whole),
+            Some(HeadTransform::Basis(basis)) => Rotation::basis(gpu, order, basis),
+        }
+    }
+
+    /// A Hadamard matrix, or one of such blocks.
+    fn hadamard(gpu: &Arc<Gpu>, whole: &Hadamard) -> Result<Self, CudaError> {
         let (mut blocks, mut signs, mut back) = (Vec::new(), Vec::new(), Vec::new());
         for order in whole.blocks() {
             let fits = |outer: &usize| order.is_multiple_of(*outer) && (order / outer).is_power_of_two();
@@ -51,17 +56,17 @@ impl Rotation {
             back.extend(transposed(&own, outer));
             signs.extend(own);
         }
-        Ok(Ok(Rotation::Hadamard {
-            order,
+        Ok(Rotation::Hadamard {
+            order: whole.order(),
             block_count: blocks.len(),
             blocks: Memory::of(gpu, "a rotation", &blocks)?,
             signs: Memory::of(gpu, "a rotation", &signs)?,
             back: Memory::of(gpu, "a rotation", &back)?,
-        }))
+        })
     }
 
     /// A basis for each KV head.
-    pub(super) fn basis(gpu: &Arc<Gpu>, order: usize, basis: &Basis) -> Result<Self, CudaError> {
+    fn basis(gpu: &Arc<Gpu>, order: usize, basis: &Basis) -> Result<Self, CudaError> {
         let inverses = basis.back.chunks_exact(order * order).flat_map(|own| transposed(own, order));
         Ok(Rotation::Basis {
             order,

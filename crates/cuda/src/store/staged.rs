@@ -141,13 +141,7 @@ impl Staged {
     }
 
     /// Puts spans in place, with what leaves the window once their rows are stored, where that is wanted.
-    pub(super) fn fill<'a>(
-        &mut self,
-        layout: &CacheLayout,
-        spans: &[Span],
-        chunks: impl Fn(u32) -> &'a [u32],
-        leaves: bool,
-    ) -> Result<(), CudaError> {
+    pub(super) fn fill(&mut self, layout: &CacheLayout, spans: &[Span], leaves: bool) -> Result<(), CudaError> {
         let window = layout.window;
         let (mut own, mut classes, mut tables, mut positions) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut runs = Runs::default();
@@ -174,9 +168,7 @@ impl Staged {
             tables.extend(numbers(&span.blocks));
             let chunk_starts = tables.len();
             if self.has_chunks {
-                let known = chunks(span.slot);
-                let start = |index: usize| known.get(index).map_or(index, |first| *first as usize) as i32;
-                tables.extend((0..span.blocks.len()).map(start));
+                tables.extend((0..span.blocks.len()).map(|index| span.chunk_start(index) as i32));
             }
             own.push(DeviceSpan {
                 slot: span.slot as i32,

@@ -1,7 +1,6 @@
 //! Attention on tensor cores, which rounds queries and weights to fp16.
 
 use super::*;
-use common::fast;
 use made_up::{custom, own, scheme};
 
 /// For what is seen exactly, and for what is packed. Some channels are six times as large as others, and their products with
@@ -28,10 +27,10 @@ fn all() -> Vec<Scheme> {
 
 #[test]
 fn tensor_cores_compute_what_the_cpu_does() {
-    let Some(cuda) = fast() else { return };
+    let Some(cuda) = cuda() else { return };
     for scheme in all() {
         for (heads, kv_heads, head_dim) in [(4, 2, 64), (3, 1, 128)] {
-            let case = Case::new(scheme.clone(), heads, kv_heads, head_dim);
+            let case = Case::new(scheme.clone(), heads, kv_heads, head_dim).fast();
             println!("{} {head_dim}", case.scheme.origin);
             compare_within(TOLERANCES, cuda, &case.scheme.origin, &case, Mode::Chunk, &[300, 1, 37, 1]);
         }
@@ -40,10 +39,10 @@ fn tensor_cores_compute_what_the_cpu_does() {
 
 #[test]
 fn tokens_that_pages_protect_are_seen_on_tensor_cores() {
-    let Some(cuda) = fast() else { return };
+    let Some(cuda) = cuda() else { return };
     for scheme in schemes::with_page_sinks() {
         for (heads, kv_heads, head_dim) in [(4, 2, 64), (3, 1, 128)] {
-            let case = Case::new(scheme.clone(), heads, kv_heads, head_dim);
+            let case = Case::new(scheme.clone(), heads, kv_heads, head_dim).fast();
             println!("{} {head_dim}", case.scheme.origin);
             // Keys whose groups are tokens are off by nearly as much without such tokens.
             compare_within([2e-2, 2.5e-2], cuda, &case.scheme.origin, &case, Mode::Chunk, &[300, 33, 260, 1, 1]);
@@ -53,12 +52,12 @@ fn tokens_that_pages_protect_are_seen_on_tensor_cores() {
 
 #[test]
 fn tiles_are_of_heads_of_any_size() {
-    let Some(cuda) = fast() else { return };
+    let Some(cuda) = cuda() else { return };
     let schemes = ["fp16", "kivi", "quarot", "resq", "dibit"].map(scheme);
     let custom = custom(3, 8, 64, "tokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4");
     for scheme in schemes.into_iter().chain([custom]) {
         for head_dim in [32, 72, 144, 248] {
-            let case = Case::new(scheme.clone(), 3, 1, head_dim);
+            let case = Case::new(scheme.clone(), 3, 1, head_dim).fast();
             let what = format!("{} {head_dim}", case.scheme.origin);
             // A page is packed before the second pass.
             compare_within(TOLERANCES, cuda, &what, &case, Mode::Chunk, &[300, 1, 20]);
@@ -68,12 +67,13 @@ fn tiles_are_of_heads_of_any_size() {
 
 #[test]
 fn prompts_and_single_tokens_share_a_pass() {
-    let (Some(cuda), Some(exact)) = (fast(), cuda()) else { return };
+    let Some(cuda) = cuda() else { return };
     for scheme in ["kivi", "dibit", "quarot"].map(scheme) {
         let case = Case::new(scheme, 4, 2, 64);
+        let fast = Case::new(case.scheme.clone(), 4, 2, 64).fast();
         let (prompt, other) = (case.data(0, 900), case.data(1, 101));
-        let mut reference = Machine::new(exact, &case, 900, 2, 601);
-        let mut machine = Machine::new(cuda, &case, 900, 2, 601);
+        let mut reference = Machine::new(cuda, &case, 900, 2, 601);
+        let mut machine = Machine::new(cuda, &fast, 900, 2, 601);
         let expected = mixed(&mut reference, [&prompt, &other]);
         let got = mixed(&mut machine, [&prompt, &other]);
         close(&case.scheme.origin, TOLERANCES[1], &got, &expected);
@@ -82,7 +82,7 @@ fn prompts_and_single_tokens_share_a_pass() {
 
 /// A pass that goes on with one prompt and decodes behind another.
 fn mixed<D: Device>(machine: &mut Machine<D>, [prompt, other]: [&Data; 2]) -> Vec<f32> {
-    let mut sequences = [(); 2].map(|()| machine.manager.open().unwrap());
+    let mut sequences = [(); 2].map(|()| machine.cache.open().unwrap());
     let [first, second] = &mut sequences;
     machine.pass(&mut [(first, 300, prompt), (second, 100, other)], Mode::Chunk).unwrap();
     machine.pass(&mut [(first, 600, prompt), (second, 1, other)], Mode::Chunk).unwrap()

@@ -1,7 +1,7 @@
 //! Passes that are recorded and done again.
 
 use super::*;
-use dibit_device::{DType, Tensor};
+use dibit_device::{DType, Dense, Tensor};
 use made_up::{custom, own, scheme};
 
 /// Lengths of sequences that are decoded together, each from its prompt on; the last one comes later.
@@ -14,7 +14,7 @@ fn decode(cuda: &Cuda, case: &Case) -> (Vec<f32>, usize) {
     let lens = PROMPTS.map(|prompt| prompt + STEPS);
     let mut machine = Machine::new(cuda, case, lens[0], PROMPTS.len(), *PROMPTS.iter().max().unwrap());
     let data: [Data; 3] = std::array::from_fn(|i| case.data(i, lens[i]));
-    let mut sequences = PROMPTS.map(|_| machine.manager.open().unwrap());
+    let mut sequences = PROMPTS.map(|_| machine.cache.open().unwrap());
     for ((sequence, rows), data) in sequences.iter_mut().zip(PROMPTS).zip(&data) {
         machine.pass(&mut [(sequence, rows, data)], Mode::Chunk).unwrap();
     }
@@ -33,37 +33,32 @@ fn decode(cuda: &Cuda, case: &Case) -> (Vec<f32>, usize) {
     let mut outputs = Vec::new();
     for step in 0..STEPS {
         let count = if step < LATE { 2 } else { 3 };
-        let Machine { manager, store, .. } = &mut machine;
+        let cache = &mut machine.cache;
         let mut batch = Batch::new(Mode::Chunk);
         let mut places = Vec::new();
         for (sequence, start) in sequences[..count].iter_mut().zip(starts) {
             places.push((start + sequence.len()) as u32);
             let len = sequence.len() + 1;
-            manager.reserve(sequence, len).unwrap();
-            batch.push(sequence, 1, case.scheme.window);
+            cache.reserve(sequence, len).unwrap();
+            batch.push(cache.manager(), sequence, 1);
         }
         cuda.write_ids(&mut ids, &places);
-        cuda.pass::<DeviceError>(store, &batch, 1, |store| {
+        let work = |pass: &mut Pass<Cuda>| {
             for (table, rows) in tables.iter().zip(&mut rows) {
                 cuda.embed(table, &ids, count, rows);
             }
-            for layer in 0..=LAYER {
-                cuda.observe(store, layer, &batch, &hidden, 1);
-                cuda.write_kv(store, layer, &batch, 0..count, &rows[1], &rows[2])?;
-                cuda.attention(store, layer, &batch, 0..count, case.heads, &rows[0], &mut out)?;
-                cuda.commit(store, layer, &batch)?;
-            }
-            Ok(())
-        })
-        .unwrap();
+            let [q, k, v] = rows.each_ref();
+            (0..=LAYER).try_for_each(|_| pass.whole_layer((&hidden, 1), case.heads, [q, k, v], &mut out))
+        };
+        cache.pass::<DeviceError>(cuda, &batch, work).unwrap();
         for sequence in &mut sequences[..count] {
-            manager.advance(sequence, sequence.len() + 1);
+            cache.advance(sequence, 1);
         }
         let mut own = Vec::new();
         cuda.download(&out, 0..count * widths[0], &mut own).unwrap();
         outputs.extend(own);
     }
-    (outputs, machine.store.recorded())
+    (outputs, machine.cache.store().recorded())
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What the codes of keys miss.
 
 use super::*;
+use dibit_device::Train;
 use made_up::{own, scheme};
 
 #[test]

@@ -1,7 +1,6 @@
 //! Sequences beside and after one another, streaming, classes, and what is refused.
 
 use super::*;
-use common::fast;
 use made_up::scheme;
 
 /// Tokens of two classes, in a layer that gives them different bits.
@@ -26,7 +25,7 @@ fn batch_equals_single(cuda: &Cuda, case: &Case) {
     const LENGTHS: [usize; 3] = [300, 70, 140];
     let data: [Data; 3] = std::array::from_fn(|i| case.data(i, LENGTHS[i] + 1));
     let mut machine = Machine::new(cuda, case, 301, 3, 510);
-    let mut sequences = LENGTHS.map(|_| machine.manager.open().unwrap());
+    let mut sequences = LENGTHS.map(|_| machine.cache.open().unwrap());
     let mut batched: [Vec<f32>; 3] = Default::default();
     for passes in [LENGTHS, [1; 3]] {
         let mut all: Vec<_> = sequences
@@ -45,7 +44,7 @@ fn batch_equals_single(cuda: &Cuda, case: &Case) {
     }
     for ((len, data), batched) in LENGTHS.into_iter().zip(&data).zip(&batched) {
         let mut machine = Machine::new(cuda, case, 301, 1, 300);
-        let mut sequence = machine.manager.open().unwrap();
+        let mut sequence = machine.cache.open().unwrap();
         let alone = machine.run(&mut sequence, Mode::Chunk, &[len, 1], data);
         same(&format!("{}, {len} tokens", case.scheme.origin), batched, &alone);
     }
@@ -61,9 +60,9 @@ fn sequences_in_a_batch_do_not_see_each_other() {
 
 #[test]
 fn sequences_in_a_batch_do_not_see_each_other_on_tensor_cores() {
-    let Some(cuda) = fast() else { return };
+    let Some(cuda) = cuda() else { return };
     for name in ["kivi", "kvlinc", "dibit", "gear", "rotatekv-window", "quarot"] {
-        batch_equals_single(cuda, &Case::new(scheme(name), 4, 2, 64));
+        batch_equals_single(cuda, &Case::new(scheme(name), 4, 2, 64).fast());
     }
 }
 
@@ -98,11 +97,11 @@ fn a_sequence_finds_nothing_of_the_one_before_it() {
         let run = |before: bool| {
             let mut machine = Machine::new(cuda, &case, 430, 1, 430);
             if before {
-                let mut sequence = machine.manager.open().unwrap();
+                let mut sequence = machine.cache.open().unwrap();
                 machine.run(&mut sequence, Mode::Chunk, &[429, 1], &loud);
-                machine.manager.close(sequence);
+                machine.cache.close(sequence);
             }
-            let mut sequence = machine.manager.open().unwrap();
+            let mut sequence = machine.cache.open().unwrap();
             machine.run(&mut sequence, Mode::Chunk, &[300, 129, 1], &data)
         };
         same(&case.scheme.origin, &run(true), &run(false));
@@ -116,7 +115,7 @@ fn numbers_that_fp16_cannot_hold_are_refused_by_name() {
         let case = Case::new(scheme(name), 2, 1, 64);
         for bad in [f32::NAN, f32::INFINITY, 70_000.0] {
             let mut machine = Machine::new(cuda, &case, 140, 2, 140);
-            let mut sequences = [0, 1].map(|_| machine.manager.open().unwrap());
+            let mut sequences = [0, 1].map(|_| machine.cache.open().unwrap());
             let [first, second] = &mut sequences;
             let good = case.data(0, 140);
             machine.pass(&mut [(&mut *first, 20, &good), (&mut *second, 30, &good)], Mode::Chunk).unwrap();

@@ -12,17 +12,8 @@ thread_local! {
     static OWN_TURN: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) };
 }
 
-/// The GPU that tests run on, computing in f32, or the emulator in its place; says what was skipped where there is neither.
+/// The GPU that tests run on, or the emulator in its place; says what was skipped where there is neither.
 pub fn cuda() -> Option<&'static Cuda> {
-    static CUDA: OnceLock<Option<Cuda>> = OnceLock::new();
-    wait_for_turn();
-    let cuda = CUDA.get_or_init(open).as_ref();
-    cuda.inspect(|cuda| cuda.compute_exactly())
-}
-
-/// The same with attention on tensor cores.
-#[allow(dead_code)]
-pub fn fast() -> Option<&'static Cuda> {
     static CUDA: OnceLock<Option<Cuda>> = OnceLock::new();
     wait_for_turn();
     CUDA.get_or_init(open).as_ref()

@@ -10,9 +10,11 @@ use anyhow::Result;
 use dibit_cache::Scheme;
 use dibit_calibrate::{Artefact, Progress, calibrate};
 use dibit_device::Train;
-use dibit_model::{ExactPass, Pretrained};
+use dibit_model::Pretrained;
+use dibit_runner::ExactPass;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -49,7 +51,7 @@ enum Stop {
 ///
 /// `Auto` gives up where it takes longer than [`LIMIT`], and where it fails; `Now` does neither. Ctrl-C skips it.
 pub fn make<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     scheme: &mut Scheme,
     wanted: Calibrate,
@@ -69,7 +71,7 @@ pub fn make<D: Train>(
 
 /// Runs it; the inner error is why there is none.
 fn run<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     scheme: &Scheme,
     wanted: Calibrate,
@@ -135,7 +137,7 @@ fn whole(progress: Progress, elapsed: Duration) -> Option<Duration> {
 }
 
 /// How long a token takes, by short sequences.
-fn probe<D: Train>(device: &D, pretrained: &Pretrained, job: &Job) -> Result<Duration> {
+fn probe<D: Train>(device: &Arc<D>, pretrained: &Pretrained, job: &Job) -> Result<Duration> {
     let ids: Vec<u32> = job.text.documents.iter().flatten().copied().take(PROBE_TOKENS).collect();
     let mut pass = ExactPass::new(device, &pretrained.config, &pretrained.weights, ids.len())?;
     let (start, mut best) = (Instant::now(), Duration::MAX);
@@ -145,7 +147,7 @@ fn probe<D: Train>(device: &D, pretrained: &Pretrained, job: &Job) -> Result<Dur
             break;
         }
         let start = Instant::now();
-        pass.run(device, &ids, &mut |_| {})?;
+        pass.run(&ids, &mut |_| {})?;
         best = best.min(start.elapsed());
     }
     Ok(best.div_f64(ids.len().max(1) as f64))

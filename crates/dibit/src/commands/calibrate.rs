@@ -13,6 +13,7 @@ use indicatif::ProgressBar;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Tokens of a sequence, where the user does not say and the model is made for so many.
@@ -49,7 +50,7 @@ pub fn run(args: &CalibrateArgs) -> Result<Outcome> {
 }
 
 fn run_on<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     args: &CalibrateArgs,
     scheme: &Scheme,
     texts: &[Document],

@@ -11,6 +11,7 @@ use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
 use rustyline::{Config, Editor};
 use std::io::IsTerminal;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /quit ends";
@@ -20,7 +21,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args))
 }
 
-fn run_on<D: Train>(device: &D, args: &ChatArgs) -> Result<Outcome> {
+fn run_on<D: Train>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, false)?;
     sampling.validate(pretrained.config.vocab_size)?;

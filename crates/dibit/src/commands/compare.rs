@@ -8,7 +8,7 @@ use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_compl
 use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
-use dibit_device::Device;
+use dibit_device::{Device, Measure, Train};
 use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{
@@ -18,6 +18,7 @@ use dibit_model::{Model, Pretrained, windows};
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Contexts whose bits are shown beside those of the one that is run.
@@ -41,8 +42,8 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, &named, &text, haystack, page))
 }
 
-fn run_on<D: Device>(
-    device: &D,
+fn run_on<D: Train + Measure>(
+    device: &Arc<D>,
     args: &CompareArgs,
     named: &[String],
     text: &str,
@@ -121,9 +122,9 @@ fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Res
 }
 
 /// Perplexity, bits and time of every scheme; `None` where Ctrl-C came.
-fn measure<D: Device>(
+fn measure<D: Device + Measure>(
     args: &CompareArgs,
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     ids: &[u32],
@@ -134,7 +135,7 @@ fn measure<D: Device>(
     let figures = perplexity(device, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
     let Some(figures) = figures else { return Ok(None) };
     bar.set_message("attention");
-    let times = attention_times(device, pretrained, schemes, args.context)?;
+    let times = attention_times(&**device, pretrained, schemes, args.context)?;
     bar.finish_and_clear();
     let mut rows = Vec::new();
     for ((scheme, own), time) in schemes.iter().zip(&figures.schemes).zip(times) {
@@ -171,8 +172,8 @@ fn measure<D: Device>(
 }
 
 /// What quantisation does to the keys and values of the beginning of the text, and what corrections do to attention.
-fn look<D: Device>(
-    device: &D,
+fn look<D: Train>(
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     ids: &[u32],
@@ -183,7 +184,7 @@ fn look<D: Device>(
         bail!("the text has {} tokens and the report's pictures need {tokens}; give a longer text", ids.len());
     };
     let (shape, layers) = sample(device, pretrained, &window)?;
-    let corrections = study::corrections(device, &pretrained.config, schemes, shape, &layers)?;
+    let corrections = study::corrections(&**device, &pretrained.config, schemes, shape, &layers)?;
     Ok(study::Study { corrections, ..study::study(shape, &layers)? })
 }
 
@@ -220,7 +221,7 @@ fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystac
 /// Adds the retrieval accuracy of every scheme; false where Ctrl-C came.
 fn retrieve<D: Device>(
     args: &CompareArgs,
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     prompts: &[Prompts],
@@ -234,8 +235,8 @@ fn retrieve<D: Device>(
         let longest = prompts.iter().map(|prompts| prompts.context).max().unwrap_or(args.context);
         let options = Options { context: longest, sequences: 1, prefill_chunk: None };
         let layout = pretrained.cache_layout(scheme)?;
-        let model = plain.variant(device, &pretrained.weights, &layout)?;
-        let mut engine = Engine::with_model(device, pretrained, model, layout, options)?;
+        let model = Arc::new(plain.variant(&pretrained.weights, &layout)?);
+        let mut engine = Engine::with_model(pretrained, model, layout, options)?;
         for Prompts { context, samples } in prompts {
             bar.set_message(format!("{}: retrieval at {context}", scheme.name));
             let answers = retrieval::run(&mut engine, samples, |begun| {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, &prompts))
 }
 
-fn run_on<D: Train>(device: &D, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
+fn run_on<D: Train>(device: &Arc<D>, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, args.samples > 1)?;
     sampling.validate(pretrained.config.vocab_size)?;

@@ -6,11 +6,12 @@ use crate::output::{STDOUT, bytes, columns, table};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme, TransformedValues};
-use dibit_device::{Budget, DType, Device};
+use dibit_device::{Arithmetic, Budget, DType, Device};
 use dibit_engine::{MemoryPlan, Options};
 use dibit_model::{Checkpoint, ModelConfig, ModelFiles, Pretrained, WeightSource};
 use serde_json::{Map, Value, json};
 use std::io::Write;
+use std::sync::Arc;
 use tracing::subscriber::NoSubscriber;
 
 /// All that is shown.
@@ -81,7 +82,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn of<D: Device>(device: &D) -> Self {
+    fn of<D: Device>(device: &Arc<D>) -> Self {
         let available = device.memory().map_or_else(memory::available, |own| own.free);
         Machine { name: device.describe(), available, budget: device.budget() }
     }
@@ -91,7 +92,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
     let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
-    let Stored { bytes: weights, formats, takes_fused_values } = Stored::of(args, &files, &config)?;
+    let Stored { bytes: weights, formats, arithmetic, takes_fused_values } = Stored::of(args, &files, &config)?;
     let device = device::open(args.device.unwrap_or(DeviceChoice::Auto), None, &IsaArgs::default())?;
     let Machine { name, available, budget } = on_device!(&device, |device| Machine::of(device));
     let options = Options {
@@ -108,7 +109,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     for (row, calibration) in rows.iter_mut().zip(calibrations(args, &files, &schemes)?) {
         row.calibration = calibration;
     }
-    let found = args.device.map(|choice| found(choice, &device, &name, &schemes, &config)).transpose()?;
+    let found = args.device.map(|choice| found(choice, &device, &name, &schemes, &config, arithmetic)).transpose()?;
     let report = Report { files, config, options, weights, formats, device: name, available, rows, found };
     let mut stdout = std::io::stdout().lock();
     if args.json {
@@ -125,6 +126,7 @@ fn found(
     name: &str,
     schemes: &[Scheme],
     config: &ModelConfig,
+    arithmetic: Arithmetic,
 ) -> Result<Found> {
     let mut parts = vec![("device".to_owned(), name.to_owned())];
     if choice != DeviceChoice::Cpu {
@@ -135,7 +137,7 @@ fn found(
         let layout = CacheLayout::new(scheme, config.cache_shape())?;
         let own = match device {
             AnyDevice::Cpu(cpu) => cpu.paths(&layout, config.num_attention_heads),
-            AnyDevice::Cuda(cuda) => cuda.paths(&layout, config.num_attention_heads),
+            AnyDevice::Cuda(cuda) => cuda.paths(&layout, arithmetic, config.num_attention_heads),
         };
         paths.push((scheme.name.clone(), own));
     }
@@ -165,6 +167,7 @@ impl Found {
 struct Stored {
     bytes: usize,
     formats: String,
+    arithmetic: Arithmetic,
     /// For each layer, whether a transform of values can be fused into its projections.
     takes_fused_values: Vec<bool>,
 }
@@ -175,6 +178,7 @@ impl Stored {
         let of_dtype = |dtype: DType| Stored {
             bytes: config.num_parameters() * dtype.size(),
             formats: dtype.name().to_owned(),
+            arithmetic: if dtype == DType::F32 { Arithmetic::Exact } else { Arithmetic::Fast },
             takes_fused_values: vec![true; layers],
         };
         Ok(match args.model.dtype.dtype() {
@@ -186,6 +190,7 @@ impl Stored {
                 Stored {
                     bytes: files.weights.iter().map(|file| file.bytes.len()).sum(),
                     formats: checkpoint.formats(),
+                    arithmetic: checkpoint.arithmetic(),
                     takes_fused_values: (0..layers).map(|layer| checkpoint.takes_fused_values(layer)).collect(),
                 }
             }

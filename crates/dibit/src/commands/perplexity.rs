@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use dibit_device::Device;
 use dibit_eval::{Perplexity, PerplexityOptions, perplexity};
 use std::io::Write;
+use std::sync::Arc;
 
 pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     // Names that mean nothing are said before a model is loaded.
@@ -17,7 +18,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, &text))
 }
 
-fn run_on<D: Device>(device: &D, args: &PerplexityArgs, text: &str) -> Result<Outcome> {
+fn run_on<D: Device>(device: &Arc<D>, args: &PerplexityArgs, text: &str) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     begin_windows(&args.window, &mut pretrained);
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;

@@ -17,6 +17,7 @@ use dibit_model::{Model, Pretrained};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// What is asked for.
@@ -57,7 +58,7 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, tasks, haystack))
 }
 
-fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: Tasks, haystack: Option<Haystack>) -> Result<Outcome> {
+fn run_on<D: Device>(device: &Arc<D>, args: &RulerArgs, tasks: Tasks, haystack: Option<Haystack>) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     check(args, &tasks, &pretrained, &schemes)?;
@@ -96,7 +97,7 @@ fn run_on<D: Device>(device: &D, args: &RulerArgs, tasks: Tasks, haystack: Optio
             break;
         }
         let done: usize = rows.iter().map(|row: &Row| row.answers.len()).sum();
-        rows.extend(run_scheme(args, device, (&pretrained, plain), scheme, &prompts, |prompts, sample, before| {
+        rows.extend(run_scheme(args, (&pretrained, plain), scheme, &prompts, |prompts, sample, before| {
             bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
             bar.set_position((done + before) as u64);
             go_on(&interrupted)
@@ -179,7 +180,6 @@ fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: 
 /// it; it says whether to go on. Lengths that were not finished are left out.
 fn run_scheme<'a, D: Device>(
     args: &RulerArgs,
-    device: &D,
     (pretrained, plain): (&Pretrained, &Model<D>),
     scheme: &'a Scheme,
     prompts: &'a [Prompts],
@@ -191,8 +191,8 @@ fn run_scheme<'a, D: Device>(
         prefill_chunk: args.prefill_chunk.map(|tokens| tokens as usize),
     };
     let layout = pretrained.cache_layout(scheme)?;
-    let model = plain.variant(device, &pretrained.weights, &layout)?;
-    let mut engine = Engine::with_model(device, pretrained, model, layout, options)?;
+    let model = Arc::new(plain.variant(&pretrained.weights, &layout)?);
+    let mut engine = Engine::with_model(pretrained, model, layout, options)?;
     let longest = prompts.iter().flat_map(|prompts| &prompts.samples).map(|sample| sample.prompt.len()).max();
     let pass_rows = engine.plan().pass_rows;
     if longest > Some(pass_rows) {

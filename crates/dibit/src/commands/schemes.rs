@@ -11,6 +11,7 @@ use dibit_device::Train;
 use dibit_model::Pretrained;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// The scheme that is used where the user names none: it costs least accuracy at its bits, and needs a calibration.
@@ -63,7 +64,7 @@ pub fn check(args: &CacheArgs) -> Result<()> {
 /// The scheme of a cache, by its name or by default. Where it has no calibration, one is made if `--calibrate` allows it.
 /// `made_up` weights get none.
 pub fn chosen<D: Train>(
-    device: &D,
+    device: &Arc<D>,
     args: &CacheArgs,
     pretrained: &Pretrained,
     made_up: bool,

@@ -4,7 +4,7 @@ use crate::EvalError;
 use crate::made_up::calibrated;
 use crate::random_cache::{RandomCache, random};
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
-use dibit_device::{Device, Sweep};
+use dibit_device::{Arithmetic, Device, Measure, Sweep};
 use dibit_model::{Rope, RopeScaling};
 use dibit_timing::{Samples, Spread, rounds};
 use serde::Serialize;
@@ -143,8 +143,8 @@ pub struct AttentionFigures {
 ///
 /// # Errors
 /// [`EvalError`]: a scheme that does not suit the heads, or a lack of memory.
-pub fn attention<D: Device>(
-    devices: &[D],
+pub fn attention<D: Device + Measure>(
+    devices: &[&D],
     schemes: &[Scheme],
     options: &AttentionOptions,
     mut begin: impl FnMut(String),
@@ -164,7 +164,7 @@ pub fn attention<D: Device>(
     // What does not suit a scheme is said before the work begins.
     let layouts = options.heads.iter().map(layouts).collect::<Result<Vec<_>, _>>()?;
     // Caches are filled with the most threads, and are the same whoever fills them.
-    let filler = devices.iter().max_by_key(|device| device.threads()).expect("a device");
+    let filler = *devices.iter().max_by_key(|device| device.threads()).expect("a device");
     let sweep = filler.sweep(options.sweep_bytes)?;
     let sizes: Vec<(usize, usize)> =
         options.batches.iter().flat_map(|batch| options.contexts.iter().map(|context| (*batch, *context))).collect();
@@ -175,11 +175,9 @@ pub fn attention<D: Device>(
             for layout in &layouts {
                 let (query, key_value, name) = (heads.query, heads.key_value, layout.scheme_name());
                 begin(format!("{query}/{key_value} heads, batch {batch}, {context} tokens: {name}"));
-                let mut cache = RandomCache::new(filler, layout.clone(), batch, context, 1)?;
-                cache.write_next(filler)?;
-                caches.push(cache);
+                caches.push(RandomCache::new(filler, layout.clone(), batch, context, 1, Arithmetic::Fast)?);
             }
-            for device in devices {
+            for &device in devices {
                 points.push(point(device, *heads, &mut caches, &*sweep, options.rounds)?);
             }
         }
@@ -188,31 +186,32 @@ pub fn attention<D: Device>(
     Ok(AttentionBench { head_dim, layers, rounds, sweep_bytes: sweep.bytes(), points })
 }
 
-fn point<D: Device>(
+fn point<D: Device + Measure>(
     device: &D,
     heads: Heads,
     caches: &mut [RandomCache<D>],
     sweep: &dyn Sweep,
     count: usize,
 ) -> Result<AttentionPoint, EvalError> {
-    let layout = caches[0].manager.layout();
+    let layout = caches[0].cache.layout();
     let (batch, layers) = (caches[0].batch().rows(), layout.layers.len());
     let width = batch * heads.query * layout.shape.head_dim;
     let q = device.upload(&random(0, width))?;
+    let next = device.upload(&random(3, batch * layout.shape.row()))?;
     let mut out = device.buffer(width)?;
     let times = rounds(count, 1 + caches.len(), |contender| match contender.checked_sub(1) {
         None => Ok(device.scope(|| sweep.read())),
-        Some(scheme) => caches[scheme].attend(device, heads.query, &q, &mut out),
+        Some(scheme) => caches[scheme].attend(device, heads.query, [&q, &next], &mut out),
     })?;
     let (read, times) = times.split_first().expect("the sweep is timed");
     let times: Vec<Samples> = times.iter().map(|own| own.map(|seconds| seconds / layers as f64)).collect();
     let read = read.map(|seconds| sweep.bytes() as f64 / seconds / 1e9);
     let figures = |(cache, seconds): (&RandomCache<D>, &Samples)| {
-        let usage = cache.usage(device);
+        let usage = cache.usage();
         let bytes = usage.used_bytes / layers;
         let speed = seconds.map(|seconds| bytes as f64 / seconds / 1e9);
         AttentionFigures {
-            scheme: cache.manager.layout().scheme_name().to_owned(),
+            scheme: cache.cache.layout().scheme_name().to_owned(),
             bytes,
             bits: usage.bits(),
             ms: seconds.map(|seconds| seconds * 1e3).spread(),

@@ -1,11 +1,11 @@
 //! Decoding and prefill of a whole model.
 
 use crate::EvalError;
-use crate::models::Models;
 use crate::random_cache::RandomCache;
-use dibit_cache::{CacheLayout, CacheManager, Scheme};
-use dibit_device::{Batch, Device, Mode, Sweep};
+use dibit_cache::{CacheLayout, Scheme};
+use dibit_device::{Device, Measure, Mode, Sweep};
 use dibit_model::{Model, Pretrained, Workspace, argmax};
+use dibit_runner::{Capacity, Models, Runner};
 use dibit_timing::{Samples, Spread, rounds};
 use serde::Serialize;
 use std::sync::Arc;
@@ -117,8 +117,8 @@ pub struct DecodeFigures {
 ///
 /// # Errors
 /// [`EvalError`].
-pub fn decode<D: Device>(
-    device: &D,
+pub fn decode<D: Device + Measure>(
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     options: &DecodeOptions,
@@ -132,8 +132,7 @@ pub fn decode<D: Device>(
         layouts.push((models.get(&layout)?, layout));
     }
     let sweep = device.sweep(options.sweep_bytes)?;
-    let workspace = Workspace::new(device, config, options.pass_rows.max(options.batch), options.batch)?;
-    let mut run = Run { device, workspace, logits: Vec::new(), sweep };
+    let mut run = Run { device: &**device, logits: Vec::new(), sweep };
     let mut prefill = Vec::new();
     if options.prompt > 0 {
         begin("prefill".to_owned());
@@ -147,10 +146,12 @@ pub fn decode<D: Device>(
     for &depth in &depths {
         for (model, layout) in &layouts {
             begin(format!("filling {} with {depth} tokens", layout.scheme_name()));
-            let cache = RandomCache::new(device, layout.clone(), options.batch, depth, options.growth())?;
+            let (batch, growth) = (options.batch, options.growth());
+            let cache = RandomCache::new(run.device, layout.clone(), batch, depth, growth, model.arithmetic())?;
             decoders.push(Decoder {
                 model: model.clone(),
-                cache_bytes: cache.usage(device).used_bytes,
+                cache_bytes: cache.usage().used_bytes,
+                workspace: Workspace::new(run.device, config, batch, batch)?,
                 cache,
                 next: vec![0; options.batch],
             });
@@ -202,9 +203,8 @@ pub fn decode<D: Device>(
 }
 
 /// What all contenders use in their turns.
-struct Run<'a, D: Device> {
+struct Run<'a, D: Device + Measure> {
     device: &'a D,
-    workspace: Workspace<D>,
     logits: Vec<f32>,
     sweep: Box<dyn Sweep>,
 }
@@ -213,12 +213,13 @@ struct Run<'a, D: Device> {
 struct Decoder<D: Device> {
     model: Arc<Model<D>>,
     cache: RandomCache<D>,
+    workspace: Workspace<D>,
     cache_bytes: usize,
     /// The token of each that comes next.
     next: Vec<u32>,
 }
 
-impl<D: Device> Run<'_, D> {
+impl<D: Device + Measure> Run<'_, D> {
     fn read(&self) -> Duration {
         self.device.scope(|| self.sweep.read())
     }
@@ -228,9 +229,9 @@ impl<D: Device> Run<'_, D> {
         self.device.synchronize();
         let start = Instant::now();
         for _ in 0..tokens {
-            let (batch, store) = (own.cache.batch(), &mut own.cache.store);
-            own.model.forward(self.device, &mut self.workspace, store, &batch, &own.next)?;
-            own.model.logits(self.device, &mut self.workspace, &rows, &mut self.logits)?;
+            let batch = own.cache.batch();
+            own.model.forward(&mut own.workspace, &mut own.cache.cache, &batch, &own.next)?;
+            own.model.logits(&mut own.workspace, &rows, &mut self.logits)?;
             let logits = self.logits.chunks_exact(own.model.config().vocab_size);
             own.next = logits.map(|logits| argmax(logits) as u32).collect();
             own.cache.advance(1);
@@ -243,33 +244,25 @@ impl<D: Device> Run<'_, D> {
         layouts: &[(Arc<Model<D>>, CacheLayout)],
         options: &DecodeOptions,
     ) -> Result<Vec<PrefillFigures>, EvalError> {
-        let mut caches = Vec::new();
-        for (_, layout) in layouts {
-            let blocks = layout.blocks(options.prompt);
-            let store = self.device.store(layout, blocks, 1, options.pass_rows)?;
-            caches.push((CacheManager::new(layout.clone(), blocks, 1), store));
-        }
+        let runner = |(model, layout): &(Arc<Model<D>>, CacheLayout)| {
+            let capacity = Capacity { rows: options.pass_rows, ..Capacity::of_one(layout, options.prompt, 1) };
+            Runner::new(model.clone(), layout.clone(), capacity)
+        };
+        let mut runners = layouts.iter().map(runner).collect::<Result<Vec<_>, _>>()?;
         let seconds = rounds(options.rounds, layouts.len(), |index| {
-            let (model, layout) = &layouts[index];
-            let (manager, store) = &mut caches[index];
-            let vocab_size = model.config().vocab_size;
+            let runner = &mut runners[index];
+            let vocab_size = runner.model().config().vocab_size;
             let ids: Vec<u32> = (0..options.prompt).map(|token| (token % vocab_size) as u32).collect();
-            let mut sequence = manager.open()?;
-            manager.reserve(&mut sequence, options.prompt)?;
+            let mut sequence = runner.open()?;
             self.device.synchronize();
             let start = Instant::now();
             for ids in ids.chunks(options.pass_rows) {
-                let mut batch = Batch::new(Mode::Chunk);
-                batch.push(&sequence, ids.len(), layout.window);
-                model.forward(self.device, &mut self.workspace, store, &batch, ids)?;
-                let len = sequence.len() + ids.len();
-                manager.advance(&mut sequence, len);
-                if len == options.prompt {
-                    model.logits(self.device, &mut self.workspace, &[ids.len() - 1], &mut self.logits)?;
-                }
+                runner.step(Mode::Chunk, &mut [(&mut sequence, ids)])?;
             }
+            let last = (options.prompt - 1) % options.pass_rows;
+            runner.outputs().logits(&[last], &mut self.logits)?;
             let time = start.elapsed();
-            manager.close(sequence);
+            runner.close(sequence);
             Ok::<_, EvalError>(time)
         })?;
         let figures = |((_, layout), own): (&(_, CacheLayout), &Samples)| PrefillFigures {

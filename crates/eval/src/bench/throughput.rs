@@ -2,12 +2,14 @@
 
 use crate::EvalError;
 use crate::made_up::calibrated;
-use dibit_cache::{CacheLayout, CacheManager, Scheme, Sequence};
-use dibit_device::{Batch, Device, DeviceError, Mode};
-use dibit_model::{Model, ModelError, Pretrained, Workspace, pass_bytes};
+use dibit_cache::{CacheLayout, Scheme, Sequence};
+use dibit_device::{Device, DeviceError, Measure, Mode};
+use dibit_model::{Model, ModelError, Pretrained, pass_bytes};
+use dibit_runner::{Capacity, Runner};
 use serde::Serialize;
 use std::ops::Range;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Tokens that are generated before the clock starts.
@@ -130,8 +132,8 @@ impl ThroughputScheme {
 ///
 /// # Errors
 /// [`EvalError`], but for a lack of memory.
-pub fn throughput<D: Device>(
-    device: &D,
+pub fn throughput<D: Device + Measure>(
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     options: &ThroughputOptions,
@@ -174,7 +176,8 @@ pub fn throughput<D: Device>(
                 continue;
             }
         };
-        let ladder = Ladder { device, model, layout, options, weight_bytes: bench.weight_bytes };
+        let ladder =
+            Ladder { device: &**device, model: Arc::new(model), layout, options, weight_bytes: bench.weight_bytes };
         let mut batches: Vec<usize> = options.batches.iter().filter_map(|size| size.number()).collect();
         batches.sort_unstable();
         batches.dedup();
@@ -215,15 +218,15 @@ fn out_of_memory(error: EvalError, batch: usize) -> Result<OutOfMemory, EvalErro
 }
 
 /// One scheme on its way through the batches.
-struct Ladder<'a, D: Device> {
+struct Ladder<'a, D: Device + Measure> {
     device: &'a D,
-    model: Model<D>,
+    model: Arc<Model<D>>,
     layout: CacheLayout,
     options: &'a ThroughputOptions,
     weight_bytes: usize,
 }
 
-impl<D: Device> Ladder<'_, D> {
+impl<D: Device + Measure> Ladder<'_, D> {
     /// Rows of the largest pass.
     fn pass_rows(&self, batch: usize) -> usize {
         self.options.pass_rows.min(batch * self.options.prompt).max(batch)
@@ -331,32 +334,28 @@ impl<D: Device> Ladder<'_, D> {
 }
 
 /// Some sequences that are generated together.
-struct Run<'a, D: Device> {
+struct Run<'a, D: Device + Measure> {
     device: &'a D,
-    model: &'a Model<D>,
-    manager: CacheManager,
-    store: D::Store,
-    workspace: Workspace<D>,
+    runner: Runner<D>,
     sequences: Vec<Sequence>,
     prompt: usize,
     pass_rows: usize,
 }
 
-impl<'a, D: Device> Run<'a, D> {
+impl<'a, D: Device + Measure> Run<'a, D> {
     fn new(ladder: &'a Ladder<'_, D>, batch: usize) -> Result<Self, EvalError> {
         let Ladder { device, model, layout, options, .. } = ladder;
         let (pass_rows, tokens) = (ladder.pass_rows(batch), options.prompt + options.generate);
         let blocks = batch * layout.blocks(tokens);
-        let store = device.store(layout, blocks, batch, pass_rows)?;
-        let workspace = Workspace::new(*device, model.config(), pass_rows, batch)?;
-        let mut manager = CacheManager::new(layout.clone(), blocks, batch);
-        let sequences = (0..batch).map(|_| manager.open()).collect::<Result<_, _>>()?;
-        Ok(Run { device, model, manager, store, workspace, sequences, prompt: options.prompt, pass_rows })
+        let capacity = Capacity { blocks, sequences: batch, rows: pass_rows, outputs: batch };
+        let mut runner = Runner::new(model.clone(), layout.clone(), capacity)?;
+        let sequences = (0..batch).map(|_| runner.open()).collect::<Result<_, _>>()?;
+        Ok(Run { device, runner, sequences, prompt: options.prompt, pass_rows })
     }
 
     /// Empties the sequences.
     fn clear(&mut self) {
-        self.sequences.iter_mut().for_each(|sequence| self.manager.clear(sequence));
+        self.sequences.iter_mut().for_each(|sequence| self.runner.clear(sequence));
     }
 
     /// Reads the prompts and generates so many tokens; the time of both.
@@ -375,7 +374,7 @@ impl<'a, D: Device> Run<'a, D> {
 
     /// Reads the prompts, as many in a pass as there is room for; the first token of each.
     fn prefill(&mut self) -> Result<Vec<u32>, EvalError> {
-        let vocab_size = self.model.config().vocab_size;
+        let vocab_size = self.runner.model().config().vocab_size;
         let together = (self.pass_rows / self.prompt).max(1);
         let mut first = Vec::new();
         for begin in (0..self.sequences.len()).step_by(together) {
@@ -400,22 +399,14 @@ impl<'a, D: Device> Run<'a, D> {
 
     /// A pass of `count` new tokens of each of some sequences.
     fn pass(&mut self, group: Range<usize>, ids: &[u32], count: usize) -> Result<(), EvalError> {
-        let mut batch = Batch::new(Mode::Chunk);
-        for sequence in &mut self.sequences[group.clone()] {
-            self.manager.reserve(sequence, sequence.len() + count)?;
-            batch.push(sequence, count, self.manager.layout().window);
-        }
-        self.model.forward(self.device, &mut self.workspace, &mut self.store, &batch, ids)?;
-        for sequence in &mut self.sequences[group] {
-            let len = sequence.len() + count;
-            self.manager.advance(sequence, len);
-        }
+        let mut rows: Vec<(&mut Sequence, &[u32])> = self.sequences[group].iter_mut().zip(ids.chunks(count)).collect();
+        self.runner.step(Mode::Chunk, &mut rows)?;
         Ok(())
     }
 
     fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<u32>, EvalError> {
-        let tokens = self.model.most_likely(self.device, &mut self.workspace, rows)?;
-        let scheme = || self.manager.layout().scheme_name().to_owned();
+        let tokens = self.runner.outputs().most_likely(rows)?;
+        let scheme = || self.runner.layout().scheme_name().to_owned();
         tokens.into_iter().map(|token| token.ok_or_else(|| EvalError::NotFinite { scheme: scheme() })).collect()
     }
 }

@@ -5,12 +5,13 @@
 
 use super::random::Random;
 use crate::EvalError;
-use crate::perplexity::{Progress, Runner, run_windows};
+use crate::perplexity::{Contender, Progress, run_windows};
 use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_model::Pretrained;
 use serde::Serialize;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// The name of the task.
 pub const COPYING: &str = "copying";
@@ -83,7 +84,7 @@ fn sequences(pretrained: &Pretrained, options: CopyingOptions) -> Vec<Vec<u32>> 
 /// # Errors
 /// [`EvalError`].
 pub fn copying<D: Device>(
-    device: &D,
+    device: &Arc<D>,
     pretrained: &Pretrained,
     schemes: &[Scheme],
     options: CopyingOptions,
@@ -96,11 +97,11 @@ pub fn copying<D: Device>(
     let sequences = sequences(pretrained, options);
     // The row of a token expects the next one.
     let scored = context - COPIED..context - 1;
-    let finish = |runner: Runner<D>| CopyingResult {
-        scheme: runner.scheme.name.clone(),
-        copied: runner.share(runner.hits),
-        top1_agreement: runner.share(runner.agreements),
-        kl_mean: runner.kl_mean(),
+    let finish = |contender: Contender<D>| CopyingResult {
+        scheme: contender.scheme.name.clone(),
+        copied: contender.share(contender.hits),
+        top1_agreement: contender.share(contender.agreements),
+        kl_mean: contender.kl_mean(),
     };
     let windows = (context, &sequences[..]);
     let Some(schemes) = run_windows(device, pretrained, schemes, windows, scored.clone(), finish, progress)? else {

@@ -12,7 +12,7 @@ use dibit_cache::{
     Adapters, CacheLayout, Calibration, Correction, LayerCalibration, LayerOverride, Packed, Scheme, Side, Sinks,
     Transform, Window,
 };
-use dibit_device::Device;
+use dibit_device::Train;
 use dibit_model::ModelConfig;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -43,7 +43,7 @@ pub struct CorrectionStudy {
 ///
 /// # Errors
 /// [`EvalError`].
-pub fn corrections<D: Device>(
+pub fn corrections<D: Train>(
     device: &D,
     config: &ModelConfig,
     schemes: &[Scheme],
@@ -126,7 +126,7 @@ fn values_as_keys(scheme: &Scheme) -> Scheme {
 }
 
 /// What the codes of the complete groups miss, `[tokens][num_key_value_heads][head_dim]`; zeros behind them.
-fn missed<D: Device>(device: &D, layout: &CacheLayout, layer: usize, tensor: &[f32]) -> Result<Vec<f32>, EvalError> {
+fn missed<D: Train>(device: &D, layout: &CacheLayout, layer: usize, tensor: &[f32]) -> Result<Vec<f32>, EvalError> {
     let row = layout.shape.row();
     let rows = tensor.len() / row / GROUP * GROUP;
     let mut out = device.buffer(rows * row)?;

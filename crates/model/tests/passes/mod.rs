@@ -1,35 +1,30 @@
 //! Running a model over tokens.
 
-use dibit_cache::{CacheLayout, CacheManager};
-use dibit_device::{Batch, Cpu, Device, Mode};
-use dibit_model::{Model, Workspace};
+use dibit_cache::{CacheLayout, Sequence};
+use dibit_cpu::Cpu;
+use dibit_device::Mode;
+use dibit_model::Model;
+use dibit_runner::{Capacity, Runner};
+use std::sync::Arc;
 
 /// Logits of all `ids`, fed in passes of these lengths.
 pub fn logits(
-    cpu: &Cpu,
-    model: &Model<Cpu>,
+    model: &Arc<Model<Cpu>>,
     layout: &CacheLayout,
     mode: Mode,
     ids: &[u32],
     passes: &[usize],
 ) -> Vec<Vec<f32>> {
-    let config = model.config();
-    let mut manager = CacheManager::new(layout.clone(), layout.window.blocks(ids.len()), 1);
-    let mut store = cpu.store(layout, manager.num_blocks(), 1, ids.len()).unwrap();
-    let mut workspace = Workspace::new(cpu, config, ids.len(), ids.len()).unwrap();
-    let mut sequence = manager.open().unwrap();
+    let capacity = Capacity::of_one(layout, ids.len(), ids.len());
+    let mut runner = Runner::new(model.clone(), layout.clone(), capacity).unwrap();
+    let mut sequence: Sequence = runner.open().unwrap();
     let mut all = Vec::new();
     for &rows in passes {
-        let (start, end) = (sequence.len(), sequence.len() + rows);
-        manager.reserve(&mut sequence, end).unwrap();
-        let mut batch = Batch::new(mode);
-        batch.push(&sequence, rows, layout.window);
-        model.forward(cpu, &mut workspace, &mut store, &batch, &ids[start..end]).unwrap();
-        manager.advance(&mut sequence, end);
-        let outputs: Vec<usize> = (0..rows).collect();
+        let new = &ids[sequence.len()..sequence.len() + rows];
         let mut logits = Vec::new();
-        model.logits(cpu, &mut workspace, &outputs, &mut logits).unwrap();
-        all.extend(logits.chunks_exact(config.vocab_size).map(<[f32]>::to_vec));
+        let outputs: Vec<usize> = (0..rows).collect();
+        runner.step(mode, &mut [(&mut sequence, new)]).unwrap().logits(&outputs, &mut logits).unwrap();
+        all.extend(logits.chunks_exact(model.config().vocab_size).map(<[f32]>::to_vec));
     }
     all
 }

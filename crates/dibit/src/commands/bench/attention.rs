@@ -5,8 +5,9 @@ use crate::device::{self, AnyDevice};
 use crate::output::{bar, bytes, table};
 use anyhow::Result;
 use dibit_cache::{CacheLayout, CacheShape, Scheme};
-use dibit_device::Device;
+use dibit_device::{Device, Measure};
 use dibit_eval::bench::{AttentionBench, AttentionFigures, AttentionOptions, AttentionPoint, attention};
+use std::sync::Arc;
 
 pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
     let schemes = schemes(&args.kv)?;
@@ -29,7 +30,7 @@ fn devices(args: &AttentionBenchArgs) -> Result<Vec<AnyDevice>> {
     }
 }
 
-fn run_on<D: Device>(devices: &[D], args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<Outcome> {
+fn run_on<D: Device + Measure>(devices: &[Arc<D>], args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<Outcome> {
     args.measure.check(&devices[0], cache_bytes(args, schemes)?)?;
     let options = AttentionOptions {
         heads: args.heads.clone(),
@@ -41,7 +42,9 @@ fn run_on<D: Device>(devices: &[D], args: &AttentionBenchArgs, schemes: &[Scheme
         sweep_bytes: args.measure.sweep_bytes(),
     };
     let bar = bar(0);
-    let figures = attention(devices, schemes, &options, |what| bar.set_message(what))?;
+    let figures = attention(&devices.iter().map(|device| &**device).collect::<Vec<_>>(), schemes, &options, |what| {
+        bar.set_message(what)
+    })?;
     bar.finish_and_clear();
     args.measure.show(&serde_json::to_value(&figures)?, &render(&figures))?;
     Ok(Outcome::Done)

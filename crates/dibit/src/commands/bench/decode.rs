@@ -7,17 +7,18 @@ use crate::output::{bar, bytes, table};
 use crate::{Outcome, memory, source};
 use anyhow::Result;
 use dibit_cache::Scheme;
-use dibit_device::Device;
+use dibit_device::{Device, Measure};
 use dibit_engine::{MemoryPlan, Options};
 use dibit_eval::bench::{DecodeBench, DecodeFigures, DecodeOptions, DecodePoint, PrefillFigures, decode};
 use dibit_model::Pretrained;
+use std::sync::Arc;
 
 pub fn run(args: &DecodeBenchArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
     on_device!(&args.run.open_device()?, |device| run_on(device, args))
 }
 
-fn run_on<D: Device>(device: &D, args: &DecodeBenchArgs) -> Result<Outcome> {
+fn run_on<D: Device + Measure>(device: &Arc<D>, args: &DecodeBenchArgs) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;

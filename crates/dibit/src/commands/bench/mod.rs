@@ -9,11 +9,12 @@ use crate::args::{Bench, BenchArgs, LoadFormat, MeasureArgs};
 use crate::memory;
 use crate::output::{STDOUT, bytes, check_writable, write_complete};
 use anyhow::{Context, Result, bail};
-use dibit_device::Device;
+use dibit_device::{Device, Measure};
 use dibit_model::Pretrained;
 use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub fn run(args: &BenchArgs) -> Result<Outcome> {
     match &args.what {
@@ -38,7 +39,7 @@ impl MeasureArgs {
     }
 
     /// What would fail after long work: a file that cannot be written, caches that do not fit beside the sweep.
-    fn check<D: Device>(&self, device: &D, cache_bytes: usize) -> Result<()> {
+    fn check<D: Device + Measure>(&self, device: &Arc<D>, cache_bytes: usize) -> Result<()> {
         self.json.iter().flatten().try_for_each(|path| check_writable(path))?;
         warn_of_load();
         let (sweep, available) = (self.sweep_bytes(), device.memory().map_or_else(memory::available, |own| own.free));

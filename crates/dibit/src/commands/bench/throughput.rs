@@ -6,11 +6,12 @@ use crate::device::on_device;
 use crate::output::{bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, memory, source};
 use anyhow::Result;
-use dibit_device::Device;
+use dibit_device::{Device, Measure};
 use dibit_engine::{MemoryPlan, Options};
 use dibit_eval::bench::{ThroughputBench, ThroughputOptions, ThroughputPoint, ThroughputScheme, throughput};
 use dibit_eval::report::{throughput_html, throughput_svg};
 use std::path::Path;
+use std::sync::Arc;
 
 /// A context in which the budget of a pass alone says how many rows it has.
 const LONG: usize = 1 << 20;
@@ -22,7 +23,7 @@ pub fn run(args: &ThroughputBenchArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, page.as_deref()))
 }
 
-fn run_on<D: Device>(device: &D, args: &ThroughputBenchArgs, page: Option<&Path>) -> Result<Outcome> {
+fn run_on<D: Device + Measure>(device: &Arc<D>, args: &ThroughputBenchArgs, page: Option<&Path>) -> Result<Outcome> {
     let pretrained = source::load(device, &args.run.model)?;
     let made_up = args.run.model.load_format == LoadFormat::Dummy && args.calibration.calibration.is_empty();
     let schemes = if made_up {

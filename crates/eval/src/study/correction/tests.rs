@@ -1,7 +1,8 @@
 use super::*;
 use crate::study::tests::{layer, normal, shape};
-use dibit_cache::{CacheManager, CacheShape, Schedule};
-use dibit_device::{Batch, Cpu, Mode};
+use dibit_cache::{CacheShape, Schedule};
+use dibit_cpu::Cpu;
+use dibit_device::{Arithmetic, Batch, DeviceError, KvCache, Mode, Pass};
 use dibit_quant::{Affine, Bits, Hadamard};
 
 const WINDOW: Window = Window { tokens: 128, schedule: Schedule::Guaranteed };
@@ -158,20 +159,18 @@ fn values_miss_what_their_own_quantiser_loses() {
 /// Outputs of a device that stores every token before the next one attends, `[token][head][head_dim]`.
 fn streamed(cpu: &Cpu, layout: &CacheLayout, shape: StudyShape, sample: &LayerSample) -> Vec<f32> {
     let blocks = layout.blocks(shape.tokens);
-    let mut store = cpu.store(layout, blocks, 1, shape.tokens).unwrap();
-    let mut manager = CacheManager::new(layout.clone(), blocks, 1);
-    let mut sequence = manager.open().unwrap();
-    manager.reserve(&mut sequence, shape.tokens).unwrap();
+    let mut cache = KvCache::new(cpu, layout.clone(), blocks, 1, shape.tokens, Arithmetic::Exact).unwrap();
+    let mut sequence = cache.open().unwrap();
+    cache.reserve(&mut sequence, shape.tokens).unwrap();
     let mut batch = Batch::new(Mode::Streaming);
-    batch.push(&sequence, shape.tokens, layout.window);
-    let rows = 0..shape.tokens;
+    batch.push(cache.manager(), &sequence, shape.tokens);
     let mut out = vec![0.0; sample.q.len()];
-    cpu.scope(|| {
-        // First tokens are sinks without a look at the residual stream.
-        cpu.observe(&mut store, 0, &batch, &vec![1.0; shape.tokens], 1);
-        cpu.write_kv(&mut store, 0, &batch, rows.clone(), &sample.k, &sample.v).unwrap();
-        cpu.attention(&mut store, 0, &batch, rows, shape.num_heads, &sample.q, &mut out).unwrap();
-    });
+    // First tokens are sinks without a look at the residual stream.
+    let hidden = vec![1.0; shape.tokens];
+    let run = |pass: &mut Pass<Cpu>| {
+        pass.whole_layer((&hidden, 1), shape.num_heads, [&sample.q, &sample.k, &sample.v], &mut out)
+    };
+    cache.pass::<DeviceError>(cpu, &batch, run).unwrap();
     out
 }
 

@@ -1,0 +1,140 @@
+//! The tokens of one forward pass.
+
+use crate::{CacheLayout, CacheManager, ClassTokens, PAGE_TOKENS, Sees, Sequence};
+use std::ops::Range;
+
+/// How the rows of a forward pass see the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The new tokens see each other exactly and are stored once all of them have been attended to.
+    Chunk,
+    /// Every token is stored, and the window flushed, before the next one attends: what decoding token by
+    /// token computes, in one pass.
+    Streaming,
+}
+
+/// What the rows of a pass are. A device may have an arithmetic for prompts that is faster for many rows; a row's results
+/// depend on the phase of its pass, and on nothing else that is in it. Prompts and single tokens that must not depend on
+/// each other are run in passes of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Prompts: several new tokens of every sequence.
+    Prefill,
+    /// Single tokens, or tokens that are passed as if they came one by one.
+    Decode,
+}
+
+/// The new tokens of one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// The sequence's window rings.
+    pub slot: u32,
+    /// Its block table, long enough for the new tokens; empty where the scheme has classes.
+    pub blocks: Vec<u32>,
+    /// For each of these blocks the place in the table of the first one of its chunk; empty where the scheme has no chunks.
+    pub chunks: Vec<u32>,
+    /// Its tokens by their classes, the new ones included; empty where the scheme has none.
+    pub classes: Vec<ClassTokens>,
+    /// Tokens cached before this pass.
+    pub cached: usize,
+    /// Its rows in the batch.
+    pub rows: Range<usize>,
+}
+
+/// The tokens of one forward pass: the new tokens of one or more sequences, one after the other.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// One span for each sequence, in the order of their rows.
+    pub spans: Vec<Span>,
+    /// How rows see the cache.
+    pub mode: Mode,
+}
+
+impl Span {
+    /// A row of the span, as a span that has it alone and the rows before it cached.
+    pub fn step(&self, row: usize) -> Span {
+        Span { rows: row..row + 1, cached: self.cached + row - self.rows.start, ..self.clone() }
+    }
+
+    /// The place in the block table of the first block of the chunk that block number `index` belongs to.
+    pub fn chunk_start(&self, index: usize) -> usize {
+        self.chunks.get(index).map_or(index, |first| *first as usize)
+    }
+
+    /// Whether sinks are looked for among its rows: tokens that are decoded one by one are never protected for their
+    /// activations.
+    pub fn shows_sinks(&self) -> bool {
+        self.rows.len() > 1 || self.cached == 0
+    }
+
+    /// Tokens once its rows are stored.
+    pub fn len(&self) -> usize {
+        self.cached + self.rows.len()
+    }
+
+    /// True where it has no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new(mode: Mode) -> Self {
+        Batch { spans: Vec::new(), mode }
+    }
+
+    /// Appends `tokens` new tokens of a sequence whose blocks have been reserved.
+    ///
+    /// # Panics
+    /// If the sequence lacks blocks for the new tokens.
+    pub fn push(&mut self, manager: &CacheManager, sequence: &Sequence, tokens: usize) {
+        let window = manager.layout().window;
+        let start = self.rows();
+        let len = sequence.len() + tokens;
+        let classes = sequence.class_tokens(len);
+        let reserved = match classes.as_slice() {
+            [] => sequence.blocks().len() >= window.blocks(len),
+            classes => {
+                classes.iter().all(|own| own.blocks.len() >= own.packed(window.packed_keys(len)).div_ceil(PAGE_TOKENS))
+            }
+        };
+        assert!(reserved, "blocks must be reserved first");
+        self.spans.push(Span {
+            slot: sequence.slot(),
+            blocks: sequence.blocks().to_vec(),
+            chunks: manager.chunks(sequence),
+            classes,
+            cached: sequence.len(),
+            rows: start..start + tokens,
+        });
+    }
+
+    /// Whether the rows are stored one by one as they attend.
+    pub fn is_stepwise(&self, layout: &CacheLayout) -> bool {
+        self.mode == Mode::Streaming || layout.sees == Sees::Stored
+    }
+
+    /// Whether a pass decides nothing on the host that depends on more than its shape: single tokens, of which none is
+    /// looked at to find sinks.
+    pub fn repeats(&self, layout: &CacheLayout) -> bool {
+        let single = |span: &Span| span.rows.len() == 1 && !(layout.sinks.are_chosen() && span.shows_sinks());
+        !self.is_stepwise(layout) && layout.classes.is_empty() && self.spans.iter().all(single)
+    }
+
+    /// What its rows are.
+    pub fn phase(&self) -> Phase {
+        let prompts = self.mode == Mode::Chunk && self.spans.iter().all(|span| span.rows.len() > 1);
+        if prompts { Phase::Prefill } else { Phase::Decode }
+    }
+
+    /// Rows of all spans.
+    pub fn rows(&self) -> usize {
+        self.spans.last().map_or(0, |span| span.rows.end)
+    }
+
+    /// Position in its sequence of every row.
+    pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
+        self.spans.iter().flat_map(|span| (0..span.rows.len()).map(|i| (span.cached + i) as u32))
+    }
+}

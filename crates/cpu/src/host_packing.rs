@@ -1,0 +1,48 @@
+//! Packing on the host, for devices that keep their caches elsewhere and cannot pack every page themselves.
+
+use super::append::{LayerBytes, LayerRows, Scratch, append};
+use super::frames::Frames;
+use super::simd::Isa;
+use dibit_cache::CacheLayout;
+use dibit_device::{DeviceError, Span};
+
+/// Packs tokens of caches of one layout. It holds no bytes of them.
+pub struct HostPacker {
+    isa: Isa,
+    layout: CacheLayout,
+    frames: Vec<Frames>,
+    scratch: Vec<Scratch>,
+}
+
+impl HostPacker {
+    /// # Errors
+    /// [`DeviceError::Tables`].
+    pub fn new(layout: &CacheLayout) -> Result<Self, DeviceError> {
+        let frames: Option<Vec<Frames>> = (0..layout.layers.len()).map(|layer| Frames::new(layout, layer)).collect();
+        let frames = frames.ok_or_else(|| DeviceError::Tables(layout.scheme_name().to_owned()))?;
+        Ok(HostPacker { isa: Isa::detect(), layout: layout.clone(), frames, scratch: Vec::new() })
+    }
+
+    /// Stores the rows of a span in a layer, as [`dibit_device::KvStorage::append`] does.
+    ///
+    /// - `rows`: keys and values of the sequence outside of pages; `incoming` holds the rows of the span as the batch does.
+    /// - `pages`: blocks that tokens enter ([`Span::filled_blocks`]): number, class, and the layer's pages of all heads.
+    /// - `states`: those of the layer, as bytes; empty where it has none.
+    /// - `sinks`: positions that the layer protects, in the order of their slots.
+    ///
+    /// # Errors
+    /// [`DeviceError::Quantize`].
+    pub fn append(
+        &mut self,
+        layer: usize,
+        span: &Span,
+        [keys, values]: [LayerRows; 2],
+        pages: &mut [(u32, usize, Vec<u8>)],
+        states: &mut [u8],
+        sinks: &[u32],
+    ) -> Result<(), DeviceError> {
+        let pages = pages.iter_mut().map(|(block, class, bytes)| (*block, *class, &mut bytes[..])).collect();
+        let bytes = LayerBytes { keys, values, pages, states, sinks };
+        append(self.isa, &self.layout, layer, &self.frames[layer], span, bytes, &mut self.scratch)
+    }
+}

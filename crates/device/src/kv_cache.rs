@@ -1,0 +1,165 @@
+//! The cache of a model on a device: who holds which block, and the bytes.
+
+use crate::pass::Pass;
+use crate::{Arithmetic, DeviceError, KvStorage};
+use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Sequence, Usage};
+
+/// A cache of one model on a device.
+pub struct KvCache<D: KvStorage> {
+    manager: CacheManager,
+    store: D::Store,
+    arithmetic: Arithmetic,
+    /// Whose passes it runs, once there was one.
+    owner: Option<u64>,
+}
+
+impl<D: KvStorage> KvCache<D> {
+    /// A cache of `num_blocks` blocks for up to `num_sequences` sequences at once, and passes of up to `max_rows` rows.
+    ///
+    /// # Errors
+    /// Those of [`KvStorage::new_store`].
+    pub fn new(
+        device: &D,
+        layout: CacheLayout,
+        num_blocks: usize,
+        num_sequences: usize,
+        max_rows: usize,
+        arithmetic: Arithmetic,
+    ) -> Result<Self, DeviceError> {
+        let store = device.new_store(&layout, num_blocks, num_sequences, max_rows)?;
+        Ok(KvCache { store, manager: CacheManager::new(layout, num_blocks, num_sequences), arithmetic, owner: None })
+    }
+
+    /// What it was made for.
+    pub fn layout(&self) -> &CacheLayout {
+        self.manager.layout()
+    }
+
+    /// Blocks and sequences.
+    pub fn manager(&self) -> &CacheManager {
+        &self.manager
+    }
+
+    /// The bytes, to be looked at.
+    pub fn store(&self) -> &D::Store {
+        &self.store
+    }
+
+    /// Begins an empty sequence.
+    ///
+    /// # Errors
+    /// [`CacheError::TooManySequences`].
+    pub fn open(&mut self) -> Result<Sequence, CacheError> {
+        self.manager.open()
+    }
+
+    /// [`CacheManager::classify`].
+    ///
+    /// # Errors
+    /// [`CacheError::Class`].
+    pub fn classify(&self, sequence: &mut Sequence, classes: &[u8]) -> Result<(), CacheError> {
+        self.manager.classify(sequence, classes)
+    }
+
+    /// [`CacheManager::reserve`].
+    ///
+    /// # Errors
+    /// [`CacheError::PoolExhausted`].
+    pub fn reserve(&mut self, sequence: &mut Sequence, len: usize) -> Result<(), CacheError> {
+        self.manager.reserve(sequence, len)
+    }
+
+    /// Records that a pass has stored `tokens` more tokens of a sequence.
+    ///
+    /// # Panics
+    /// If the blocks for so many tokens were not reserved.
+    pub fn advance(&mut self, sequence: &mut Sequence, tokens: usize) {
+        self.manager.advance(sequence, sequence.len() + tokens);
+    }
+
+    /// Empties a sequence, which stays open.
+    pub fn clear(&mut self, sequence: &mut Sequence) {
+        self.manager.clear(sequence);
+    }
+
+    /// Ends a sequence.
+    pub fn close(&mut self, sequence: Sequence) {
+        self.manager.close(sequence);
+    }
+
+    /// What a sequence takes.
+    pub fn usage(&self, sequence: &Sequence) -> Usage {
+        self.manager.usage(sequence)
+    }
+
+    /// Makes the cache that of an owner, a model with its buffers, for good: passes that a device has recorded name these.
+    /// False where it belongs to another one.
+    #[must_use]
+    pub fn claim(&mut self, owner: u64) -> bool {
+        *self.owner.get_or_insert(owner) == owner
+    }
+
+    /// Runs a pass. Where it repeats ([`Batch::repeats`]), the device may record `work` and do it again without asking, as
+    /// [`KvStorage::record`] says.
+    ///
+    /// On an error the sequences of the batch must be cleared or closed: a pass that fails half-way has overwritten parts of
+    /// their windows.
+    ///
+    /// # Errors
+    /// Those of `work`, and of the device.
+    pub fn pass<E: From<DeviceError> + Send>(
+        &mut self,
+        device: &D,
+        batch: &Batch,
+        work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        let records = batch.repeats(self.layout());
+        self.run(device, batch, records, work)
+    }
+
+    /// The same for work that does more than call operations, and is never recorded.
+    ///
+    /// # Errors
+    /// As of [`KvCache::pass`].
+    pub fn pass_once<E: From<DeviceError> + Send>(
+        &mut self,
+        device: &D,
+        batch: &Batch,
+        work: impl FnOnce(&mut Pass<D>) -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        let mut work = Some(work);
+        self.run(device, batch, false, |pass| match work.take() {
+            Some(work) => work(pass),
+            None => Ok(()),
+        })
+    }
+
+    fn run<E: From<DeviceError> + Send>(
+        &mut self,
+        device: &D,
+        batch: &Batch,
+        records: bool,
+        mut work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        let KvCache { manager, store, arithmetic, .. } = self;
+        let (layout, states) = manager.split_states();
+        let mut on = |store: &mut D::Store| {
+            let states = &mut *states;
+            work(&mut Pass { device, layout, batch, arithmetic: *arithmetic, store, states, next_layer: 0 })
+        };
+        let placed = match batch.is_stepwise(layout) {
+            // Each row is placed when it attends.
+            true => Ok(()),
+            false => device.place(store, &batch.spans, true),
+        };
+        let result = placed.map_err(E::from).and_then(|()| match records {
+            true => device.record(store, on),
+            false => device.scope(|| on(store)),
+        });
+        let finished = device.finish(store, batch);
+        result?;
+        finished?;
+        self.manager.note(batch);
+        Ok(())
+    }
+}

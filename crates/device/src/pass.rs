@@ -1,0 +1,189 @@
+//! A forward pass as the cache sees it, in the one order that it has.
+
+use crate::{Arithmetic, Attention, DeviceError, KvStorage};
+use dibit_cache::{Batch, CacheLayout, Phase, Sees, SequenceState};
+use std::ops::Range;
+
+/// A pass in flight. Its layers follow each other.
+pub struct Pass<'a, D: KvStorage> {
+    pub(crate) device: &'a D,
+    pub(crate) layout: &'a CacheLayout,
+    pub(crate) batch: &'a Batch,
+    pub(crate) arithmetic: Arithmetic,
+    pub(crate) store: &'a mut D::Store,
+    pub(crate) states: &'a mut [SequenceState],
+    pub(crate) next_layer: usize,
+}
+
+/// A layer of a pass, whose sinks are chosen. Its rows are staged and attend, and then it is packed. Dropped before that,
+/// it has stored nothing.
+#[must_use = "a layer stores its tokens when it is packed"]
+pub struct LayerPass<'p, 'a, D: KvStorage> {
+    pass: &'p mut Pass<'a, D>,
+    layer: usize,
+    /// Rows of the batch whose keys and values are there.
+    staged: usize,
+}
+
+/// Rows whose keys and values are there, and that can attend.
+pub struct StagedRows<'l, 'p, 'a, D: KvStorage> {
+    layer: &'l mut LayerPass<'p, 'a, D>,
+    rows: Range<usize>,
+}
+
+impl<'a, D: KvStorage> Pass<'a, D> {
+    /// Goes to a layer, the first one of a pass that begins in the middle of a model.
+    ///
+    /// # Panics
+    /// If that layer has been passed.
+    pub fn skip_to(&mut self, layer: usize) {
+        assert!(layer >= self.next_layer, "layers of a pass follow each other");
+        self.next_layer = layer;
+    }
+
+    /// The next layer. `hidden` is the residual stream that enters it, a row of `width` numbers for each row of the batch:
+    /// schemes that protect tokens for their activations choose them by it.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`].
+    pub fn layer(&mut self, hidden: &D::Buffer, width: usize) -> Result<LayerPass<'_, 'a, D>, DeviceError> {
+        let layer = self.next_layer;
+        self.next_layer += 1;
+        if self.layout.sinks.are_chosen() {
+            let mut rows = Vec::new();
+            for span in self.batch.spans.iter().filter(|span| span.shows_sinks()) {
+                self.device.download(hidden, span.rows.start * width..span.rows.end * width, &mut rows)?;
+                let sinks = &mut self.states[span.slot as usize].sinks;
+                sinks.choose(self.layout.sinks, layer, span.cached..span.len(), &rows, width);
+                self.device.set_sinks(self.store, layer, span.slot, sinks.layer(layer))?;
+            }
+        }
+        Ok(LayerPass { pass: self, layer, staged: 0 })
+    }
+
+    /// Attention of the rows that were staged last, in every layer of the model one after the other: what benchmarks time.
+    /// Nothing is stored.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn attend_in_all_layers(
+        &mut self,
+        num_heads: usize,
+        q: &D::Buffer,
+        out: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
+        let Pass { device, layout, batch, arithmetic, store, .. } = self;
+        let attend = |layer| {
+            let rows = 0..batch.rows();
+            let (spans, phase, arithmetic) = (&batch.spans[..], batch.phase(), *arithmetic);
+            let attention = Attention { layer, spans, phase, arithmetic, rows, first: 0, num_heads, incoming: true };
+            device.attend(store, attention, q, out)
+        };
+        (0..layout.layers.len()).try_for_each(attend)
+    }
+
+    /// The whole next layer of a pass whose keys, values and queries are there already.
+    ///
+    /// # Errors
+    /// Those of its parts.
+    pub fn whole_layer(
+        &mut self,
+        (hidden, width): (&D::Buffer, usize),
+        num_heads: usize,
+        [q, k, v]: [&D::Buffer; 3],
+        out: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
+        let rows = self.batch.rows();
+        let mut layer = self.layer(hidden, width)?;
+        layer.stage(rows, k, v)?.attend(num_heads, q, out)?;
+        layer.pack()
+    }
+}
+
+impl<'p, 'a, D: KvStorage> LayerPass<'p, 'a, D> {
+    /// Takes keys and values of the next rows of the batch, up to `end`; see [`KvStorage::stage_kv`].
+    ///
+    /// # Errors
+    /// [`DeviceError::NotFinite`].
+    pub fn stage(
+        &mut self,
+        end: usize,
+        k: &D::Buffer,
+        v: &D::Buffer,
+    ) -> Result<StagedRows<'_, 'p, 'a, D>, DeviceError> {
+        let rows = self.staged..end;
+        let Pass { device, batch, store, .. } = &mut *self.pass;
+        device.stage_kv(store, self.layer, batch, rows.clone(), k, v)?;
+        self.staged = end;
+        Ok(StagedRows { layer: self, rows })
+    }
+
+    /// Stores the keys and values of all rows, and quantises what leaves the window.
+    ///
+    /// # Errors
+    /// [`DeviceError::Quantize`].
+    ///
+    /// # Panics
+    /// If not all rows of the batch were staged.
+    pub fn pack(self) -> Result<(), DeviceError> {
+        let Pass { device, layout, batch, store, .. } = self.pass;
+        assert_eq!(self.staged, batch.rows(), "rows that are packed");
+        match batch.is_stepwise(layout) {
+            true => Ok(()),
+            false => device.append(store, self.layer, &batch.spans),
+        }
+    }
+}
+
+impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
+    /// Causal attention of the rows over packed pages, windows and the pass in flight; see [`KvStorage::attend`]. `q` and
+    /// `out` hold these rows. Of a stepwise batch ([`Batch::is_stepwise`]) each row is stored before the next one attends.
+    ///
+    /// # Errors
+    /// Those of the device; of a stepwise batch those of [`LayerPass::pack`].
+    pub fn attend(&mut self, num_heads: usize, q: &D::Buffer, out: &mut D::Buffer) -> Result<(), DeviceError> {
+        let LayerPass { pass, layer, .. } = &mut *self.layer;
+        let Pass { device, layout, batch, arithmetic, store, .. } = &mut **pass;
+        let (rows, layer, arithmetic) = (self.rows.clone(), *layer, *arithmetic);
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let whole = Attention {
+            layer,
+            spans: &batch.spans,
+            phase: batch.phase(),
+            arithmetic,
+            first: rows.start,
+            rows: rows.clone(),
+            num_heads,
+            incoming: true,
+        };
+        if !batch.is_stepwise(layout) {
+            return device.attend(store, whole, q, out);
+        }
+        let stored = layout.sees == Sees::Stored;
+        for span in &batch.spans {
+            for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
+                let mut step = [span.step(row)];
+                device.place(store, &step, true)?;
+                if stored {
+                    device.append(store, layer, &step)?;
+                    step[0].cached += 1;
+                    device.place(store, &step, false)?;
+                }
+                let one = Attention {
+                    spans: &step,
+                    phase: Phase::Decode,
+                    rows: row..row + 1,
+                    incoming: !stored,
+                    ..whole.clone()
+                };
+                device.attend(store, one, q, out)?;
+                if !stored {
+                    device.append(store, layer, &step)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

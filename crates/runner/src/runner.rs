@@ -1,0 +1,214 @@
+use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Mode, Sequence, Usage};
+use dibit_device::{Device, KvCache};
+use dibit_model::{Model, ModelError, Observer, Workspace};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What a runner has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Blocks of the cache, all sequences together.
+    pub blocks: usize,
+    /// Sequences at once.
+    pub sequences: usize,
+    /// Rows of a pass, all sequences together.
+    pub rows: usize,
+    /// Rows of a pass whose logits are asked for at once.
+    pub outputs: usize,
+}
+
+/// A model, its cache and its workspace.
+pub struct Runner<D: Device> {
+    model: Arc<Model<D>>,
+    cache: KvCache<D>,
+    workspace: Workspace<D>,
+}
+
+/// What a pass has computed: logits of its rows, as long as no other pass runs.
+pub struct Outputs<'a, D: Device> {
+    model: &'a Model<D>,
+    workspace: &'a mut Workspace<D>,
+}
+
+impl Capacity {
+    /// Room for one sequence of `tokens` tokens that come in one pass, and for the logits of `outputs` of them.
+    pub fn of_one(layout: &CacheLayout, tokens: usize, outputs: usize) -> Self {
+        Capacity { blocks: layout.blocks(tokens), sequences: 1, rows: tokens, outputs }
+    }
+}
+
+impl<D: Device> Runner<D> {
+    /// A runner of a model with a cache of this layout.
+    ///
+    /// # Errors
+    /// [`ModelError::OtherValues`] for a layout that the model was not made for, [`ModelError::Device`] where memory is
+    /// short.
+    pub fn new(model: Arc<Model<D>>, layout: CacheLayout, capacity: Capacity) -> Result<Self, ModelError> {
+        let Capacity { blocks, sequences, rows, outputs } = capacity;
+        if !model.suits(&layout) {
+            return Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() });
+        }
+        let cache = KvCache::new(&**model.device(), layout, blocks, sequences, rows, model.arithmetic())?;
+        let workspace = Workspace::new(&**model.device(), model.config(), rows, outputs)?;
+        Ok(Runner { model, cache, workspace })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model<D>> {
+        &self.model
+    }
+
+    /// The layout of the cache.
+    pub fn layout(&self) -> &CacheLayout {
+        self.cache.layout()
+    }
+
+    /// Who holds which block of the cache.
+    pub fn manager(&self) -> &CacheManager {
+        self.cache.manager()
+    }
+
+    /// Begins an empty sequence.
+    ///
+    /// # Errors
+    /// [`CacheError::TooManySequences`].
+    pub fn open(&mut self) -> Result<Sequence, CacheError> {
+        self.cache.open()
+    }
+
+    /// Empties a sequence, which stays open.
+    pub fn clear(&mut self, sequence: &mut Sequence) {
+        self.cache.clear(sequence);
+    }
+
+    /// Ends a sequence.
+    pub fn close(&mut self, sequence: Sequence) {
+        self.cache.close(sequence);
+    }
+
+    /// What a sequence takes in the cache.
+    pub fn usage(&self, sequence: &Sequence) -> Usage {
+        self.cache.usage(sequence)
+    }
+
+    /// Makes sure that a sequence has the blocks that `len` tokens need.
+    ///
+    /// # Errors
+    /// [`CacheError::PoolExhausted`]; the sequence keeps what it had.
+    pub fn reserve(&mut self, sequence: &mut Sequence, len: usize) -> Result<(), CacheError> {
+        self.cache.reserve(sequence, len)
+    }
+
+    /// One pass of the next tokens of some sequences, which are cached afterwards; rows are in the order of the sequences.
+    /// Where blocks are short nothing has happened. A pass that fails empties its sequences, for it has overwritten parts of
+    /// their windows.
+    ///
+    /// # Errors
+    /// [`ModelError::Cache`] where blocks are short, and those of [`Model::forward`].
+    pub fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<Outputs<'_, D>, ModelError> {
+        let Runner { model, cache, workspace } = self;
+        run(cache, mode, rows, |cache, batch, ids| model.forward(workspace, cache, batch, ids))?;
+        Ok(self.outputs())
+    }
+
+    /// [`Runner::step`] of one sequence, showing queries, keys and values of every layer and row to `observer`.
+    ///
+    /// # Errors
+    /// Those of [`Runner::step`].
+    pub fn observe(
+        &mut self,
+        mode: Mode,
+        sequence: &mut Sequence,
+        ids: &[u32],
+        observer: &mut Observer,
+    ) -> Result<(), ModelError> {
+        let Runner { model, cache, workspace } = self;
+        run(cache, mode, &mut [(sequence, ids)], |cache, batch, ids| {
+            model.observe(workspace, cache, batch, ids, observer)
+        })
+    }
+
+    /// Runs the next tokens of a sequence through some layers alone: `residual` is the residual stream that enters the first
+    /// of them, `[row][hidden_size]`. Returns what leaves the last one.
+    ///
+    /// # Errors
+    /// Those of [`Runner::step`].
+    pub fn resume(
+        &mut self,
+        sequence: &mut Sequence,
+        layers: Range<usize>,
+        residual: &[f32],
+    ) -> Result<Vec<f32>, ModelError> {
+        let Runner { model, cache, workspace } = self;
+        let rows = residual.len() / model.config().hidden_size;
+        cache.reserve(sequence, sequence.len() + rows)?;
+        let mut batch = Batch::new(Mode::Chunk);
+        batch.push(cache.manager(), sequence, rows);
+        if let Err(error) = model.resume(workspace, cache, &batch, layers, residual) {
+            cache.clear(sequence);
+            return Err(error);
+        }
+        cache.advance(sequence, rows);
+        let mut behind = Vec::new();
+        workspace.residual(&**model.device(), rows, &mut behind)?;
+        Ok(behind)
+    }
+
+    /// The residual stream that enters layer 0 for these tokens, `[row][hidden_size]`.
+    ///
+    /// # Errors
+    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`].
+    pub fn embed(&mut self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+        self.model.embed(&mut self.workspace, ids)?;
+        let mut residual = Vec::new();
+        self.workspace.residual(&**self.model.device(), ids.len(), &mut residual)?;
+        Ok(residual)
+    }
+
+    /// The outputs of the last pass.
+    pub fn outputs(&mut self) -> Outputs<'_, D> {
+        Outputs { model: &self.model, workspace: &mut self.workspace }
+    }
+}
+
+fn run<D: Device>(
+    cache: &mut KvCache<D>,
+    mode: Mode,
+    rows: &mut [(&mut Sequence, &[u32])],
+    pass: impl FnOnce(&mut KvCache<D>, &Batch, &[u32]) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
+    let mut batch = Batch::new(mode);
+    let mut ids = Vec::new();
+    for (sequence, new) in rows.iter_mut() {
+        cache.reserve(sequence, sequence.len() + new.len())?;
+        batch.push(cache.manager(), sequence, new.len());
+        ids.extend_from_slice(new);
+    }
+    let result = pass(cache, &batch, &ids);
+    for (sequence, new) in rows {
+        match &result {
+            Ok(()) => cache.advance(sequence, new.len()),
+            Err(_) => cache.clear(sequence),
+        }
+    }
+    result
+}
+
+impl<D: Device> Outputs<'_, D> {
+    /// Logits of some rows: `vocab_size` numbers for each, in the order of `rows`.
+    ///
+    /// # Errors
+    /// [`ModelError::TooManyRows`].
+    pub fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
+        self.model.logits(self.workspace, rows, out)
+    }
+
+    /// The most likely token after each of some rows, the first of equals; `None` for a row of which not all logits are
+    /// finite.
+    ///
+    /// # Errors
+    /// [`ModelError::TooManyRows`], [`ModelError::Device`].
+    pub fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
+        self.model.most_likely(self.workspace, rows)
+    }
+}
