@@ -81,7 +81,14 @@ impl dibit_device::Memory for Cuda {
     }
 
     fn budget(&self) -> Budget {
-        Budget { tile_rows: 64..4096, tile_bytes: 512 << 20, pass_bytes: 512 << 20, pass_rows: 512 }
+        Budget {
+            tile_rows: 64..4096,
+            tile_bytes: 512 << 20,
+            pass_bytes: 512 << 20,
+            pass_rows: 512,
+            cell: 1024,
+            prefill_rows: 2048,
+        }
     }
 
     fn scope<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {

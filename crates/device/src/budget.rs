@@ -11,9 +11,20 @@ pub struct Budget {
     pub pass_bytes: usize,
     /// Rows of a pass at least, however wide the model is.
     pub pass_rows: usize,
+    /// Tokens of a cell, in which prompts are read where nothing else is asked for.
+    pub cell: usize,
+    /// Prompt tokens of several sequences that are read in one pass.
+    pub prefill_rows: usize,
 }
 
 impl Budget {
     /// What suits the caches of a processor.
-    pub const HOST: Budget = Budget { tile_rows: 16..128, tile_bytes: 24 << 20, pass_bytes: 20 << 20, pass_rows: 256 };
+    pub const HOST: Budget = Budget {
+        tile_rows: 16..128,
+        tile_bytes: 24 << 20,
+        pass_bytes: 20 << 20,
+        pass_rows: 256,
+        cell: 256,
+        prefill_rows: 256,
+    };
 }

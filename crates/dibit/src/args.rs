@@ -5,12 +5,14 @@ mod calibrate;
 mod conversation;
 mod escapes;
 mod generate;
+mod prefill;
 mod sampling;
 
 pub use bench::{AttentionBenchArgs, Bench, BenchArgs, DecodeBenchArgs, MeasureArgs, ThroughputBenchArgs};
 pub use calibrate::{CalibrateArgs, HeldOut, RecipeName, TrainingArgs};
 pub use conversation::ConversationArgs;
 pub use generate::GenerateArgs;
+pub use prefill::{CellArgs, PrefillArgs, PrefillMode};
 pub use sampling::{SamplingArgs, Seed};
 
 use crate::commands::schemes::{BEST, UNCALIBRATED};
@@ -218,9 +220,8 @@ pub struct CacheArgs {
     /// Context that the cache is planned for, in tokens
     #[arg(short, long, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     pub context: Option<u32>,
-    /// Prompt tokens that are prefilled together [default: as many as fit a fixed budget]
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub prefill_chunk: Option<u32>,
+    #[command(flatten)]
+    pub prefill: PrefillArgs,
 }
 
 #[derive(Args)]
@@ -253,10 +254,12 @@ pub struct ChatArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Every row sees the packed keys and values that decoding would show it. KL and agreement are against fp16.
+Every row sees the packed keys and values that decoding would show it (--prefill streaming). Other ways of reading show it what
+they show the tokens of a prompt. KL and agreement are against fp16.
 
 Examples:
   dibit perplexity --text wiki.test.raw --windows 4
+  dibit perplexity --text wiki.test.raw --windows 4 --kv dibit --prefill streaming,cells,exact --cell 512
   dibit perplexity --model ./Qwen3-0.6B --text book.txt --kv kivi,kvlinc,mine.toml --context 4096 --json out.json")]
 pub struct PerplexityArgs {
     #[command(flatten)]
@@ -274,6 +277,11 @@ pub struct PerplexityArgs {
     /// Tokens of a window
     #[arg(short, long, default_value = "2048")]
     pub context: usize,
+    /// How windows are read, several ways separated by commas
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "streaming")]
+    pub prefill: Vec<PrefillMode>,
+    #[command(flatten)]
+    pub cell: CellArgs,
     /// Number of windows [default: the whole text]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub windows: Option<u32>,
@@ -324,6 +332,8 @@ pub struct CompareArgs {
         value_parser = clap::value_parser!(u32).range(1..=1 << 27)
     )]
     pub retrieval_context: Vec<u32>,
+    #[command(flatten)]
+    pub cell: CellArgs,
     /// Seed of the retrieval prompts
     #[arg(long, default_value = "42")]
     pub seed: u64,
@@ -387,9 +397,8 @@ pub struct RulerArgs {
     /// Prompts that run at once
     #[arg(long, default_value = "4", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub parallel: u16,
-    /// Prompt tokens that are prefilled together [default: as many as fit a fixed budget]
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub prefill_chunk: Option<u32>,
+    #[command(flatten)]
+    pub prefill: PrefillArgs,
     /// Write all figures there, with every answer
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

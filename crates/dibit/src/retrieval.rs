@@ -2,7 +2,6 @@
 
 use crate::text;
 use anyhow::{Context, Result, bail};
-use dibit_device::Device;
 use dibit_engine::{Engine, FinishReason, Request, Sampling};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task, score};
 use dibit_model::{ChatFormat, Message, ModelError, Pretrained};
@@ -66,8 +65,8 @@ fn encode(
 
 /// Answers prompts by greedy decoding, several at once where the engine has room. `progress` gets the number of
 /// prompts that have begun and says whether to go on; where it does not, there are no answers.
-pub fn run<D: Device>(
-    engine: &mut Engine<'_, D>,
+pub fn run(
+    engine: &mut Engine,
     samples: &[Sample],
     mut progress: impl FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Option<Vec<Answer>>> {

@@ -121,11 +121,12 @@ fn sampling_has_its_ranges() {
 
 #[test]
 fn command_lines_that_make_no_sense_are_refused() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["generate", "--threads", "0", "Hello"], "--threads"),
         (&["generate", "--threads", "many", "Hello"], "--threads"),
         (&["generate", "--context", "0", "Hello"], "--context"),
-        (&["generate", "--prefill-chunk", "0", "Hello"], "--prefill-chunk"),
+        (&["generate", "--cell", "0", "Hello"], "multiple of 128"),
+        (&["generate", "--cell", "200", "Hello"], "multiple of 128"),
         (&["generate", "--max-tokens=-2", "Hello"], "--max-tokens"),
         (&["generate", "--temperature", "hot", "Hello"], "--temperature"),
         (&["generate", "--dtype", "int8", "Hello"], "bf16"),
@@ -242,4 +243,13 @@ fn a_closed_stderr_is_no_reason_to_fail() {
         .unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stdout.starts_with(b"Hello"));
+}
+
+#[test]
+fn cells_that_nothing_reads_are_refused() {
+    for command in [&["generate", "--prefill", "exact", "Hello"][..], &["perplexity", "--text", "none", "--kv", "kivi"]]
+    {
+        run(&[command, &["--cell", "256"]].concat())
+            .fails_with(&["--cell is for --prefill cells", "leave one of the two out"]);
+    }
 }

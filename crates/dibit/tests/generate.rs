@@ -266,15 +266,22 @@ fn a_scheme_file_of_ones_own_is_used() {
 }
 
 #[test]
-fn a_long_prompt_is_prefilled_in_several_passes_and_says_so() {
+fn a_long_prompt_is_read_in_several_passes_and_says_so() {
     let prompt = words(300);
     let of =
         |more: &[&str]| run(&[&["generate", "--temperature=0", "-n", "16", "--kv=fp16"], more, &[&prompt]].concat());
-    let (chunked, whole) = (of(&["--prefill-chunk", "50"]).succeeds(), of(&[]).succeeds());
-    assert!(chunked.stderr.contains("prefilled in ") && chunked.stderr.contains("passes of up to 50 tokens"));
-    assert!(!whole.stderr.contains("prefilled in "), "{}", whole.stderr);
+    let (cells, whole) = (of(&["--cell", "128"]).succeeds(), of(&["--prefill", "exact"]).succeeds());
+    assert!(cells.stderr.contains(" is read in ") && cells.stderr.contains("prompts read in cells of 128"));
+    assert!(!whole.stderr.contains(" is read in ") && whole.stderr.contains("one exact pass"), "{}", whole.stderr);
     // Nothing is packed, so that the passes see the same numbers.
-    assert_eq!(chunked.stdout, whole.stdout);
+    assert_eq!(cells.stdout, whole.stdout);
+    let streamed = of(&["--prefill", "streaming"]).succeeds();
+    assert_eq!(streamed.stdout, whole.stdout);
+    // Where passes end is a choice of its own: a context or other prompts change nothing.
+    let packed = |more: &[&str]| {
+        run(&[&["generate", "--temperature=0", "-n", "16", "--kv=k2v2"], more, &[&prompt]].concat()).succeeds().stdout
+    };
+    assert_eq!(packed(&["--context", "1024"]), packed(&["--context", "2000"]));
 }
 
 #[test]

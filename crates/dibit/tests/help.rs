@@ -37,7 +37,7 @@ fn completion_scripts_name_the_commands() {
     for (shell, start) in [("bash", "_dibit()"), ("zsh", "#compdef dibit"), ("fish", "#")] {
         let done = run(&["completions", shell]).succeeds();
         assert!(done.stdout.starts_with(start) && done.stderr.is_empty(), "{shell}: {}", done.stderr);
-        for name in COMMANDS.iter().chain(&["prefill-chunk", "kv"]) {
+        for name in COMMANDS.iter().chain(&["cell", "kv"]) {
             assert!(done.stdout.contains(name), "{name} is not in the script for {shell}");
         }
     }

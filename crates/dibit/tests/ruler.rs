@@ -269,9 +269,9 @@ fn with_chat_the_question_is_a_turn() {
 
 #[test]
 fn prompts_longer_than_a_pass_are_announced_once() {
-    let done = ruler(&["--context=1024", "--tasks=niah_single_1", "--samples=3", "--prefill-chunk=256"]).succeeds();
-    assert_eq!(done.stderr.matches("passes of up to 256 tokens").count(), 1, "{}", done.stderr);
-    assert_eq!(done.stderr.matches("prefilled").count(), 1, "{}", done.stderr);
+    let done = ruler(&["--context=1024", "--tasks=niah_single_1", "--samples=3", "--cell=256"]).succeeds();
+    assert_eq!(done.stderr.matches("cells of 256").count(), 1, "{}", done.stderr);
+    assert_eq!(done.stderr.matches("read in several passes").count(), 1, "{}", done.stderr);
 }
 
 #[test]

@@ -1,8 +1,7 @@
 //! A conversation whose turns share one cached sequence.
 
-use crate::{Completion, Engine, EngineError, FinishReason, Request, Sampling};
-use dibit_cache::{Sequence, Usage};
-use dibit_device::Device;
+use crate::{Completion, Engine, EngineError, FinishReason, Request, Sampling, SequenceId};
+use dibit_cache::Usage;
 use dibit_model::{ChatFormat, Message};
 use std::ops::ControlFlow;
 
@@ -21,7 +20,7 @@ pub struct Chat {
     format: ChatFormat,
     context_shift: bool,
     messages: Vec<Message>,
-    sequence: Sequence,
+    sequence: SequenceId,
     /// The text that the cache, together with `pending`, stands for.
     rendered: String,
     /// Generated ids that are not cached yet.
@@ -46,7 +45,7 @@ impl Chat {
     ///
     /// # Errors
     /// [`EngineError::Cache`] where no sequence is free.
-    pub fn new<D: Device>(engine: &mut Engine<'_, D>, options: ChatOptions) -> Result<Self, EngineError> {
+    pub fn new(engine: &mut Engine, options: ChatOptions) -> Result<Self, EngineError> {
         let sequence = engine.open()?;
         Ok(Chat {
             format: options.format,
@@ -66,18 +65,18 @@ impl Chat {
     }
 
     /// What the conversation takes in the cache.
-    pub fn usage<D: Device>(&self, engine: &Engine<'_, D>) -> Usage {
-        engine.usage(&self.sequence)
+    pub fn usage(&self, engine: &Engine) -> Usage {
+        engine.usage(self.sequence)
     }
 
     /// Forgets everything but the system message.
-    pub fn reset<D: Device>(&mut self, engine: &mut Engine<'_, D>) {
+    pub fn reset(&mut self, engine: &mut Engine) {
         self.messages.retain(|message| message.role == "system");
         self.forget(engine);
     }
 
     /// Ends the conversation and gives its sequence back.
-    pub fn close<D: Device>(self, engine: &mut Engine<'_, D>) {
+    pub fn close(self, engine: &mut Engine) {
         engine.close(self.sequence);
     }
 
@@ -87,9 +86,9 @@ impl Chat {
     /// # Errors
     /// Those of [`Engine::check`] and of the template, and [`EngineError::ConversationTooLong`]. The conversation is then as it
     /// was before.
-    pub fn answer<D: Device>(
+    pub fn answer(
         &mut self,
-        engine: &mut Engine<'_, D>,
+        engine: &mut Engine,
         user: &str,
         max_tokens: usize,
         sampling: &Sampling,
@@ -108,9 +107,9 @@ impl Chat {
         result
     }
 
-    fn run<D: Device>(
+    fn run(
         &mut self,
-        engine: &mut Engine<'_, D>,
+        engine: &mut Engine,
         max_tokens: usize,
         sampling: &Sampling,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
@@ -126,14 +125,16 @@ impl Chat {
             stop: Vec::new(),
             logprobs: None,
         };
-        engine.check(&request, if fresh { 0 } else { self.sequence.len() })?;
-        if fresh && !self.sequence.is_empty() {
+        let cached = engine.len(self.sequence);
+        engine.check(&request, if fresh { 0 } else { cached })?;
+        if fresh && cached > 0 {
             tracing::info!("earlier turns are not as they were; the conversation is read again");
         }
         if fresh {
             self.forget(engine);
         }
-        let done = engine.continue_sequence(&mut self.sequence, &request, on_text);
+        let prompt = request.prompt.clone();
+        let done = engine.submit_to(self.sequence, request).and_then(|id| engine.finish(id, on_text));
         let completion = match done {
             Ok(completion) if !completion.tokens.is_empty() => completion,
             // The prompt was not read to its end.
@@ -146,7 +147,7 @@ impl Chat {
         self.answers += 1;
         // The last id is not cached: it comes with the next prompt, as it is or as the template writes it.
         let cached = &completion.tokens[..completion.tokens.len() - 1];
-        self.history.extend(request.prompt.iter().chain(cached));
+        self.history.extend(prompt.iter().chain(cached));
         let ended = completion.tokens.last().is_some_and(|id| engine.pretrained().stop_token_ids.contains(id));
         self.pending = match completion.tokens.last() {
             Some(&id) if !ended => vec![id],
@@ -157,20 +158,20 @@ impl Chat {
     }
 
     /// What the turn feeds, with room for an answer: the oldest turns go where that is allowed.
-    fn fitting_prompt<D: Device>(&mut self, engine: &Engine<'_, D>, max_tokens: usize) -> Result<Prompt, EngineError> {
-        let context = engine.context();
+    fn fitting_prompt(&mut self, engine: &Engine, max_tokens: usize) -> Result<Prompt, EngineError> {
+        let (context, cached) = (engine.options().context, engine.len(self.sequence));
         // A turn that leaves no room for its answer is of no use, and one that leaves a quarter need not go for more.
         let room = if self.context_shift { max_tokens.min(context / 4) } else { 0 };
         let (mut dropped, mut prompt) = (0, self.prompt(engine)?);
         let tokens = |prompt: &Prompt, cached| prompt.ids.len() + if prompt.fresh { 0 } else { cached };
-        while tokens(&prompt, self.sequence.len()) + room > context {
+        while tokens(&prompt, cached) + room > context {
             match self.drop_oldest_turn() {
                 0 => break,
                 count => dropped += count,
             }
             prompt = self.prompt(engine)?;
         }
-        let tokens = tokens(&prompt, self.sequence.len());
+        let tokens = tokens(&prompt, cached);
         if tokens > context {
             return Err(self.too_long(tokens, context, engine));
         }
@@ -180,7 +181,7 @@ impl Chat {
         Ok(prompt)
     }
 
-    fn too_long<D: Device>(&self, prompt: usize, context: usize, engine: &Engine<'_, D>) -> EngineError {
+    fn too_long(&self, prompt: usize, context: usize, engine: &Engine) -> EngineError {
         let could_grow = context < engine.pretrained().config.max_position_embeddings;
         let advice = match (self.context_shift, could_grow) {
             (true, true) => ": its last message alone is too long; shorten it, or plan more with --context",
@@ -204,10 +205,10 @@ impl Chat {
         }
     }
 
-    fn prompt<D: Device>(&self, engine: &Engine<'_, D>) -> Result<Prompt, EngineError> {
+    fn prompt(&self, engine: &Engine) -> Result<Prompt, EngineError> {
         let tokenizer = &engine.pretrained().tokenizer;
         let text = self.format.render(tokenizer, &self.messages, true)?;
-        let known = text.strip_prefix(&self.rendered).filter(|_| !self.sequence.is_empty());
+        let known = text.strip_prefix(&self.rendered).filter(|_| engine.len(self.sequence) > 0);
         Ok(match known {
             Some(new) => {
                 let ids = [&self.pending[..], &tokenizer.encode_rendered(new)?].concat();
@@ -217,8 +218,8 @@ impl Chat {
         })
     }
 
-    fn forget<D: Device>(&mut self, engine: &mut Engine<'_, D>) {
-        engine.clear(&mut self.sequence);
+    fn forget(&mut self, engine: &mut Engine) {
+        engine.clear(self.sequence);
         self.rendered.clear();
         self.pending.clear();
         self.history.clear();

@@ -1,83 +1,47 @@
-//! The engine: a model, its cache and the sequences that run on them.
+//! The engine: requests on the sequences of one model, one pass at a time.
 
-use crate::logprobs::logprob;
-use crate::{Completion, EngineError, FinishReason, MemoryPlan, Options, Request, Sampler, StopFilter, Timings};
-use dibit_cache::{CacheLayout, Scheme, Sequence, Usage};
-use dibit_device::{Device, Mode};
-use dibit_model::{Model, Pretrained, TextStream};
-use dibit_runner::{Capacity, Runner};
-use std::borrow::BorrowMut;
-use std::collections::VecDeque;
+use crate::active::{Active, Held};
+use crate::scheduler::{Job, Kind, Limits, Part, Pass, Scheduler};
+use crate::{Completion, EngineError, Event, FinishReason, MemoryPlan, Options, Request, RequestId, SequenceId};
+use dibit_cache::{CacheLayout, Mode, Scheme, Sequence, Usage};
+use dibit_device::Device;
+use dibit_model::{Model, Pretrained};
+use dibit_runner::{Capacity, Executor, Runner};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Runs sequences of one model under one scheme.
-pub struct Engine<'a, D: Device> {
-    pretrained: &'a Pretrained,
-    runner: Runner<D>,
+/// Runs requests of one model under one scheme. Each answer is what its request gets alone.
+pub struct Engine {
+    pretrained: Arc<Pretrained>,
+    executor: Box<dyn Executor>,
+    scheduler: Scheduler,
     options: Options,
     plan: MemoryPlan,
+    /// Requests that are not answered yet.
+    active: BTreeMap<u64, Active>,
+    /// Sequences that are open; `None` where a request is on its way.
+    held: BTreeMap<u64, Option<Held>>,
+    /// What has happened and was not told yet.
+    events: VecDeque<Event>,
+    /// The next request, or sequence.
+    next: u64,
     logits: Vec<f32>,
 }
 
-/// A sequence that is being continued, owned or borrowed.
-struct Active<'a, S> {
-    index: usize,
-    sequence: S,
-    sampler: Sampler<'a>,
-    stream: TextStream<'a>,
-    stop: StopFilter,
-    /// Stop strings that are special tokens.
-    stop_ids: Vec<u32>,
-    /// How many of the most likely tokens are told beside each.
-    logprobs: Option<usize>,
-    max_tokens: usize,
-    /// Whether the text has ended, for the reason that `done` has.
-    ended: bool,
-    done: Completion,
-}
+/// The next token of a request; the number of tokens before it where not all of its logits are finite.
+type Chosen = (u64, Result<u32, usize>);
 
-impl<S: BorrowMut<Sequence>> Active<'_, S> {
-    /// Passes text on, which may be empty; true where the caller has had enough.
-    fn show(&mut self, text: &str, on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>) -> bool {
-        self.done.text.push_str(text);
-        on_text(self.index, text).is_break()
-    }
-
-    /// Ends the text; what was held back of it comes out.
-    fn end(
-        &mut self,
-        reason: FinishReason,
-        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<(), EngineError> {
-        let (mut text, stopped) = self.stop.push(&self.stream.finish()?);
-        if !stopped {
-            text += &self.stop.finish();
-        }
-        if !text.is_empty() {
-            self.show(&text, on_text);
-        }
-        self.close(if stopped { FinishReason::Stop } else { reason });
-        Ok(())
-    }
-
-    /// Ends the text as it stands.
-    fn close(&mut self, reason: FinishReason) {
-        self.ended = true;
-        self.done.finish = reason;
-    }
-}
-
-impl<'a, D: Device> Engine<'a, D> {
+impl Engine {
     /// Puts a model on a device and plans its cache.
     ///
     /// # Errors
     /// Those of [`Engine::with_model`], a scheme that does not suit the model, or a failed self-test of a transform of
     /// values.
-    pub fn new(
+    pub fn new<D: Device + 'static>(
         device: &Arc<D>,
-        pretrained: &'a Pretrained,
+        pretrained: Arc<Pretrained>,
         scheme: &Scheme,
         options: Options,
     ) -> Result<Self, EngineError> {
@@ -87,20 +51,19 @@ impl<'a, D: Device> Engine<'a, D> {
         Self::with_model(pretrained, Arc::new(model), layout, options)
     }
 
-    /// Plans a cache of this layout for a model of `pretrained` that is on the device already, and suits it
+    /// Plans a cache of this layout for a model of `pretrained` that is on its device already, and suits it
     /// ([`Model::variant`]).
     ///
     /// # Errors
-    /// [`EngineError::ContextTooLong`], [`EngineError::NoRoom`], or a lack of memory.
-    pub fn with_model(
-        pretrained: &'a Pretrained,
+    /// [`EngineError::ContextTooLong`], [`EngineError::NoRoom`], [`EngineError::Cell`], or a lack of memory.
+    pub fn with_model<D: Device + 'static>(
+        pretrained: Arc<Pretrained>,
         model: Arc<Model<D>>,
         layout: CacheLayout,
         options: Options,
     ) -> Result<Self, EngineError> {
         options.check(&pretrained.config)?;
-        let config = &pretrained.config;
-        let plan = MemoryPlan::new(config, &layout, options, &model.device().budget());
+        let plan = MemoryPlan::new(&pretrained.config, &layout, options, &model.device().budget());
         let capacity = Capacity {
             blocks: plan.sequence_blocks * options.sequences,
             sequences: options.sequences,
@@ -108,13 +71,37 @@ impl<'a, D: Device> Engine<'a, D> {
             rows: plan.pass_rows.max(options.sequences),
             outputs: options.sequences,
         };
-        let runner = Runner::new(model, layout, capacity)?;
-        Ok(Engine { pretrained, runner, options, plan, logits: Vec::new() })
+        let executor = Box::new(Runner::new(model, layout, capacity)?);
+        Ok(Self::with_executor(pretrained, executor, plan, options))
+    }
+
+    /// An engine on something that runs passes, which has the room that was planned.
+    pub fn with_executor(
+        pretrained: Arc<Pretrained>,
+        executor: Box<dyn Executor>,
+        plan: MemoryPlan,
+        options: Options,
+    ) -> Self {
+        let Options { sequences, prefill, .. } = options;
+        let blocks = plan.sequence_blocks * sequences;
+        let limits = Limits { sequences, blocks, pass_rows: plan.pass_rows, prefill };
+        Engine {
+            pretrained,
+            executor,
+            scheduler: Scheduler::new(limits),
+            options,
+            plan,
+            active: BTreeMap::new(),
+            held: BTreeMap::new(),
+            events: VecDeque::new(),
+            next: 0,
+            logits: Vec::new(),
+        }
     }
 
     /// The model with what belongs to it.
-    pub fn pretrained(&self) -> &'a Pretrained {
-        self.pretrained
+    pub fn pretrained(&self) -> &Arc<Pretrained> {
+        &self.pretrained
     }
 
     /// The planned memory.
@@ -124,129 +111,86 @@ impl<'a, D: Device> Engine<'a, D> {
 
     /// The layout of the cache.
     pub fn layout(&self) -> &CacheLayout {
-        self.runner.layout()
+        self.executor.layout()
     }
 
-    /// The planned context in tokens.
-    pub fn context(&self) -> usize {
-        self.options.context
+    /// What it was planned for.
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
-    /// Begins an empty sequence, to be given back by [`Engine::close`].
+    /// Begins an empty sequence that outlives its requests, to be given back by [`Engine::close`]. It takes what a sequence of
+    /// the whole context may need.
     ///
     /// # Errors
     /// [`EngineError::Cache`] where all are in use.
-    pub fn open(&mut self) -> Result<Sequence, EngineError> {
-        Ok(self.runner.open()?)
-    }
-
-    /// Empties a sequence.
-    pub fn clear(&mut self, sequence: &mut Sequence) {
-        self.runner.clear(sequence);
-    }
-
-    /// Ends a sequence.
-    pub fn close(&mut self, sequence: Sequence) {
-        self.runner.close(sequence);
-    }
-
-    /// What a sequence takes in the cache.
-    pub fn usage(&self, sequence: &Sequence) -> Usage {
-        self.runner.usage(sequence)
-    }
-
-    /// Continues prompts, several at once where there is room and the rest as room comes free. `on_text` gets
-    /// the text of each request as it comes and can end that request. Each answer is what the request gets alone.
-    ///
-    /// # Errors
-    /// Those of [`Engine::check`] before anything runs, and failures of model or device. Sequences are given
-    /// back either way.
-    pub fn generate(
-        &mut self,
-        requests: &[Request],
-        mut on_text: impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<Vec<Completion>, EngineError> {
-        for request in requests {
-            self.check(request, 0)?;
+    pub fn open(&mut self) -> Result<SequenceId, EngineError> {
+        if !self.scheduler.hold(self.plan.sequence_blocks) {
+            return Err(dibit_cache::CacheError::TooManySequences { capacity: self.options.sequences }.into());
         }
-        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
-        let mut active: Vec<Active<Sequence>> = Vec::new();
-        let mut finished: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
-        let result = self.run(requests, &mut waiting, &mut active, &mut finished, &mut on_text);
-        for left in active {
-            self.runner.close(left.sequence);
-        }
-        result?;
-        Ok(finished.into_iter().map(|done| done.expect("every request ran")).collect())
+        let held = Held::new(self.executor.open()?);
+        let id = self.number();
+        self.held.insert(id, Some(held));
+        Ok(SequenceId(id))
     }
 
-    fn run(
-        &mut self,
-        requests: &[Request],
-        waiting: &mut VecDeque<usize>,
-        active: &mut Vec<Active<'a, Sequence>>,
-        finished: &mut [Option<Completion>],
-        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<(), EngineError> {
-        while !(waiting.is_empty() && active.is_empty()) {
-            while active.len() < self.options.sequences
-                && let Some(index) = waiting.pop_front()
-            {
-                let sequence = self.runner.open()?;
-                active.push(self.activate(index, sequence, &requests[index]));
-                let new = active.len() - 1;
-                self.prefill(&mut active[new], &requests[index].prompt, on_text)?;
-            }
-            self.step(active, on_text)?;
-            let mut i = 0;
-            while i < active.len() {
-                if !active[i].ended {
-                    i += 1;
-                    continue;
-                }
-                let Active { index, sequence, done, .. } = active.remove(i);
-                finished[index] = Some(done);
-                self.runner.close(sequence);
-            }
+    /// Empties a sequence. Nothing happens to one that is busy.
+    pub fn clear(&mut self, id: SequenceId) {
+        if let Some(Some(own)) = self.held.get_mut(&id.0) {
+            self.executor.clear(&mut own.sequence);
+            own.history.clear();
         }
-        Ok(())
     }
 
-    /// Continues a sequence by a prompt and the answer to it; the sequence keeps both. The last id of the answer
-    /// is not cached: it belongs to the next prompt, unless it ended the text.
-    ///
-    /// # Errors
-    /// As [`Engine::generate`]. A request that is refused leaves the sequence as it was; a pass that fails empties it.
-    pub fn continue_sequence(
-        &mut self,
-        sequence: &mut Sequence,
-        request: &Request,
-        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Completion, EngineError> {
-        self.check(request, sequence.len())?;
-        let mut on_text = |_: usize, text: &str| on_text(text);
-        let mut active = [self.activate(0, &mut *sequence, request)];
-        let mut result = self.prefill(&mut active[0], &request.prompt, &mut on_text);
-        while result.is_ok() && !active[0].ended {
-            result = self.step(&mut active, &mut on_text);
+    /// Ends a sequence. A request on it is cancelled.
+    pub fn close(&mut self, id: SequenceId) {
+        let request = self.active.iter().find(|(_, own)| own.held == Some(id)).map(|(request, _)| RequestId(*request));
+        if let Some(request) = request {
+            self.cancel(request);
         }
-        let [Active { done, .. }] = active;
-        if let Err(error) = result {
-            self.runner.clear(sequence);
-            return Err(error);
+        if let Some(Some(own)) = self.held.remove(&id.0) {
+            self.executor.close(own.sequence);
+            self.scheduler.release(self.plan.sequence_blocks);
         }
-        Ok(done)
+    }
+
+    /// What a sequence takes in the cache; nothing while it is busy.
+    pub fn usage(&self, id: SequenceId) -> Usage {
+        self.idle(id).map_or(Usage::default(), |own| self.executor.usage(&own.sequence))
+    }
+
+    /// Tokens that a sequence holds; none while it is busy.
+    pub fn len(&self, id: SequenceId) -> usize {
+        self.idle(id).map_or(0, |own| own.sequence.len())
+    }
+
+    /// Whether all requests are answered.
+    pub fn is_idle(&self) -> bool {
+        self.active.is_empty() && self.events.is_empty()
+    }
+
+    fn idle(&self, id: SequenceId) -> Option<&Held> {
+        self.held.get(&id.0)?.as_ref()
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
     }
 
     /// Checks a request for a sequence that holds `cached` tokens.
     ///
     /// # Errors
     /// [`EngineError::EmptyPrompt`], [`EngineError::PromptTooLong`], [`EngineError::PromptBeyondModel`],
-    /// [`EngineError::Sampling`], [`EngineError::Bias`].
+    /// [`EngineError::Sampling`], [`EngineError::Bias`], [`EngineError::Model`] for ids that are no tokens.
     pub fn check(&self, request: &Request, cached: usize) -> Result<(), EngineError> {
-        request.sampling.validate(self.pretrained.config.vocab_size)?;
+        let vocab_size = self.pretrained.config.vocab_size;
+        request.sampling.validate(vocab_size)?;
         if request.prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
+        }
+        if let Some(&id) = request.prompt.iter().find(|id| **id as usize >= vocab_size) {
+            return Err(dibit_model::ModelError::TokenId { id, vocab_size }.into());
         }
         let (prompt, context) = (cached + request.prompt.len(), self.options.context);
         let limit = self.pretrained.config.max_position_embeddings;
@@ -259,156 +203,315 @@ impl<'a, D: Device> Engine<'a, D> {
         }
     }
 
-    fn activate<S>(&self, index: usize, sequence: S, request: &Request) -> Active<'a, S> {
-        let tokenizer = &self.pretrained.tokenizer;
-        let breakers = request.sampling.dry.breakers.clone();
-        let breaks = move |id| tokenizer.decode(&[id]).is_ok_and(|text| breakers.iter().any(|b| text.contains(b)));
-        let context = [&request.history[..], &request.prompt].concat();
-        Active {
-            index,
-            sequence,
-            sampler: Sampler::new(request.sampling.clone(), request.stream, &context, breaks),
-            stream: tokenizer.stream(&request.prompt),
-            stop: StopFilter::new(&request.stop),
-            stop_ids: request.stop.iter().filter_map(|stop| tokenizer.special_token(stop)).collect(),
-            logprobs: request.logprobs,
-            max_tokens: request.max_tokens,
-            ended: false,
-            done: Completion {
-                text: String::new(),
-                tokens: Vec::new(),
-                logprobs: Vec::new(),
-                finish: FinishReason::Cancelled,
-                prompt_tokens: request.prompt.len(),
-                timings: Timings::default(),
-                usage: Usage::default(),
-            },
-        }
+    /// Adds a request, which gets a sequence of its own once there is room for it.
+    ///
+    /// # Errors
+    /// Those of [`Engine::check`].
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
+        self.check(&request, 0)?;
+        let most = (request.prompt.len().saturating_add(request.max_tokens)).min(self.options.context);
+        let blocks = self.layout().blocks(most);
+        Ok(self.begin(request, None, blocks))
     }
 
-    /// Feeds the prompt in passes and takes the first token.
-    fn prefill<S: BorrowMut<Sequence>>(
-        &mut self,
-        active: &mut Active<'a, S>,
-        prompt: &[u32],
-        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<(), EngineError> {
-        let start = Instant::now();
-        let passes = prompt.len().div_ceil(self.plan.pass_rows);
+    /// Adds a request that continues an open sequence, which keeps prompt and answer. The last id of the answer is not
+    /// cached: it belongs to the next prompt, unless it ended the text.
+    ///
+    /// # Errors
+    /// Those of [`Engine::check`], and [`EngineError::Busy`]; the sequence is then as it was. A request that fails later
+    /// empties it.
+    pub fn submit_to(&mut self, id: SequenceId, request: Request) -> Result<RequestId, EngineError> {
+        let cached = self.idle(id).ok_or(EngineError::Busy)?.sequence.len();
+        self.check(&request, cached)?;
+        Ok(self.begin(request, Some(id), 0))
+    }
+
+    fn begin(&mut self, request: Request, held: Option<SequenceId>, blocks: usize) -> RequestId {
+        let id = self.number();
+        let own = held.and_then(|held| self.held.get_mut(&held.0)?.take());
+        let cached = own.as_ref().map_or(0, |own| own.sequence.len());
+        let (is_held, prefill) = (held.is_some(), self.options.prefill);
+        let passes = prefill.passes(cached..cached + request.prompt.len()).count();
         if passes > 1 {
             tracing::info!(
-                "a prompt of {} tokens is prefilled in {passes} passes of up to {} tokens; each attends exactly to itself and \
-                 through the cache to those before it",
-                prompt.len(),
-                self.plan.pass_rows
+                "a prompt of {} tokens is read in {passes} passes, {prefill}: each sees itself exactly, and those before it as they \
+                 are stored",
+                request.prompt.len()
             );
         }
-        for chunk in prompt.chunks(self.plan.pass_rows) {
-            if active.show("", on_text) {
-                return active.end(FinishReason::Cancelled, on_text);
+        self.scheduler.submit(Job { id, cached, prompt: request.prompt.len(), blocks, is_held });
+        self.active.insert(id, Active::new(&self.pretrained, request, held, own));
+        RequestId(id)
+    }
+
+    /// Takes a request out. What was answered so far, or `None` for one that is answered already.
+    pub fn cancel(&mut self, id: RequestId) -> Option<Completion> {
+        let own = self.active.get_mut(&id.0)?;
+        // A text that cannot be decoded any more is not the caller's concern.
+        own.output.end(&self.pretrained, FinishReason::Cancelled).ok();
+        Some(self.end(id.0, FinishReason::Cancelled))
+    }
+
+    /// Runs one pass, if any is due, and says what has happened. A failure ends the request that it belongs to.
+    pub fn step(&mut self) -> Vec<Event> {
+        if self.events.is_empty()
+            && let Some(pass) = self.scheduler.due()
+        {
+            let start = Instant::now();
+            let chosen = self.run(&pass);
+            self.scheduler.done(&pass);
+            for (id, chosen) in chosen {
+                self.take(id, pass.kind, start.elapsed(), chosen);
             }
-            self.pass(&mut [(active.sequence.borrow_mut(), chunk)])?;
         }
-        if active.max_tokens == 0 {
-            active.done.timings.prefill = start.elapsed();
-            active.end(FinishReason::Length, on_text)?;
-        } else {
-            let last = (prompt.len() - 1) % self.plan.pass_rows;
-            let next = self.choose(&mut [&mut *active], &[last])?[0];
-            active.done.timings.prefill = start.elapsed();
-            self.take(active, next, on_text)?;
-        }
-        active.done.usage = self.usage(active.sequence.borrow());
-        Ok(())
+        self.events.drain(..).collect()
     }
 
-    /// Decodes one token of each sequence that has not ended.
-    fn step<S: BorrowMut<Sequence>>(
-        &mut self,
-        active: &mut [Active<'a, S>],
-        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<(), EngineError> {
-        let mut running: Vec<&mut Active<'a, S>> = active.iter_mut().filter(|active| !active.ended).collect();
-        if running.is_empty() {
-            return Ok(());
-        }
-        let start = Instant::now();
-        let mut rows: Vec<(&mut Sequence, &[u32])> = Vec::new();
-        for active in &mut running {
-            let last = active.done.tokens.len() - 1;
-            rows.push((active.sequence.borrow_mut(), &active.done.tokens[last..]));
-        }
-        self.pass(&mut rows)?;
-        let outputs: Vec<usize> = (0..running.len()).collect();
-        let chosen = self.choose(&mut running, &outputs)?;
-        let elapsed = start.elapsed();
-        for (active, next) in running.into_iter().zip(chosen) {
-            active.done.timings.decode += elapsed;
-            self.take(active, next, on_text)?;
-            active.done.usage = self.usage(active.sequence.borrow());
-        }
-        Ok(())
-    }
-
-    /// The next token of each of some sequences, whose last rows of the pass are `rows`. Where all decode greedily, the
-    /// device finds it.
-    fn choose<S: BorrowMut<Sequence>>(
-        &mut self,
-        running: &mut [&mut Active<'a, S>],
-        rows: &[usize],
-    ) -> Result<Vec<u32>, EngineError> {
-        let chosen: Vec<Option<u32>> =
-            if running.iter().all(|active| active.sampler.is_greedy() && active.logprobs.is_none()) {
-                self.runner.outputs().most_likely(rows)?
-            } else {
-                self.runner.outputs().logits(rows, &mut self.logits)?;
-                let logits = self.logits.chunks_exact(self.pretrained.config.vocab_size);
-                let sample = |(active, logits): (&mut &mut Active<'a, S>, &[f32])| {
-                    logits.iter().all(|logit| logit.is_finite()).then(|| {
-                        let id = active.sampler.sample(logits);
-                        active.done.logprobs.extend(active.logprobs.map(|count| logprob(logits, id, count)));
-                        id
-                    })
-                };
-                running.iter_mut().zip(logits).map(sample).collect()
+    /// Runs a pass; the token that each part chose, `None` for one that is not at its end.
+    fn run(&mut self, pass: &Pass) -> Vec<(u64, Result<Option<u32>, EngineError>)> {
+        let by_part = |chosen: Vec<Chosen>| -> Vec<(u64, Result<Option<u32>, EngineError>)> {
+            let find = |id: u64| chosen.iter().find(|(other, _)| *other == id).map(|(_, chosen)| *chosen);
+            let own = |part: &Part| match find(part.id) {
+                None => Ok(None),
+                Some(Ok(token)) => Ok(Some(token)),
+                Some(Err(position)) => Err(EngineError::NotFinite { position }),
             };
-        let number = |(active, id): (&&mut Active<'a, S>, Option<u32>)| {
-            id.ok_or_else(|| EngineError::NotFinite { position: active.sequence.borrow().len() })
+            pass.parts.iter().map(|part| (part.id, own(part))).collect()
         };
-        running.iter().zip(chosen).map(number).collect()
+        let error = match self.run_parts(pass.kind, &pass.parts) {
+            Ok(chosen) => return by_part(chosen),
+            Err(error) => error,
+        };
+        if let [only] = &pass.parts[..] {
+            return vec![(only.id, Err(error))];
+        }
+        // Whose fault it was is not known, and all their windows are damaged: each is read again, and goes on alone.
+        tracing::warn!("a pass of {} sequences failed ({error}); each is run again by itself", pass.parts.len());
+        let alone = |part: &Part| {
+            let own = std::slice::from_ref(part);
+            let chosen = self.replay(part.id).and_then(|()| self.run_parts(pass.kind, own));
+            match chosen.map(|all| all.first().map(|(_, chosen)| *chosen)) {
+                Err(error) => (part.id, Err(error)),
+                Ok(None) => (part.id, Ok(None)),
+                Ok(Some(Ok(token))) => (part.id, Ok(Some(token))),
+                Ok(Some(Err(position))) => (part.id, Err(EngineError::NotFinite { position })),
+            }
+        };
+        pass.parts.iter().map(alone).collect()
     }
 
-    /// One forward pass over the new tokens of some sequences.
-    fn pass(&mut self, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), EngineError> {
-        self.runner.step(Mode::Chunk, rows)?;
+    /// One pass over the next tokens of some requests, and the next token of each that is at its end.
+    fn run_parts(&mut self, kind: Kind, parts: &[Part]) -> Result<Vec<Chosen>, EngineError> {
+        let Engine { pretrained, executor, active, options, logits, .. } = self;
+        let mode = if kind == Kind::Prefill { options.prefill.mode() } else { Mode::Chunk };
+        let mut own: Vec<(&mut Active, &Part)> =
+            active.iter_mut().filter_map(|(id, own)| Some((own, parts.iter().find(|part| part.id == *id)?))).collect();
+        for (own, _) in &mut own {
+            own.open(&mut **executor)?;
+        }
+        let new: Vec<Vec<u32>> = own.iter().map(|(own, part)| own.next(part.rows).to_vec()).collect();
+        let mut rows: Vec<(&mut Sequence, &[u32])> =
+            own.iter_mut().zip(&new).map(|((own, _), new)| (own.sequence_mut(), &new[..])).collect();
+        executor.step(mode, &mut rows)?;
+        let mut ends = Vec::new();
+        let mut row = 0;
+        for (index, part) in own.iter().map(|(_, part)| part).enumerate() {
+            row += part.rows;
+            if part.chooses && !own[index].0.output.is_full() {
+                ends.push((index, row - 1));
+            }
+        }
+        let outputs: Vec<usize> = ends.iter().map(|(_, row)| *row).collect();
+        let is_greedy = |own: &Active| own.sampler.is_greedy() && own.logprobs.is_none();
+        let chosen: Vec<Option<u32>> = if outputs.is_empty() {
+            Vec::new()
+        } else if ends.iter().all(|(index, _)| is_greedy(own[*index].0)) {
+            executor.most_likely(&outputs)?
+        } else {
+            executor.logits(&outputs, logits)?;
+            let rows = logits.chunks_exact(pretrained.config.vocab_size);
+            ends.iter().zip(rows).map(|((index, _), logits)| own[*index].0.choose(logits)).collect()
+        };
+        for ((own, part), new) in own.iter_mut().zip(new) {
+            own.advance(kind == Kind::Decode, part.rows, new);
+        }
+        let number = |((index, _), token): (&(usize, usize), Option<u32>)| {
+            let (own, part) = &own[*index];
+            (part.id, token.ok_or(own.len()))
+        };
+        Ok(ends.iter().zip(chosen).map(number).collect())
+    }
+
+    /// Computes the cache of a request's sequence once more, from what was read and what was generated.
+    fn replay(&mut self, id: u64) -> Result<(), EngineError> {
+        let Engine { executor, active, options, .. } = self;
+        let Some(own) = active.get_mut(&id).and_then(|own| own.sequence.as_mut()) else { return Ok(()) };
+        executor.clear(&mut own.sequence);
+        for (is_generated, ids) in &own.history {
+            let (mode, single) = if *is_generated { (Mode::Chunk, true) } else { (options.prefill.mode(), false) };
+            let mut rest = &ids[..];
+            while !rest.is_empty() {
+                let start = own.sequence.len();
+                let rows = if single { 1 } else { options.prefill.end(start..start + rest.len()) - start };
+                let (now, later) = rest.split_at(rows);
+                executor.step(mode, &mut [(&mut own.sequence, now)])?;
+                rest = later;
+            }
+        }
         Ok(())
     }
 
-    /// Takes the next token of a sequence and decides whether it goes on.
-    fn take<S: BorrowMut<Sequence>>(
-        &self,
-        active: &mut Active<'a, S>,
-        id: u32,
-        on_text: &mut impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<(), EngineError> {
-        active.done.tokens.push(id);
-        if self.pretrained.stop_token_ids.contains(&id) || active.stop_ids.contains(&id) {
-            return active.end(FinishReason::Stop, on_text);
+    /// Goes on with a request behind a pass.
+    fn take(&mut self, id: u64, kind: Kind, time: Duration, chosen: Result<Option<u32>, EngineError>) {
+        let request = RequestId(id);
+        let Some(own) = self.active.get_mut(&id) else { return };
+        let timings = &mut own.done.timings;
+        match kind {
+            Kind::Prefill => timings.prefill += time,
+            Kind::Decode => timings.decode += time,
         }
-        let piece = active.stream.push(id)?;
-        let (text, stopped) = active.stop.push(&piece);
-        let cancelled = active.show(&text, on_text);
-        if stopped {
-            active.close(FinishReason::Stop);
-            Ok(())
-        } else if cancelled {
-            active.end(FinishReason::Cancelled, on_text)
-        } else if active.done.tokens.len() >= active.max_tokens {
-            active.end(FinishReason::Length, on_text)
-        } else if active.sequence.borrow().len() >= self.options.context {
-            active.end(FinishReason::Context, on_text)
-        } else {
-            Ok(())
+        let chosen = match chosen {
+            Ok(chosen) => chosen,
+            Err(error) => return self.fail(id, error),
+        };
+        let Some(token) = chosen else {
+            // Read in part, or no token is asked for.
+            self.events.push_back(Event::Text { request, text: String::new() });
+            if own.is_read() {
+                self.finish_with(id, FinishReason::Length);
+            }
+            return;
+        };
+        let is_last = own.len() >= self.options.context;
+        match own.output.push(&self.pretrained, token, is_last) {
+            Ok((text, ended)) => {
+                self.events.push_back(Event::Text { request, text });
+                if let Some(reason) = ended {
+                    let done = self.end(id, reason);
+                    self.events.push_back(Event::Done { request, completion: done });
+                }
+            }
+            Err(error) => self.fail(id, error),
+        }
+    }
+
+    fn finish_with(&mut self, id: u64, reason: FinishReason) {
+        let completion = self.end(id, reason);
+        self.events.push_back(Event::Done { request: RequestId(id), completion });
+    }
+
+    fn fail(&mut self, id: u64, error: EngineError) {
+        if let Some(own) = self.active.get_mut(&id).and_then(|own| own.sequence.as_mut()) {
+            // A pass that failed half-way has overwritten parts of the window.
+            self.executor.clear(&mut own.sequence);
+            own.history.clear();
+        }
+        self.end(id, FinishReason::Cancelled);
+        self.events.push_back(Event::Failed { request: RequestId(id), error });
+    }
+
+    /// Takes a request out and gives its sequence back.
+    fn end(&mut self, id: u64, reason: FinishReason) -> Completion {
+        self.scheduler.remove(id);
+        let Active { held, sequence, output, mut done, .. } = self.active.remove(&id).expect("a request that is there");
+        if let Some(own) = sequence {
+            done.usage = self.executor.usage(&own.sequence);
+            match held.and_then(|held| self.held.get_mut(&held.0)) {
+                Some(place) => *place = Some(own),
+                None => self.executor.close(own.sequence),
+            }
+        }
+        done.finish = reason;
+        (done.text, done.tokens) = (output.text, output.tokens);
+        done
+    }
+
+    /// Steps until a request is answered. `on_text` gets its text as it comes, which may be empty, and can end it; what
+    /// happens to other requests is told by the next [`Engine::step`].
+    ///
+    /// # Errors
+    /// Why the request failed.
+    pub fn finish(
+        &mut self,
+        request: RequestId,
+        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Completion, EngineError> {
+        let mut others = Vec::new();
+        let result = loop {
+            let mut result = None;
+            for event in self.step() {
+                match event {
+                    Event::Text { request: own, text } if own == request && result.is_none() => {
+                        if on_text(&text).is_break()
+                            && let Some(done) = self.cancel(request)
+                        {
+                            result = Some(Ok(done));
+                        }
+                    }
+                    Event::Done { request: own, completion } if own == request => {
+                        result.get_or_insert(Ok(completion));
+                    }
+                    Event::Failed { request: own, error } if own == request => {
+                        result.get_or_insert(Err(error));
+                    }
+                    other => others.push(other),
+                }
+            }
+            if let Some(result) = result {
+                break result;
+            }
+        };
+        self.events.extend(others);
+        result
+    }
+
+    /// Continues prompts, several at once where there is room and the rest as room comes free. `on_text` gets
+    /// the text of each request as it comes and can end that request. Each answer is what the request gets alone.
+    ///
+    /// # Errors
+    /// Those of [`Engine::check`] before anything runs, and the first failure of model or device, which ends the others.
+    pub fn generate(
+        &mut self,
+        requests: &[Request],
+        mut on_text: impl FnMut(usize, &str) -> ControlFlow<()>,
+    ) -> Result<Vec<Completion>, EngineError> {
+        for request in requests {
+            self.check(request, 0)?;
+        }
+        let mut finished: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
+        let mut indices = BTreeMap::new();
+        for (index, request) in requests.iter().enumerate() {
+            indices.insert(self.submit(request.clone())?, index);
+        }
+        let (mut failure, mut others) = (None, Vec::new());
+        while failure.is_none() && finished.iter().any(Option::is_none) {
+            for event in self.step() {
+                let Some(&index) = indices.get(&event.request()) else {
+                    others.push(event);
+                    continue;
+                };
+                match event {
+                    Event::Text { request, text } => {
+                        if finished[index].is_none() && on_text(index, &text).is_break() {
+                            finished[index] = self.cancel(request);
+                        }
+                    }
+                    Event::Done { completion, .. } => {
+                        finished[index].get_or_insert(completion);
+                    }
+                    Event::Failed { error, .. } => {
+                        failure.get_or_insert(error);
+                    }
+                }
+            }
+        }
+        self.events.extend(others);
+        match failure {
+            Some(error) => {
+                indices.into_keys().for_each(|request| drop(self.cancel(request)));
+                Err(error)
+            }
+            None => Ok(finished.into_iter().flatten().collect()),
         }
     }
 }

@@ -73,6 +73,12 @@ pub enum EngineError {
         /// Tokens before the logits.
         position: usize,
     },
+    /// Cells are no whole pages.
+    #[error(transparent)]
+    Cell(#[from] dibit_runner::CellError),
+    /// A sequence has a request that is not answered yet.
+    #[error("the sequence is busy with another request; wait for its answer, or cancel it")]
+    Busy,
     /// The model has no chat template.
     #[error(
         "{0} has no chat template; give one with --chat-template, or leave --chat out (`dibit generate` continues plain text)"

@@ -1,9 +1,9 @@
 //! How much memory a run takes, known before it starts.
 
-use crate::EngineError;
+use crate::{EngineError, Prefill};
 use dibit_cache::CacheLayout;
 use dibit_device::Budget;
-use dibit_model::{ModelConfig, pass_bytes, pass_row_bytes};
+use dibit_model::{ModelConfig, pass_bytes};
 
 /// What an engine is planned for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,15 +12,15 @@ pub struct Options {
     pub context: usize,
     /// Sequences at once.
     pub sequences: usize,
-    /// Prompt tokens that are prefilled in one pass; `None` takes as many as fit a fixed budget.
-    pub prefill_chunk: Option<usize>,
+    /// How prompts are read.
+    pub prefill: Prefill,
 }
 
 impl Options {
     /// Refuses room that a model cannot use, or that is none.
     ///
     /// # Errors
-    /// [`EngineError::NoRoom`] and [`EngineError::ContextTooLong`].
+    /// [`EngineError::NoRoom`], [`EngineError::ContextTooLong`] and [`EngineError::Cell`].
     pub fn check(&self, config: &ModelConfig) -> Result<(), EngineError> {
         if self.sequences == 0 || self.context == 0 {
             return Err(EngineError::NoRoom);
@@ -29,7 +29,7 @@ impl Options {
         if context > limit {
             return Err(EngineError::ContextTooLong { context, limit });
         }
-        Ok(())
+        Ok(self.prefill.check()?)
     }
 }
 
@@ -44,7 +44,7 @@ pub struct MemoryPlan {
     pub cache_bytes: usize,
     /// What all sequences would take in 16 bit.
     pub fp16_bytes: usize,
-    /// Prompt tokens of a sequence that are prefilled in one pass.
+    /// Prompt tokens of a pass, all sequences together.
     pub pass_rows: usize,
     /// What a pass takes besides the cache.
     pub pass_bytes: usize,
@@ -53,9 +53,9 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Plans a run on a device with this budget. A context longer than the model supports can be planned, but not run.
     pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options, budget: &Budget) -> Self {
-        let Options { context, sequences, prefill_chunk } = options;
-        let fitting = (budget.pass_bytes / pass_row_bytes(config)).max(budget.pass_rows);
-        let pass_rows = prefill_chunk.unwrap_or(fitting).clamp(1, context.max(1));
+        let Options { context, sequences, prefill } = options;
+        let own = prefill.rows(context);
+        let pass_rows = own.max(budget.prefill_rows.min(sequences.saturating_mul(own)));
         let sequence_bytes = layout.planned_bytes(context);
         MemoryPlan {
             sequence_bytes,

@@ -1,8 +1,51 @@
 //! What is asked of an engine, and what comes back.
 
-use crate::Sampling;
+use crate::{EngineError, Sampling};
 use dibit_cache::Usage;
 use std::time::Duration;
+
+/// A request of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub(crate) u64);
+
+/// An open sequence of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub(crate) u64);
+
+/// What has happened to a request.
+#[derive(Debug)]
+pub enum Event {
+    /// A part of the prompt was read, or a token was generated.
+    Text {
+        /// The request.
+        request: RequestId,
+        /// Text that is certain now; may be empty.
+        text: String,
+    },
+    /// The answer has ended.
+    Done {
+        /// The request.
+        request: RequestId,
+        /// The whole answer.
+        completion: Completion,
+    },
+    /// The request has failed; its sequence is given back, or empty where it is an open one.
+    Failed {
+        /// The request.
+        request: RequestId,
+        /// Why.
+        error: EngineError,
+    },
+}
+
+impl Event {
+    /// Whose it is.
+    pub fn request(&self) -> RequestId {
+        match self {
+            Event::Text { request, .. } | Event::Done { request, .. } | Event::Failed { request, .. } => *request,
+        }
+    }
+}
 
 /// A prompt to be continued.
 #[derive(Debug, Clone, PartialEq)]

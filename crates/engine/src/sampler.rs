@@ -7,22 +7,27 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 /// Chooses the tokens of one sequence.
-pub struct Sampler<'a> {
+pub struct Sampler {
     sampling: Sampling,
     random: ChaCha8Rng,
     /// Where there are any.
     penalties: Option<Penalties>,
     /// Whether a token ends a repetition.
-    breaks: Box<dyn Fn(u32) -> bool + 'a>,
+    breaks: Box<dyn Fn(u32) -> bool + Send>,
     logits: Vec<f32>,
     /// Candidates with their logits, then their weights.
     candidates: Vec<(f32, u32)>,
 }
 
-impl<'a> Sampler<'a> {
+impl Sampler {
     /// A sampler that begins its random numbers, those of one `stream` of the seed, for a sequence that holds the tokens
     /// `context`. `breaks` says which tokens end a repetition ([`crate::Dry`]).
-    pub fn new(sampling: Sampling, stream: u64, context: &[u32], breaks: impl Fn(u32) -> bool + 'a) -> Self {
+    pub fn new(
+        sampling: Sampling,
+        stream: u64,
+        context: &[u32],
+        breaks: impl Fn(u32) -> bool + Send + 'static,
+    ) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
         random.set_stream(stream);
         let penalties = sampling.changes_logits().then(|| Penalties::new(&sampling, context, &breaks));
@@ -104,7 +109,7 @@ mod tests {
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
 
-    fn sampler(sampling: Sampling, stream: u64, context: &[u32]) -> Sampler<'static> {
+    fn sampler(sampling: Sampling, stream: u64, context: &[u32]) -> Sampler {
         Sampler::new(sampling, stream, context, |_| false)
     }
 

@@ -1,71 +1,21 @@
 //! Requests, batches and conversations on small checkpoints.
 
-use dibit_cache::{Adapters, Calibration, KeyFeedback, LayerCalibration, Linear, Scheme};
+mod common;
+
+use common::{CELLS, answer, engine, go_on, pretrained, request};
+use dibit_cache::Scheme;
 use dibit_cpu::Cpu;
-use dibit_device::Device;
-use dibit_engine::{Chat, ChatOptions, Completion, Dry, Engine, EngineError, FinishReason, Options, Request, Sampling};
-use dibit_model::{ChatFormat, ModelConfig, ModelFiles, Pretrained, SpecialTokens, WeightSource};
+use dibit_engine::{
+    Chat, ChatOptions, Completion, Dry, Engine, EngineError, FinishReason, Options, Prefill, Request, Sampling,
+};
+use dibit_model::{ChatFormat, SpecialTokens};
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::Arc;
 
-fn pretrained(name: &str) -> Pretrained {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
-    Pretrained::load(&ModelFiles::open(&directory).unwrap(), WeightSource::Checkpoint, None).unwrap()
-}
-
-fn engine<'a>(cpu: &Arc<Cpu>, model: &'a Pretrained, scheme: &str, sequences: usize) -> Engine<'a, Cpu> {
-    let options = Options { context: 1024, sequences, prefill_chunk: None };
-    let mut scheme = Scheme::load(scheme).unwrap();
-    if scheme.takes_calibration() {
-        scheme.calibration = Some(Arc::new(calibration(&model.config, scheme.linear())));
-    }
-    Engine::new(cpu, model, &scheme, options).unwrap()
-}
-
-/// A calibration that changes nothing but the order of numbers: channels of a head in reverse.
-fn calibration(config: &ModelConfig, linear: Option<Linear>) -> Calibration {
-    let (heads, d) = (config.num_key_value_heads, config.head_dim);
-    let reversed = |channel: usize| channel / d * d + d - 1 - channel % d;
-    let basis: Vec<f32> = (0..heads * d * d).map(|at| f32::from(u8::from(at % d == reversed(at / d) % d))).collect();
-    let adapters = linear.map(|Linear { features, .. }| {
-        let maps = |heads: usize| {
-            [1, 2].map(|seed| (0..heads * d * features / 2).map(|i| ((i * seed) as f32).sin()).collect())
-        };
-        let gates = vec![0.5; config.num_attention_heads];
-        Adapters { features, query: maps(config.num_attention_heads), key: maps(heads), gates }
-    });
-    let layer = LayerCalibration {
-        permutation: Some((0..heads * d).map(|channel| reversed(channel) as u32).collect()),
-        key_basis: Some(basis.clone()),
-        value_basis: Some(basis),
-        key_planes: Some((0..heads * d).map(|channel| (channel % d % (d / 8) % 3) as u8).collect()),
-        value_planes: Some((0..heads * d).map(|channel| (3 - channel % d / 8 * 32 / d) as u8).collect()),
-        key_feedback: Some(KeyFeedback::none(heads, d)),
-        sink_places: None,
-        adapters,
-    };
-    Calibration { layers: vec![layer; config.num_hidden_layers] }
-}
-
-fn request(seed: u32, prompt_tokens: u32, max_tokens: usize, sampling: Sampling) -> Request {
-    let prompt = (0..prompt_tokens).map(|i| 5 + (seed * 131 + i * i * 7 + i) % 379).collect();
-    Request { prompt, history: Vec::new(), max_tokens, sampling, stream: 0, stop: Vec::new(), logprobs: None }
-}
-
-fn conversation<D: Device>(engine: &mut Engine<'_, D>, system: Option<&str>, context_shift: bool) -> Chat {
+fn conversation(engine: &mut Engine, system: Option<&str>, context_shift: bool) -> Chat {
     let template = engine.pretrained().chat_template(None).unwrap().expect("the model has a template");
     let format = ChatFormat { template, arguments: Default::default(), special_tokens: SpecialTokens::Refuse };
     Chat::new(engine, ChatOptions { format, system: system.map(str::to_owned), context_shift }).unwrap()
-}
-
-fn go_on(_: usize, _: &str) -> ControlFlow<()> {
-    ControlFlow::Continue(())
-}
-
-/// What does not depend on the clock.
-fn answer(completion: &Completion) -> (&str, &[u32], FinishReason, dibit_cache::Usage) {
-    (&completion.text, &completion.tokens, completion.finish, completion.usage)
 }
 
 #[test]
@@ -151,27 +101,27 @@ fn impossible_requests_are_refused_before_anything_runs() {
         assert!(error.contains(expected), "{error}");
         assert_eq!(engine.generate(std::slice::from_ref(&good), go_on).unwrap().len(), 1);
     }
-    let options = Options { context: 1025, sequences: 1, prefill_chunk: None };
+    let options = Options { context: 1025, sequences: 1, prefill: CELLS };
     let model = pretrained("qwen2-bias-bf16");
-    let refused = |options| Engine::new(&cpu, &model, &Scheme::load("kivi").unwrap(), options).err().unwrap();
+    let refused = |options| Engine::new(&cpu, model.clone(), &Scheme::load("kivi").unwrap(), options).err().unwrap();
     assert!(matches!(refused(options), EngineError::ContextTooLong { context: 1025, limit: 1024 }));
-    assert!(matches!(refused(Options { context: 8, sequences: 0, prefill_chunk: None }), EngineError::NoRoom));
+    assert!(matches!(refused(Options { context: 8, sequences: 0, prefill: CELLS }), EngineError::NoRoom));
 }
 
 #[test]
 fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
     let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
     let request = request(7, 700, 10, Sampling::greedy());
-    let run = |scheme: &str, prefill_chunk| {
+    let run = |scheme: &str, prefill| {
         let model = pretrained("llama32-old-bf16");
-        let options = Options { context: 1024, sequences: 1, prefill_chunk };
-        let mut engine = Engine::new(&cpu, &model, &Scheme::load(scheme).unwrap(), options).unwrap();
+        let options = Options { context: 1024, sequences: 1, prefill };
+        let mut engine = Engine::new(&cpu, model.clone(), &Scheme::load(scheme).unwrap(), options).unwrap();
         engine.generate(std::slice::from_ref(&request), go_on).unwrap().remove(0)
     };
-    let (whole, parts) = (run("kvlinc", None), run("kvlinc", Some(100)));
+    let (whole, parts) = (run("kvlinc", Prefill::Exact), run("kvlinc", Prefill::Cells(128)));
     assert_eq!((whole.usage, parts.usage.tokens), (parts.usage, 709));
     // In 16 bit the passes differ by the rounding of the cache alone, which does not change these tokens.
-    assert_eq!(run("fp16", None).tokens, run("fp16", Some(100)).tokens);
+    assert_eq!(run("fp16", Prefill::Exact).tokens, run("fp16", Prefill::Cells(128)).tokens);
 }
 
 #[test]
@@ -226,9 +176,9 @@ fn a_cancelled_answer_stays_as_far_as_it_came() {
 #[test]
 fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
     let (cpu, model) = (Arc::new(Cpu::new(Some(2)).unwrap()), pretrained("qwen2-bias-bf16"));
-    let options = Options { context: 300, sequences: 1, prefill_chunk: None };
+    let options = Options { context: 300, sequences: 1, prefill: CELLS };
     let scheme = Scheme::load("kivi").unwrap();
-    let mut engine = Engine::new(&cpu, &model, &scheme, options).unwrap();
+    let mut engine = Engine::new(&cpu, model.clone(), &scheme, options).unwrap();
     let mut chat = conversation(&mut engine, Some("Be brief."), true);
     let mut dropped = false;
     for turn in 0..8 {
@@ -269,7 +219,7 @@ fn requests_of_one_seed_differ_by_their_stream() {
 #[test]
 fn a_stop_string_that_is_a_special_token_is_that_token() {
     let (cpu, mut model) = (Arc::new(Cpu::new(Some(1)).unwrap()), pretrained("qwen2-bias-bf16"));
-    model.stop_token_ids.clear();
+    Arc::get_mut(&mut model).unwrap().stop_token_ids.clear();
     let vocabulary = 0..model.config.vocab_size as u32;
     let special = vocabulary.filter_map(|id| Some((id, model.tokenizer.token(id)?)));
     let special: Vec<(u32, String)> =

@@ -1,29 +1,32 @@
 //! Perplexity and KL divergence of schemes under streaming semantics.
 //!
-//! A row at position `t` sees the packed keys and values that decoding token by token would show it
-//! (docs/schemes.md): within each layer tokens are stored, and the window flushed, one after the other. The
-//! reference `fp16` has nothing packed; it is evaluated as one exact prefill.
+//! With [`Prefill::Streaming`] a row at position `t` sees the packed keys and values that decoding token by token would show
+//! it (docs/schemes.md): within each layer tokens are stored, and the window flushed, one after the other. Other ways of
+//! reading show it what they show the tokens of a prompt. The reference `fp16` has nothing packed; it is evaluated as one
+//! exact prefill.
 
 use crate::EvalError;
-use dibit_cache::{CacheLayout, Scheme, Usage};
-use dibit_device::{Device, Mode};
+use dibit_cache::{CacheLayout, PAGE_TOKENS, Scheme, Sequence, Usage};
+use dibit_device::Device;
 use dibit_model::{Distribution, Pretrained, windows};
-use dibit_runner::{Capacity, Models, Runner};
+use dibit_runner::{Capacity, Models, Prefill, Runner};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 /// Rows whose logits are looked at together.
-pub(crate) const LOGIT_ROWS: usize = 128;
+pub(crate) const LOGIT_ROWS: usize = PAGE_TOKENS;
 
 /// What is evaluated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PerplexityOptions {
     /// Tokens of a window.
     pub context: usize,
     /// Number of windows; `None` for the whole text.
     pub windows: Option<usize>,
+    /// How windows are read; every scheme is evaluated with each.
+    pub prefills: Vec<Prefill>,
 }
 
 /// Figures of all schemes on the same text.
@@ -46,6 +49,8 @@ pub struct Perplexity {
 pub struct SchemeResult {
     /// Name of the scheme.
     pub scheme: String,
+    /// How windows were read.
+    pub prefill: String,
     /// `exp` of the mean negative log-likelihood.
     pub perplexity: f64,
     /// Mean KL divergence in nats per token.
@@ -79,10 +84,14 @@ pub struct Progress<'a> {
     pub scheme: &'a str,
 }
 
-/// One scheme on its way through the windows.
+/// One scheme, read in one way, in the middle of a window.
 pub(crate) struct Contender<D: Device> {
     pub scheme: Scheme,
+    prefill: Prefill,
     runner: Runner<D>,
+    /// The window in flight, and the tokens of its last pass.
+    sequence: Option<Sequence>,
+    pass: Range<usize>,
     /// What the last window took.
     usage: Usage,
     nll: Vec<f32>,
@@ -123,7 +132,8 @@ pub fn perplexity<D: Device>(
     }
     let scored = 0..context - 1;
     let finish = |contender: Contender<D>| contender.result();
-    let Some(schemes) = run_windows(device, pretrained, schemes, (context, &windows), scored, finish, progress)? else {
+    let ways = (schemes, &options.prefills[..]);
+    let Some(schemes) = run_windows(device, pretrained, ways, (context, &windows), scored, finish, progress)? else {
         return Ok(None);
     };
     Ok(Some(Perplexity {
@@ -141,7 +151,7 @@ pub fn perplexity<D: Device>(
 pub(crate) fn run_windows<D: Device, R>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    (schemes, prefills): (&[Scheme], &[Prefill]),
     (context, windows): (usize, &[Vec<u32>]),
     scored: Range<usize>,
     finish: impl Fn(Contender<D>) -> R,
@@ -150,28 +160,42 @@ pub(crate) fn run_windows<D: Device, R>(
     let schemes = Scheme::with_reference(schemes)?;
     let layouts = schemes.iter().map(|scheme| pretrained.cache_layout(scheme)).collect::<Result<Vec<_>, _>>()?;
     let groups = groups(&layouts);
-    let passes = windows.len() * (groups.len() + schemes.len() - 1);
+    let passes = windows.len() * (groups.len() + (schemes.len() - 1) * prefills.len());
     let mut models = Models::new(device, pretrained);
-    let mut results: Vec<Option<R>> = schemes.iter().map(|_| None).collect();
+    let count = prefills.len();
+    let mut results: Vec<Option<R>> = (0..1 + (schemes.len() - 1) * count).map(|_| None).collect();
     for group in &groups {
         models.keep_first();
-        let contender = |index: &usize| Contender::new(&mut models, &schemes[*index], layouts[*index].clone(), context);
-        let mut contenders = std::iter::once(&0).chain(group).map(contender).collect::<Result<Vec<_>, _>>()?;
+        let mut contenders = Vec::new();
+        for (index, scheme) in std::iter::once(&0).chain(group).map(|index| (*index, &schemes[*index])) {
+            // Where nothing is packed, all ways are the exact one.
+            let prefills = if scheme.is_exact() { &[Prefill::Exact] } else { prefills };
+            for (place, prefill) in prefills.iter().enumerate() {
+                let place = if index == 0 { 0 } else { 1 + (index - 1) * count + place };
+                let own = Contender::new(&mut models, scheme, layouts[index].clone(), context, *prefill)?;
+                contenders.push((place, own));
+            }
+        }
+        let (places, mut contenders): (Vec<usize>, Vec<Contender<D>>) = contenders.into_iter().unzip();
         for (index, window) in windows.iter().enumerate() {
             for contender in &mut contenders {
                 let next = Progress { window: index, windows: windows.len(), passes, scheme: &contender.scheme.name };
                 if progress(next).is_break() {
                     return Ok(None);
                 }
-                contender.forward(window)?;
+                contender.begin(window)?;
             }
-            for first in scored.clone().step_by(LOGIT_ROWS) {
-                let rows: Vec<usize> = (first..scored.end.min(first + LOGIT_ROWS)).collect();
-                Contender::score_all(&mut contenders, device, &rows, window, pretrained.config.vocab_size)?;
+            let mut first = scored.start;
+            while first < scored.end {
+                // Rows of one pass, wherever passes end.
+                let end = scored.end.min((first / LOGIT_ROWS + 1) * LOGIT_ROWS);
+                Contender::score_all(&mut contenders, device, first..end, window, pretrained.config.vocab_size)?;
+                first = end;
             }
+            contenders.iter_mut().try_for_each(|contender| contender.end(window))?;
         }
-        for (index, contender) in std::iter::once(&0).chain(group).zip(contenders) {
-            results[*index] = Some(finish(contender));
+        for (place, contender) in places.into_iter().zip(contenders) {
+            results[place] = Some(finish(contender));
         }
     }
     Ok(Some(results.into_iter().flatten().collect()))
@@ -195,11 +219,20 @@ fn groups(layouts: &[CacheLayout]) -> Vec<Vec<usize>> {
 }
 
 impl<D: Device> Contender<D> {
-    fn new(models: &mut Models<D>, scheme: &Scheme, layout: CacheLayout, context: usize) -> Result<Self, EvalError> {
-        let capacity = Capacity::of_one(&layout, context, LOGIT_ROWS);
+    fn new(
+        models: &mut Models<D>,
+        scheme: &Scheme,
+        layout: CacheLayout,
+        context: usize,
+        prefill: Prefill,
+    ) -> Result<Self, EvalError> {
+        let capacity = Capacity { rows: prefill.rows(context), ..Capacity::of_one(&layout, context, LOGIT_ROWS) };
         Ok(Contender {
             runner: Runner::new(models.get(&layout)?, layout, capacity)?,
             scheme: scheme.clone(),
+            prefill,
+            sequence: None,
+            pass: 0..0,
             usage: Usage::default(),
             nll: Vec::new(),
             kl: Vec::new(),
@@ -209,30 +242,53 @@ impl<D: Device> Contender<D> {
         })
     }
 
-    pub fn forward(&mut self, window: &[u32]) -> Result<(), EvalError> {
-        let mut sequence = self.runner.open()?;
-        let mode = if self.scheme.is_exact() { Mode::Chunk } else { Mode::Streaming };
-        let result = self.runner.step(mode, &mut [(&mut sequence, window)]).map(drop);
-        self.usage = self.runner.usage(&sequence);
-        self.runner.close(sequence);
-        Ok(result?)
+    /// Runs the first pass of a window.
+    fn begin(&mut self, window: &[u32]) -> Result<(), EvalError> {
+        let unfinished = self.sequence.take();
+        unfinished.into_iter().for_each(|sequence| self.runner.close(sequence));
+        self.sequence = Some(self.runner.open()?);
+        self.pass = 0..0;
+        self.read_to(window, 0)
     }
 
-    /// Scores what the rows of a window expect next, by all schemes.
-    pub fn score_all(
+    /// Runs passes until the one with this row has run.
+    fn read_to(&mut self, window: &[u32], row: usize) -> Result<(), EvalError> {
+        let Contender { runner, sequence, prefill, pass, .. } = self;
+        let sequence = sequence.as_mut().expect("a window that has begun");
+        while pass.end <= row {
+            *pass = pass.end..prefill.end(pass.end..window.len());
+            runner.step(prefill.mode(), &mut [(&mut *sequence, &window[pass.clone()])])?;
+        }
+        Ok(())
+    }
+
+    /// Runs what is left of a window.
+    fn end(&mut self, window: &[u32]) -> Result<(), EvalError> {
+        self.read_to(window, window.len() - 1)?;
+        if let Some(sequence) = self.sequence.take() {
+            self.usage = self.runner.usage(&sequence);
+            self.runner.close(sequence);
+        }
+        Ok(())
+    }
+
+    /// Scores what these rows of a window, which lie in one pass, expect next, by all schemes.
+    fn score_all(
         contenders: &mut [Self],
         device: &D,
-        rows: &[usize],
+        rows: Range<usize>,
         window: &[u32],
         vocab_size: usize,
     ) -> Result<(), EvalError> {
-        let targets: Vec<u32> = rows.iter().map(|row| window[row + 1]).collect();
-        for Contender { runner, logits, .. } in contenders.iter_mut() {
-            runner.outputs().logits(rows, logits)?;
+        let targets = &window[rows.start + 1..rows.end + 1];
+        for own in contenders.iter_mut() {
+            own.read_to(window, rows.start)?;
+            let in_pass: Vec<usize> = rows.clone().map(|row| row - own.pass.start).collect();
+            own.runner.outputs().logits(&in_pass, &mut own.logits)?;
         }
         let (reference, others) = contenders.split_first_mut().expect("the reference is there");
-        reference.score(device, None, &targets, vocab_size)?;
-        others.iter_mut().try_for_each(|own| own.score(device, Some(&reference.logits), &targets, vocab_size))
+        reference.score(device, None, targets, vocab_size)?;
+        others.iter_mut().try_for_each(|own| own.score(device, Some(&reference.logits), targets, vocab_size))
     }
 
     fn score(
@@ -289,6 +345,7 @@ impl<D: Device> Contender<D> {
             allocated_bits: usage.allocated_bits(),
             packed_bits: layout.packed_bits(),
             scheme: self.scheme.name,
+            prefill: self.prefill.to_string(),
             nll: self.nll,
             kl: self.kl,
         }

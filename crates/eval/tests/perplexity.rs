@@ -5,6 +5,7 @@ use dibit_cpu::Cpu;
 use dibit_device::{DType, Tensor};
 use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity};
 use dibit_model::{ModelFiles, Pretrained, WeightSource, windows};
+use dibit_runner::Prefill;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,10 @@ fn load(directory: &Path) -> Pretrained {
     Pretrained::load(&ModelFiles::open(directory).unwrap(), WeightSource::Checkpoint, Some(DType::F32)).unwrap()
 }
 
+fn streaming(context: usize) -> Vec<Prefill> {
+    vec![Prefill::Streaming(context.next_multiple_of(128))]
+}
+
 fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, windows: usize) -> Perplexity {
     let cpu = Arc::new(Cpu::new(None).unwrap());
     let load = |name: &&str| match *name {
@@ -25,7 +30,7 @@ fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, window
         name => Scheme::load(name).unwrap(),
     };
     let schemes: Vec<Scheme> = schemes.iter().map(load).collect();
-    let options = PerplexityOptions { context, windows: Some(windows) };
+    let options = PerplexityOptions { context, windows: Some(windows), prefills: streaming(context) };
     perplexity(&cpu, model, &schemes, ids, options, |_| ControlFlow::Continue(())).unwrap().unwrap()
 }
 
@@ -128,8 +133,15 @@ fn texts_and_windows_that_do_not_suit_are_refused() {
     let model = load(&repository().join("fixtures/llama32-old-bf16"));
     let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let run = |ids: &[u32], context| {
-        perplexity(&cpu, &model, &[], ids, PerplexityOptions { context, windows: None }, |_| ControlFlow::Continue(()))
-            .unwrap_err()
+        perplexity(
+            &cpu,
+            &model,
+            &[],
+            ids,
+            PerplexityOptions { context, windows: None, prefills: streaming(context) },
+            |_| ControlFlow::Continue(()),
+        )
+        .unwrap_err()
     };
     assert!(matches!(run(&[5; 10], 100), EvalError::TextTooShort { tokens: 10, needed: 99 }));
     for context in [0, 1, 1025] {
@@ -144,7 +156,7 @@ fn damaged_weights_are_no_agreement() {
     let width = model.config.hidden_size;
     model.weights.norm = Tensor::from_f32(vec![f32::NAN; width], DType::F32, 1, width);
     let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
-    let options = PerplexityOptions { context: 50, windows: Some(1) };
+    let options = PerplexityOptions { context: 50, windows: Some(1), prefills: streaming(50) };
     let error = perplexity(&cpu, &model, &[], &[7; 100], options, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, EvalError::NotFinite { .. }), "{error}");
 }

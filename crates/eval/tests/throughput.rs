@@ -4,6 +4,7 @@ use dibit_cache::Scheme;
 use dibit_cpu::Cpu;
 use dibit_eval::bench::{BatchSize, ThroughputBench, ThroughputOptions, throughput};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
+use dibit_runner::Prefill;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ fn run(pretrained: &Pretrained, schemes: &[&str], batches: &[BatchSize], host_by
         prompt: 200,
         generate: 70,
         pass_rows: 300,
+        prefill: Prefill::Cells(256),
         host_bytes,
         made_up: true,
     };

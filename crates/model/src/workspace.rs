@@ -95,9 +95,14 @@ impl<D: Device> Workspace<D> {
 
 /// Bytes that a row of a pass takes: its residual stream, its rotary angles and its keys and values of one layer, in
 /// flight.
-pub fn pass_row_bytes(config: &ModelConfig) -> usize {
+fn pass_row_bytes(config: &ModelConfig) -> usize {
     let kv = 2 * config.num_key_value_heads * config.head_dim;
     (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
+}
+
+/// Rows of a pass that fit a budget.
+pub fn fitting_rows(config: &ModelConfig, budget: &Budget) -> usize {
+    (budget.pass_bytes / pass_row_bytes(config)).max(budget.pass_rows)
 }
 
 /// Bytes that a pass of `rows` rows takes: its rows, and the activations inside a layer.

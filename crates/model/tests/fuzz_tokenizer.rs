@@ -110,9 +110,9 @@ fn read(bytes: &[u8]) -> bool {
     tokenizer.decode(&[0, 1, 5, 3, 4, 8, u32::MAX]).ok();
     let mut stream = tokenizer.stream(&[1, 2]);
     for id in [3, 4, 4, 9] {
-        stream.push(id).ok();
+        stream.push(&tokenizer, id).ok();
     }
-    stream.finish().ok();
+    stream.finish(&tokenizer).ok();
     true
 }
 

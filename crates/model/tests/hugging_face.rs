@@ -177,11 +177,11 @@ fn text_comes_out_of_a_stream_as_it_went_in() {
     let mut stream = tokenizer.stream(&[]);
     let mut out = String::new();
     for id in ids {
-        let piece = stream.push(id).unwrap();
+        let piece = stream.push(&tokenizer, id).unwrap();
         assert!(!piece.contains('\u{fffd}'), "half a character was released");
         out += &piece;
     }
-    assert_eq!(out + &stream.finish().unwrap(), text);
+    assert_eq!(out + &stream.finish(&tokenizer).unwrap(), text);
     // A model may have fewer ids: then a text that takes one of the others is refused.
     let smaller = Tokenizer::parse(files.tokenizer.as_deref().unwrap(), 100, "m").unwrap();
     assert!(smaller.encode(text, true).is_err());

@@ -1,6 +1,6 @@
 //! The command line of `dibit bench`.
 
-use super::{CalibrationArgs, DeviceArgs, RunArgs};
+use super::{CalibrationArgs, CellArgs, DeviceArgs, RunArgs};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand};
 use dibit_eval::bench::{BatchSize, Heads};
@@ -147,6 +147,8 @@ pub struct DecodeBenchArgs {
         value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_SEQUENCES)
     )]
     pub batch: usize,
+    #[command(flatten)]
+    pub cell: CellArgs,
     /// Tokens of each sequence that are decoded in a round
     #[arg(long, default_value = "32", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     pub tokens: usize,
@@ -195,7 +197,9 @@ pub struct ThroughputBenchArgs {
     pub generate: usize,
     /// Prompt tokens of all sequences together that are prefilled in one pass [default: as many as fit a fixed budget]
     #[arg(long, value_name = "TOKENS", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 27))]
-    pub prefill_chunk: Option<usize>,
+    pub prefill_rows: Option<usize>,
+    #[command(flatten)]
+    pub cell: CellArgs,
     /// Print JSON, or write it to a file beside the table, after every batch
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub json: Option<Option<PathBuf>>,

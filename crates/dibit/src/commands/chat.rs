@@ -5,7 +5,7 @@ use crate::device::on_device;
 use crate::output::{TextStream, note};
 use crate::{Outcome, source};
 use anyhow::{Context, Result};
-use dibit_device::{Device, Train};
+use dibit_device::Train;
 use dibit_engine::{Chat, ChatOptions, Completion, Engine, FinishReason, Options, Sampling};
 use rustyline::error::ReadlineError;
 use rustyline::history::DefaultHistory;
@@ -18,18 +18,19 @@ const HELP: &str = "/reset forgets the conversation, /stats shows the cache, /qu
 
 pub fn run(args: &ChatArgs) -> Result<Outcome> {
     schemes::check(&args.cache)?;
+    args.cache.prefill.check()?;
     on_device!(&args.run.open_device()?, |device| run_on(device, args))
 }
 
-fn run_on<D: Train>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
-    let pretrained = source::load(device, &args.run.model)?;
+fn run_on<D: Train + 'static>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
+    let pretrained = Arc::new(source::load(device, &args.run.model)?);
     let sampling = sampling(&args.sampling, &pretrained.generation_config, false)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let limit = pretrained.config.max_position_embeddings;
     let options = Options {
         context: args.cache.context.map_or(limit, |context| context as usize),
         sequences: 1,
-        prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
+        prefill: args.cache.prefill.on(&device.budget()),
     };
     options.check(&pretrained.config)?;
     // The editor takes SIGINT for itself when it is made; a calibration and an answer need it.
@@ -37,15 +38,14 @@ fn run_on<D: Train>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
     let interrupted = interrupt_flag(false)?;
     let made_up = args.run.model.load_format == LoadFormat::Dummy;
     let chosen = schemes::chosen(device, &args.cache, &pretrained, made_up, &interrupted)?;
-    let mut engine = Engine::new(device, &pretrained, &chosen.scheme, options)?;
-    let pretrained = engine.pretrained();
+    let mut engine = Engine::new(device, pretrained.clone(), &chosen.scheme, options)?;
     let chat_options = ChatOptions {
-        format: args.conversation.format(pretrained)?,
+        format: args.conversation.format(&pretrained)?,
         system: args.system.clone(),
         context_shift: args.context_shift,
     };
     let mut chat = Chat::new(&mut engine, chat_options)?;
-    note(&format!("{}\n{HELP}", model_line(pretrained, &device.describe())));
+    note(&format!("{}\n{HELP}", model_line(&pretrained, &device.describe())));
 
     announce(&chosen.scheme, &pretrained.config)?;
     loop {
@@ -65,7 +65,7 @@ fn run_on<D: Train>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
             }
             "/stats" => {
                 let usage = chat.usage(&engine);
-                let (turns, context) = (chat.messages().len(), engine.context());
+                let (turns, context) = (chat.messages().len(), engine.options().context);
                 let cache = cache_line(&chosen, &usage, engine.layout());
                 note(&format!("{turns} messages, {} of {context} tokens\n{cache}", usage.tokens));
             }
@@ -83,9 +83,9 @@ fn run_on<D: Train>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn answer<D: Device>(
+fn answer(
     chat: &mut Chat,
-    engine: &mut Engine<'_, D>,
+    engine: &mut Engine,
     line: &str,
     max_tokens: usize,
     sampling: &Sampling,

@@ -9,7 +9,7 @@ use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Scheme;
 use dibit_device::{Device, Measure, Train};
-use dibit_engine::{Engine, EngineError, Options};
+use dibit_engine::{Engine, EngineError, Options, Prefill};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{
     Choices, Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study,
@@ -42,7 +42,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, &named, &text, haystack, page))
 }
 
-fn run_on<D: Train + Measure>(
+fn run_on<D: Train + Measure + 'static>(
     device: &Arc<D>,
     args: &CompareArgs,
     named: &[String],
@@ -52,6 +52,7 @@ fn run_on<D: Train + Measure>(
 ) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     begin_windows(&args.window, &mut pretrained);
+    let pretrained = Arc::new(pretrained);
     let schemes = match named.len() == args.schemes.len() {
         true => calibrated_schemes(named, &args.calibration.calibration, &pretrained)?,
         false => built_in(named, &args.calibration.calibration, &pretrained)?,
@@ -130,7 +131,8 @@ fn measure<D: Device + Measure>(
     ids: &[u32],
     interrupted: &AtomicBool,
 ) -> Result<Option<Comparison>> {
-    let options = PerplexityOptions { context: args.context, windows: Some(args.windows as usize) };
+    let prefills = vec![Prefill::Streaming(args.context.next_multiple_of(128))];
+    let options = PerplexityOptions { context: args.context, windows: Some(args.windows as usize), prefills };
     let bar = bar(0);
     let figures = perplexity(device, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
     let Some(figures) = figures else { return Ok(None) };
@@ -219,10 +221,10 @@ fn prompts(args: &CompareArgs, pretrained: &Pretrained, haystack: Option<Haystac
 }
 
 /// Adds the retrieval accuracy of every scheme; false where Ctrl-C came.
-fn retrieve<D: Device>(
+fn retrieve<D: Device + 'static>(
     args: &CompareArgs,
     device: &Arc<D>,
-    pretrained: &Pretrained,
+    pretrained: &Arc<Pretrained>,
     schemes: &[Scheme],
     prompts: &[Prompts],
     interrupted: &AtomicBool,
@@ -233,10 +235,10 @@ fn retrieve<D: Device>(
     let mut done = 0;
     for (scheme, row) in schemes.iter().zip(&mut comparison.rows) {
         let longest = prompts.iter().map(|prompts| prompts.context).max().unwrap_or(args.context);
-        let options = Options { context: longest, sequences: 1, prefill_chunk: None };
+        let options = Options { context: longest, sequences: 1, prefill: args.cell.cells(&device.budget()) };
         let layout = pretrained.cache_layout(scheme)?;
         let model = Arc::new(plain.variant(&pretrained.weights, &layout)?);
-        let mut engine = Engine::with_model(pretrained, model, layout, options)?;
+        let mut engine = Engine::with_model(pretrained.clone(), model, layout, options)?;
         for Prompts { context, samples } in prompts {
             bar.set_message(format!("{}: retrieval at {context}", scheme.name));
             let answers = retrieval::run(&mut engine, samples, |begun| {

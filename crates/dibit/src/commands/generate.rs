@@ -7,9 +7,7 @@ use crate::{Outcome, memory, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Usage;
 use dibit_device::Train;
-use dibit_engine::{
-    Completion, Engine, EngineError, FinishReason, MemoryPlan, Options, Request, Sampling, TokenLogprob,
-};
+use dibit_engine::{Completion, Engine, EngineError, FinishReason, Options, Request, Sampling, TokenLogprob};
 use dibit_model::{Message, Pretrained, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -22,25 +20,25 @@ use std::time::{Duration, Instant};
 pub fn run(args: &GenerateArgs) -> Result<Outcome> {
     let prompts = prompts(args)?;
     schemes::check(&args.cache)?;
+    args.cache.prefill.check()?;
     on_device!(&args.run.open_device()?, |device| run_on(device, args, &prompts))
 }
 
-fn run_on<D: Train>(device: &Arc<D>, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
-    let pretrained = source::load(device, &args.run.model)?;
+fn run_on<D: Train + 'static>(device: &Arc<D>, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
+    let pretrained = Arc::new(source::load(device, &args.run.model)?);
     let sampling = sampling(&args.sampling, &pretrained.generation_config, args.samples > 1)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let requests = requests(args, &pretrained, prompts, &sampling)?;
     let options = Options {
         context: context(args, &pretrained, &requests),
         sequences: requests.len().min(usize::from(args.parallel)),
-        prefill_chunk: args.cache.prefill_chunk.map(|n| n as usize),
+        prefill: args.cache.prefill.on(&device.budget()),
     };
     options.check(&pretrained.config)?;
     let interrupted = interrupt_flag(true)?;
     let made_up = args.run.model.load_format == LoadFormat::Dummy;
     let chosen = schemes::chosen(device, &args.cache, &pretrained, made_up, &interrupted)?;
-    let mut engine = Engine::new(device, &pretrained, &chosen.scheme, options)?;
-    let pretrained = engine.pretrained();
+    let mut engine = Engine::new(device, pretrained.clone(), &chosen.scheme, options)?;
     for request in &requests {
         engine.check(request, 0)?;
     }
@@ -68,7 +66,7 @@ fn run_on<D: Train>(device: &Arc<D>, args: &GenerateArgs, prompts: &[String]) ->
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let texts = each_prompt(args, prompts).zip(&requests).zip(&completions);
-        let all: Vec<Value> = texts.map(|((p, request), c)| to_json(p, request, c, pretrained, &chosen)).collect();
+        let all: Vec<Value> = texts.map(|((p, request), c)| to_json(p, request, c, &pretrained, &chosen)).collect();
         let value = if many { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
         writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
     } else if many {
@@ -78,7 +76,7 @@ fn run_on<D: Train>(device: &Arc<D>, args: &GenerateArgs, prompts: &[String]) ->
         }
     }
     let cache = cache_line(&chosen, &used(&completions), engine.layout());
-    summary(pretrained, &device.describe(), &cache, engine.plan(), options, &sampling, &completions, elapsed);
+    summary(&pretrained, &device.describe(), &cache, options, &sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })
 }
@@ -245,7 +243,6 @@ fn summary(
     pretrained: &Pretrained,
     device: &str,
     cache: &str,
-    plan: &MemoryPlan,
     options: Options,
     sampling: &Sampling,
     completions: &[Completion],
@@ -271,22 +268,18 @@ fn summary(
             options.sequences
         ),
     };
-    let pass = if plan.pass_rows < options.context {
-        format!(", prefill passes of {}", plan.pass_rows)
-    } else {
-        String::new()
-    };
     note(&format!(
         "
 model    {}
 speed    {} prompt + {} generated tokens; {rates}
 sampling {chosen}
-context  {context}{pass}
+context  {context}, prompts read in {}
 cache    {cache}
 memory   {weights} of weights{peak}",
         model_line(pretrained, device),
         total(|c| c.prompt_tokens),
-        total(|c| c.tokens.len())
+        total(|c| c.tokens.len()),
+        options.prefill,
     ));
 }
 

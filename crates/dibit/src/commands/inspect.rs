@@ -7,7 +7,7 @@ use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
 use dibit_cache::{CacheLayout, Scheme, TransformedValues};
 use dibit_device::{Arithmetic, Budget, DType, Device};
-use dibit_engine::{MemoryPlan, Options};
+use dibit_engine::{MemoryPlan, Options, Prefill};
 use dibit_model::{Checkpoint, ModelConfig, ModelFiles, Pretrained, WeightSource};
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -98,7 +98,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let options = Options {
         context: args.context.map_or(config.max_position_embeddings, |context| context as usize),
         sequences: args.batch as usize,
-        prefill_chunk: None,
+        prefill: Prefill::Cells(budget.cell),
     };
     let free = available.saturating_sub(weights);
     let row = |scheme: &Scheme| {

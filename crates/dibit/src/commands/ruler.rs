@@ -48,6 +48,7 @@ struct Row<'a> {
 }
 
 pub fn run(args: &RulerArgs) -> Result<Outcome> {
+    args.prefill.check()?;
     schemes(&args.kv)?;
     args.conversation.check(args.chat)?;
     let tasks = tasks(&args.tasks)?;
@@ -58,8 +59,13 @@ pub fn run(args: &RulerArgs) -> Result<Outcome> {
     on_device!(&args.run.open_device()?, |device| run_on(device, args, tasks, haystack))
 }
 
-fn run_on<D: Device>(device: &Arc<D>, args: &RulerArgs, tasks: Tasks, haystack: Option<Haystack>) -> Result<Outcome> {
-    let pretrained = source::load(device, &args.run.model)?;
+fn run_on<D: Device + 'static>(
+    device: &Arc<D>,
+    args: &RulerArgs,
+    tasks: Tasks,
+    haystack: Option<Haystack>,
+) -> Result<Outcome> {
+    let pretrained = Arc::new(source::load(device, &args.run.model)?);
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     check(args, &tasks, &pretrained, &schemes)?;
     let Tasks { ruler: tasks, copying: copies } = &tasks;
@@ -178,9 +184,9 @@ fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: 
 
 /// Runs one scheme at all lengths. `progress` gets the prompt that is about to run, and how many have run before
 /// it; it says whether to go on. Lengths that were not finished are left out.
-fn run_scheme<'a, D: Device>(
+fn run_scheme<'a, D: Device + 'static>(
     args: &RulerArgs,
-    (pretrained, plain): (&Pretrained, &Model<D>),
+    (pretrained, plain): (&Arc<Pretrained>, &Model<D>),
     scheme: &'a Scheme,
     prompts: &'a [Prompts],
     mut progress: impl FnMut(&Prompts, &Sample, usize) -> ControlFlow<()>,
@@ -188,18 +194,17 @@ fn run_scheme<'a, D: Device>(
     let options = Options {
         context: args.context.iter().copied().max().unwrap_or(1) as usize,
         sequences: usize::from(args.parallel).min(prompts[0].samples.len()),
-        prefill_chunk: args.prefill_chunk.map(|tokens| tokens as usize),
+        prefill: args.prefill.on(&plain.device().budget()),
     };
     let layout = pretrained.cache_layout(scheme)?;
     let model = Arc::new(plain.variant(&pretrained.weights, &layout)?);
-    let mut engine = Engine::with_model(pretrained, model, layout, options)?;
+    let mut engine = Engine::with_model(pretrained.clone(), model, layout, options)?;
     let longest = prompts.iter().flat_map(|prompts| &prompts.samples).map(|sample| sample.prompt.len()).max();
-    let pass_rows = engine.plan().pass_rows;
-    if longest > Some(pass_rows) {
+    if options.prefill.passes(0..longest.unwrap_or(0)).count() > 1 {
         tracing::info!(
-            "{}: prompts are prefilled in passes of up to {pass_rows} tokens; each attends exactly to itself and through the \
-             cache to those before it",
-            scheme.name
+            "{}: prompts are read in several passes, {}: each sees itself exactly, and those before it as they are stored",
+            scheme.name,
+            options.prefill
         );
     }
     let (mut rows, mut before) = (Vec::new(), 0);

@@ -3,9 +3,9 @@
 use crate::EvalError;
 use crate::random_cache::RandomCache;
 use dibit_cache::{CacheLayout, Scheme};
-use dibit_device::{Device, Measure, Mode, Sweep};
+use dibit_device::{Device, Measure, Sweep};
 use dibit_model::{Model, Pretrained, Workspace, argmax};
-use dibit_runner::{Capacity, Models, Runner};
+use dibit_runner::{Capacity, Models, Prefill, Runner};
 use dibit_timing::{Samples, Spread, rounds};
 use serde::Serialize;
 use std::sync::Arc;
@@ -20,8 +20,8 @@ pub struct DecodeOptions {
     pub batch: usize,
     /// Tokens of the prompt whose prefill is timed; 0 leaves it out.
     pub prompt: usize,
-    /// Tokens of it that run in one pass.
-    pub pass_rows: usize,
+    /// How it is read.
+    pub prefill: Prefill,
     /// Tokens of each sequence that are decoded in a round.
     pub tokens: usize,
     /// Rounds that are counted.
@@ -245,7 +245,8 @@ impl<D: Device + Measure> Run<'_, D> {
         options: &DecodeOptions,
     ) -> Result<Vec<PrefillFigures>, EvalError> {
         let runner = |(model, layout): &(Arc<Model<D>>, CacheLayout)| {
-            let capacity = Capacity { rows: options.pass_rows, ..Capacity::of_one(layout, options.prompt, 1) };
+            let rows = options.prefill.rows(options.prompt);
+            let capacity = Capacity { rows, ..Capacity::of_one(layout, options.prompt, 1) };
             Runner::new(model.clone(), layout.clone(), capacity)
         };
         let mut runners = layouts.iter().map(runner).collect::<Result<Vec<_>, _>>()?;
@@ -256,11 +257,12 @@ impl<D: Device + Measure> Run<'_, D> {
             let mut sequence = runner.open()?;
             self.device.synchronize();
             let start = Instant::now();
-            for ids in ids.chunks(options.pass_rows) {
-                runner.step(Mode::Chunk, &mut [(&mut sequence, ids)])?;
+            let mut rows = 0;
+            for pass in options.prefill.passes(0..options.prompt) {
+                rows = pass.len();
+                runner.step(options.prefill.mode(), &mut [(&mut sequence, &ids[pass])])?;
             }
-            let last = (options.prompt - 1) % options.pass_rows;
-            runner.outputs().logits(&[last], &mut self.logits)?;
+            runner.outputs().logits(&[rows - 1], &mut self.logits)?;
             let time = start.elapsed();
             runner.close(sequence);
             Ok::<_, EvalError>(time)

@@ -5,7 +5,7 @@ use crate::made_up::calibrated;
 use dibit_cache::{CacheLayout, Scheme, Sequence};
 use dibit_device::{Device, DeviceError, Measure, Mode};
 use dibit_model::{Model, ModelError, Pretrained, pass_bytes};
-use dibit_runner::{Capacity, Runner};
+use dibit_runner::{Capacity, Prefill, Runner};
 use serde::Serialize;
 use std::ops::Range;
 use std::str::FromStr;
@@ -51,6 +51,8 @@ pub struct ThroughputOptions {
     pub generate: usize,
     /// Prompt tokens of all sequences together that run in one pass.
     pub pass_rows: usize,
+    /// How the prompt of each is read.
+    pub prefill: Prefill,
     /// Bytes that are free on the host, for a device without memory of its own.
     pub host_bytes: usize,
     /// Whether schemes get a made-up calibration where they have none and can use one.
@@ -229,7 +231,8 @@ struct Ladder<'a, D: Device + Measure> {
 impl<D: Device + Measure> Ladder<'_, D> {
     /// Rows of the largest pass.
     fn pass_rows(&self, batch: usize) -> usize {
-        self.options.pass_rows.min(batch * self.options.prompt).max(batch)
+        let own = self.options.prefill.rows(self.options.prompt);
+        self.options.pass_rows.max(own).min(batch * own).max(batch)
     }
 
     /// Bytes of caches and activations.
@@ -339,6 +342,7 @@ struct Run<'a, D: Device + Measure> {
     runner: Runner<D>,
     sequences: Vec<Sequence>,
     prompt: usize,
+    prefill: Prefill,
     pass_rows: usize,
 }
 
@@ -350,7 +354,7 @@ impl<'a, D: Device + Measure> Run<'a, D> {
         let capacity = Capacity { blocks, sequences: batch, rows: pass_rows, outputs: batch };
         let mut runner = Runner::new(model.clone(), layout.clone(), capacity)?;
         let sequences = (0..batch).map(|_| runner.open()).collect::<Result<_, _>>()?;
-        Ok(Run { device, runner, sequences, prompt: options.prompt, pass_rows })
+        Ok(Run { device, runner, sequences, prompt: options.prompt, prefill: options.prefill, pass_rows })
     }
 
     /// Empties the sequences.
@@ -375,20 +379,17 @@ impl<'a, D: Device + Measure> Run<'a, D> {
     /// Reads the prompts, as many in a pass as there is room for; the first token of each.
     fn prefill(&mut self) -> Result<Vec<u32>, EvalError> {
         let vocab_size = self.runner.model().config().vocab_size;
-        let together = (self.pass_rows / self.prompt).max(1);
+        let together = (self.pass_rows / self.prefill.rows(self.prompt)).max(1);
         let mut first = Vec::new();
         for begin in (0..self.sequences.len()).step_by(together) {
             let group = begin..self.sequences.len().min(begin + together);
-            let most = (self.pass_rows / group.len()).min(self.prompt);
-            for done in (0..self.prompt).step_by(most) {
-                let count = most.min(self.prompt - done);
+            for tokens in self.prefill.passes(0..self.prompt) {
                 let id = |sequence: usize, token: usize| ((sequence * 31 + token) % vocab_size) as u32;
-                let ids: Vec<u32> = group
-                    .clone()
-                    .flat_map(|sequence| (done..done + count).map(move |token| id(sequence, token)))
-                    .collect();
+                let ids: Vec<u32> =
+                    group.clone().flat_map(|sequence| tokens.clone().map(move |token| id(sequence, token))).collect();
+                let count = tokens.len();
                 self.pass(group.clone(), &ids, count)?;
-                if done + count == self.prompt {
+                if tokens.end == self.prompt {
                     let rows: Vec<usize> = (1..=group.len()).map(|place| place * count - 1).collect();
                     first.extend(self.most_likely(&rows)?);
                 }

@@ -9,6 +9,7 @@ use crate::perplexity::{Contender, Progress, run_windows};
 use dibit_cache::Scheme;
 use dibit_device::Device;
 use dibit_model::Pretrained;
+use dibit_runner::Prefill;
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -104,7 +105,10 @@ pub fn copying<D: Device>(
         kl_mean: contender.kl_mean(),
     };
     let windows = (context, &sequences[..]);
-    let Some(schemes) = run_windows(device, pretrained, schemes, windows, scored.clone(), finish, progress)? else {
+    let prefills = [Prefill::Streaming(context.next_multiple_of(128))];
+    let Some(schemes) =
+        run_windows(device, pretrained, (schemes, &prefills), windows, scored.clone(), finish, progress)?
+    else {
         return Ok(None);
     };
     Ok(Some(Copying {

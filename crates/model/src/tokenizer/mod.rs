@@ -189,8 +189,8 @@ impl Tokenizer {
 
     /// Decodes ids one after the other, as the continuation of `context`: some tokenizers write a word's space
     /// only where something precedes it.
-    pub fn stream(&self, context: &[u32]) -> TextStream<'_> {
-        TextStream::new(self, context)
+    pub fn stream(&self, context: &[u32]) -> TextStream {
+        TextStream::new(context)
     }
 }
 

@@ -9,9 +9,8 @@ const CONTEXT_IDS: usize = 6;
 /// Ids that the bytes of one character can be spread over, and then some.
 const CHARACTER_IDS: usize = 8;
 
-/// Text is released as soon as no later id can change it: characters of several tokens come out whole.
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
+/// The text of ids of one tokenizer, which is given with each. It is released as soon as no later id can change it: characters of several tokens come out whole.
+pub struct TextStream {
     ids: Vec<u32>,
     /// Where decoding begins, so that the next piece is seen in its context.
     prefix: usize,
@@ -19,20 +18,20 @@ pub struct TextStream<'a> {
     read: usize,
 }
 
-impl<'a> TextStream<'a> {
+impl TextStream {
     /// A stream of the text that continues `context`.
-    pub(super) fn new(tokenizer: &'a Tokenizer, context: &[u32]) -> Self {
+    pub(super) fn new(context: &[u32]) -> Self {
         let ids = context[context.len().saturating_sub(CONTEXT_IDS)..].to_vec();
-        TextStream { tokenizer, prefix: 0, read: ids.len(), ids }
+        TextStream { prefix: 0, read: ids.len(), ids }
     }
 
     /// Adds an id and returns the text that became certain, possibly none.
     ///
     /// # Errors
     /// [`ModelError::Tokenizer`].
-    pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String, ModelError> {
         self.ids.push(id);
-        let piece = self.pending()?;
+        let piece = self.pending(tokenizer)?;
         if piece.ends_with('\u{fffd}') && self.ids.len() - self.read < CHARACTER_IDS {
             return Ok(String::new());
         }
@@ -45,16 +44,16 @@ impl<'a> TextStream<'a> {
     ///
     /// # Errors
     /// [`ModelError::Tokenizer`].
-    pub fn finish(&mut self) -> Result<String, ModelError> {
-        let piece = self.pending()?;
+    pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String, ModelError> {
+        let piece = self.pending(tokenizer)?;
         self.read = self.ids.len();
         Ok(piece)
     }
 
     /// Text of the ids that have not been released.
-    fn pending(&self) -> Result<String, ModelError> {
-        let before = self.tokenizer.decode(&self.ids[self.prefix..self.read])?;
-        let all = self.tokenizer.decode(&self.ids[self.prefix..])?;
+    fn pending(&self, tokenizer: &Tokenizer) -> Result<String, ModelError> {
+        let before = tokenizer.decode(&self.ids[self.prefix..self.read])?;
+        let all = tokenizer.decode(&self.ids[self.prefix..])?;
         Ok(all.get(before.len()..).unwrap_or_default().to_owned())
     }
 }

@@ -54,8 +54,8 @@ fn the_stand_in_takes_bytes() {
     assert_eq!(tokenizer.encode("ab", true).unwrap(), [97, 98]);
     assert_eq!(tokenizer.decode(&[5, 99]).unwrap(), "<5><99>");
     let mut stream = tokenizer.stream(&[]);
-    assert_eq!(stream.push(5).unwrap() + &stream.push(6).unwrap(), "<5><6>");
-    assert_eq!(stream.finish().unwrap(), "");
+    assert_eq!(stream.push(&tokenizer, 5).unwrap() + &stream.push(&tokenizer, 6).unwrap(), "<5><6>");
+    assert_eq!(stream.finish(&tokenizer).unwrap(), "");
     assert_eq!(tokenizer.encode_rendered(&tokenizer.shield("ab").unwrap()).unwrap(), [97, 98]);
 }
 
@@ -68,8 +68,8 @@ fn a_word_keeps_its_space_where_a_text_goes_on() {
     let tokenizer = Tokenizer::parse(json.as_bytes(), 3, "tokenizer.json").unwrap();
     let prompt = tokenizer.encode("big", true).unwrap();
     assert_eq!(prompt, [1]);
-    assert_eq!(tokenizer.stream(&prompt).push(2).unwrap(), " city");
-    assert_eq!(tokenizer.stream(&[]).push(2).unwrap(), "city");
+    assert_eq!(tokenizer.stream(&prompt).push(&tokenizer, 2).unwrap(), " city");
+    assert_eq!(tokenizer.stream(&[]).push(&tokenizer, 2).unwrap(), "city");
 }
 
 #[test]

@@ -8,7 +8,6 @@ use crate::{Outcome, memory, source};
 use anyhow::Result;
 use dibit_cache::Scheme;
 use dibit_device::{Device, Measure};
-use dibit_engine::{MemoryPlan, Options};
 use dibit_eval::bench::{DecodeBench, DecodeFigures, DecodeOptions, DecodePoint, PrefillFigures, decode};
 use dibit_model::Pretrained;
 use std::sync::Arc;
@@ -22,13 +21,11 @@ fn run_on<D: Device + Measure>(device: &Arc<D>, args: &DecodeBenchArgs) -> Resul
     let pretrained = source::load(device, &args.run.model)?;
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
-    let layout = pretrained.config.cache_layout(&schemes[0])?;
-    let prompt = Options { context: args.prompt, sequences: 1, prefill_chunk: None };
     let options = DecodeOptions {
         depths: args.depth.clone(),
         batch: args.batch,
         prompt: args.prompt,
-        pass_rows: MemoryPlan::new(&pretrained.config, &layout, prompt, &device.budget()).pass_rows,
+        prefill: args.cell.cells(&device.budget()),
         tokens: args.tokens,
         rounds: args.repeat,
         sweep_bytes: args.measure.sweep_bytes(),

@@ -7,14 +7,11 @@ use crate::output::{bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, memory, source};
 use anyhow::Result;
 use dibit_device::{Device, Measure};
-use dibit_engine::{MemoryPlan, Options};
 use dibit_eval::bench::{ThroughputBench, ThroughputOptions, ThroughputPoint, ThroughputScheme, throughput};
 use dibit_eval::report::{throughput_html, throughput_svg};
+use dibit_model::fitting_rows;
 use std::path::Path;
 use std::sync::Arc;
-
-/// A context in which the budget of a pass alone says how many rows it has.
-const LONG: usize = 1 << 20;
 
 pub fn run(args: &ThroughputBenchArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
@@ -35,13 +32,13 @@ fn run_on<D: Device + Measure>(device: &Arc<D>, args: &ThroughputBenchArgs, page
     };
     check_context(args.prompt + args.generate, &pretrained, args.run.model.load_format)?;
     warn_of_load();
-    let layout = pretrained.config.cache_layout(&schemes[0])?;
-    let all = Options { context: LONG, sequences: 1, prefill_chunk: args.prefill_chunk };
+    let budget = device.budget();
     let options = ThroughputOptions {
         batches: args.batch.clone(),
         prompt: args.prompt,
         generate: args.generate,
-        pass_rows: MemoryPlan::new(&pretrained.config, &layout, all, &device.budget()).pass_rows,
+        pass_rows: args.prefill_rows.unwrap_or_else(|| fitting_rows(&pretrained.config, &budget)),
+        prefill: args.cell.cells(&budget),
         host_bytes: memory::available(),
         made_up,
     };
