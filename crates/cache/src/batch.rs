@@ -1,6 +1,6 @@
 //! The tokens of one forward pass.
 
-use crate::{CacheLayout, CacheManager, ClassTokens, PAGE_TOKENS, Sees, Sequence};
+use crate::{CacheManager, CachePlan, ClassTokens, PAGE_TOKENS, Sees, Sequence};
 use std::ops::Range;
 
 /// How the rows of a forward pass see the cache.
@@ -89,7 +89,7 @@ impl Batch {
     /// # Panics
     /// If the sequence lacks blocks for the new tokens.
     pub fn push(&mut self, manager: &CacheManager, sequence: &Sequence, tokens: usize) {
-        let window = manager.layout().window;
+        let window = manager.plan().window;
         let start = self.rows();
         let len = sequence.len() + tokens;
         let classes = sequence.class_tokens(len);
@@ -111,15 +111,15 @@ impl Batch {
     }
 
     /// Whether the rows are stored one by one as they attend.
-    pub fn is_stepwise(&self, layout: &CacheLayout) -> bool {
-        self.mode == Mode::Streaming || layout.sees == Sees::Stored
+    pub fn is_stepwise(&self, plan: &CachePlan) -> bool {
+        self.mode == Mode::Streaming || plan.sees == Sees::Stored
     }
 
     /// Whether a pass decides nothing on the host that depends on more than its shape: single tokens, of which none is
     /// looked at to find sinks.
-    pub fn repeats(&self, layout: &CacheLayout) -> bool {
-        let single = |span: &Span| span.rows.len() == 1 && !(layout.sinks.are_chosen() && span.shows_sinks());
-        !self.is_stepwise(layout) && layout.classes.is_empty() && self.spans.iter().all(single)
+    pub fn repeats(&self, plan: &CachePlan) -> bool {
+        let single = |span: &Span| span.rows.len() == 1 && !(plan.sinks.are_chosen() && span.shows_sinks());
+        !self.is_stepwise(plan) && plan.classes.is_empty() && self.spans.iter().all(single)
     }
 
     /// What its rows are.

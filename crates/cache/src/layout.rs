@@ -4,42 +4,20 @@
 //! same 128 tokens form a **block**, the unit that the pool hands out, so that one block table serves
 //! the whole model. Order within a block: layer, then KV head.
 
+use crate::PAGE_TOKENS;
 use crate::page_sinks::PageSinks;
 use crate::{
-    AutoSinks, Calibration, Correction, LayerCalibration, Linear, PackedSide, Scheme, SchemeError, Side, Sinks,
+    AutoSinks, CacheModel, CachePlan, CacheShape, CalibratedScheme, Correction, LayerCalibration, Linear, PackedSide,
+    Permutation, PreRope, SchemeError, Sees, Side, Sinks, StateLayout, Tables, Transform,
 };
-use crate::{PAGE_TOKENS, Permutation, PreRope, Sees};
-use crate::{StateLayout, Tables, Transform, Window};
 use dibit_quant::Hadamard;
+use std::ops::Deref;
 use std::sync::Arc;
 
 pub(crate) const HALF_BYTES: usize = 2;
 
 /// Bytes to a multiple of which pages, and the values in them, begin.
 const ALIGNMENT: usize = 64;
-
-/// Shape of the model's cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CacheShape {
-    /// Decoder layers.
-    pub num_layers: usize,
-    /// KV heads of a layer.
-    pub num_key_value_heads: usize,
-    /// Channels of a head.
-    pub head_dim: usize,
-}
-
-impl CacheShape {
-    /// Keys, or values, of one token in a layer, in scalars: `KV heads * head_dim`.
-    pub fn row(&self) -> usize {
-        self.num_key_value_heads * self.head_dim
-    }
-
-    /// Keys and values of one token, in scalars: `2 * layers * KV heads * head_dim`.
-    pub fn scalars_per_token(&self) -> usize {
-        2 * self.num_layers * self.num_key_value_heads * self.head_dim
-    }
-}
 
 /// One side (keys or values) of a page.
 // There is one for each side of each layer and KV head: its size does not matter, and it is copied like a number.
@@ -163,13 +141,14 @@ pub struct LayerLayout {
 }
 
 impl LayerLayout {
-    fn new(
+    pub(crate) fn new(
         (keys, values): (Side, Side),
         correction: Correction,
         shape: CacheShape,
         offset: usize,
         sinks: Sinks,
         calibration: Option<&LayerCalibration>,
+        fuses_values: bool,
     ) -> Result<Self, (String, String)> {
         let heads = shape.num_key_value_heads;
         let (mut rotated_heads, mut frame) = (1, 1);
@@ -219,7 +198,7 @@ impl LayerLayout {
             offset,
             keys: keys.transform(),
             values: values.transform(),
-            values_fused: false,
+            values_fused: fuses_values && matches!(values.transform(), Transform::Hadamard | Transform::Basis),
             rotated_heads,
             frame,
             linear: correction.linear,
@@ -239,257 +218,40 @@ impl LayerLayout {
     }
 }
 
-/// The layout of a whole cache: a scheme compiled for a model.
+/// The layout of a whole cache: a plan, with the numbers that its transforms need.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CacheLayout {
-    /// The model's side of it.
-    pub shape: CacheShape,
-    /// Every layer, for tokens without a class.
-    pub layers: Vec<LayerLayout>,
-    /// Every layer for the tokens of each class, from class 1 on. A block holds tokens of one class.
-    pub classes: Vec<Vec<LayerLayout>>,
-    /// The window of recent tokens.
-    pub window: Window,
-    /// Other tokens in 16 bit.
-    pub sinks: Sinks,
-    /// What the tokens of a pass see of each other.
-    pub sees: Sees,
-    block_bytes: usize,
-    state_bytes: usize,
-    calibration: Option<Arc<Calibration>>,
-    tables: Option<Arc<Tables>>,
-    name: String,
-    pub(crate) origin: String,
+    plan: CachePlan,
+    tables: Arc<Tables>,
+}
+
+impl Deref for CacheLayout {
+    type Target = CachePlan;
+
+    fn deref(&self) -> &CachePlan {
+        &self.plan
+    }
 }
 
 impl CacheLayout {
-    /// Compiles a scheme for a model.
+    /// Compiles a scheme and its calibration for a model.
     ///
     /// # Errors
-    /// [`SchemeError::Unsupported`] where the scheme does not suit the model's shape: a Hadamard matrix of an order that is
-    /// no multiple of 8, or fewer layers than it names.
-    pub fn new(scheme: &Scheme, shape: CacheShape) -> Result<Self, SchemeError> {
-        let error = |(problem, supported)| SchemeError::Unsupported { name: scheme.origin.clone(), problem, supported };
-        if let Some(own) = scheme.overrides().find(|own| own.layers.end > shape.num_layers) {
-            return Err(error((
-                format!("layers {}..{} of a model with {}", own.layers.start, own.layers.end, shape.num_layers),
-                format!("ranges within 0..{}", shape.num_layers),
-            )));
-        }
-        // Blocks are of one size, that of the largest class.
-        let mut block_bytes = 0;
-        let mut classes = Vec::new();
-        for class in 0..=scheme.classes.len() {
-            let mut layers = Vec::with_capacity(shape.num_layers);
-            let mut bytes = 0;
-            for layer in 0..shape.num_layers {
-                let own = scheme.calibration.as_ref().and_then(|own| own.layers.get(layer));
-                let correction = if class == 0 { scheme.correction(layer) } else { Correction::NONE };
-                let sides = scheme.sides(class, layer);
-                let layer = LayerLayout::new(sides, correction, shape, bytes, scheme.sinks, own).map_err(error)?;
-                bytes += layer.bytes();
-                layers.push(layer);
-            }
-            block_bytes = block_bytes.max(bytes);
-            classes.push(layers);
-        }
-        let mut layers = classes.remove(0);
-        let mut state_bytes = 0;
-        for states in layers.iter_mut().filter_map(|layer| layer.states.as_mut()) {
-            states.offset = state_bytes;
-            state_bytes += states.bytes();
-        }
-        Ok(CacheLayout {
-            shape,
-            layers,
-            classes,
-            window: scheme.window,
-            sinks: scheme.sinks,
-            sees: scheme.sees,
-            block_bytes,
-            state_bytes,
-            calibration: scheme.calibration.clone(),
-            tables: None,
-            name: scheme.name.clone(),
-            origin: scheme.origin.clone(),
-        })
+    /// Those of [`CachePlan::new`]; [`SchemeError::Uncalibrated`], [`SchemeError::Calibration`].
+    pub fn new(scheme: &CalibratedScheme, model: &CacheModel) -> Result<Self, SchemeError> {
+        let plan = scheme.plan(model)?;
+        let tables = Arc::new(Tables::new(&plan, model.inv_freq.clone(), scheme.calibration.clone())?);
+        Ok(CacheLayout { plan, tables })
     }
 
-    /// The layout with the numbers that its transforms need: the model's rotary frequencies, `head_dim / 2`, and the
-    /// scheme's calibration. A layout without them can be planned with, but holds nothing.
-    ///
-    /// # Errors
-    /// [`SchemeError::Uncalibrated`], [`SchemeError::Calibration`].
-    pub fn with_tables(mut self, inv_freq: Vec<f32>) -> Result<Self, SchemeError> {
-        self.tables = Some(Arc::new(Tables::new(&self, inv_freq, self.calibration.clone())?));
-        Ok(self)
+    /// The numbers that transforms need.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
     }
 
-    /// The numbers that transforms need, where they have been given.
-    pub fn tables(&self) -> Option<&Arc<Tables>> {
-        self.tables.as_ref()
-    }
-
-    /// Name of the scheme.
-    pub fn scheme_name(&self) -> &str {
-        &self.name
-    }
-
-    /// Bytes of a block: 128 tokens of every layer and KV head.
-    pub fn block_bytes(&self) -> usize {
-        self.block_bytes
-    }
-
-    /// Bits of a scalar in a page of tokens without a class: codes, scales and everything else that lies there, the average
-    /// over the model.
-    pub fn packed_bits(&self) -> f64 {
-        let bytes: usize = self.layers.iter().map(LayerLayout::bytes).sum();
-        bytes as f64 * 8.0 / (PAGE_TOKENS * self.shape.scalars_per_token()) as f64
-    }
-
-    /// A layer for the tokens of a class; 0 is that of tokens without one.
-    pub fn layer(&self, class: usize, layer: usize) -> &LayerLayout {
-        match class.checked_sub(1) {
-            Some(index) => &self.classes[index][layer],
-            None => &self.layers[layer],
-        }
-    }
-
-    /// Offset in the arena of a page of a block that holds tokens of this class.
-    pub fn page_offset(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> usize {
-        let own = self.layer(class, layer);
-        block as usize * self.block_bytes + own.offset + own.pages[kv_head].offset
-    }
-
-    /// Bytes of one fp16 row of every layer and KV head.
-    fn row_bytes(&self) -> usize {
-        self.shape.scalars_per_token() / 2 * HALF_BYTES
-    }
-
-    /// Bytes of the window rings of one sequence.
-    pub fn window_bytes(&self) -> usize {
-        self.row_bytes() * (self.window.key_slots() + self.window.value_slots())
-    }
-
-    /// Bytes of the sinks of one sequence, keys, values and positions.
-    pub fn sink_bytes(&self) -> usize {
-        self.sinks.capacity() * (2 * self.row_bytes() + self.shape.num_layers * size_of::<u32>())
-    }
-
-    /// Bytes that a chunk of pages shares, in all layers and KV heads.
-    pub fn chunk_bytes(&self) -> usize {
-        self.layers.iter().flat_map(|layer| &layer.pages).map(|page| page.chunk_bytes).sum()
-    }
-
-    /// Bytes of the states of the linear correction of one sequence, from its first packed token on.
-    pub fn state_bytes(&self) -> usize {
-        self.state_bytes
-    }
-
-    /// Bytes allocated for one sequence that holds `blocks` blocks: these, its rings and sinks, its block table, and its
-    /// states once it has a block.
-    pub fn allocated_bytes(&self, blocks: usize) -> usize {
-        let states = if blocks > 0 { self.state_bytes() } else { 0 };
-        blocks * (self.block_bytes() + size_of::<u32>()) + self.window_bytes() + self.sink_bytes() + states
-    }
-
-    /// Blocks that a sequence of `len` tokens may need: each class ends in a block of its own.
-    pub fn blocks(&self, len: usize) -> usize {
-        self.window.blocks(len) + self.classes.len()
-    }
-
-    /// Bytes allocated for one sequence of `len` tokens.
-    pub fn planned_bytes(&self, len: usize) -> usize {
-        self.allocated_bytes(self.blocks(len))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn layout(scheme: &str, head_dim: usize) -> CacheLayout {
-        let shape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim };
-        CacheLayout::new(&Scheme::load(scheme).unwrap(), shape).unwrap()
-    }
-
-    #[test]
-    fn a_two_bit_page_of_128_channels_takes_9216_bytes() {
-        let page = layout("kvlinc", 128).layers[0].pages[0];
-        assert_eq!((page.key_bytes, page.value_bytes, page.bytes), (4608, 4608, 9216));
-        assert_eq!(layout("kivi", 128).packed_bits(), 2.25);
-        assert_eq!(layout("fp16", 128).layers[1].pages[0].bytes, 65536);
-    }
-
-    #[test]
-    fn sections_follow_each_other_without_overlap() {
-        for head_dim in (8..=256).step_by(8) {
-            for name in ["kivi", "kvlinc"] {
-                let page = layout(name, head_dim).layers[2].pages[0];
-                let (SideLayout::Packed(keys), SideLayout::Packed(values)) = (page.keys, page.values) else {
-                    panic!("{name} packs both sides")
-                };
-                assert_eq!(keys.codes, 0);
-                assert_eq!(keys.scales, head_dim * 32);
-                assert_eq!(keys.zeros - keys.scales, keys.num_scales() * 2);
-                assert_eq!(values.codes, (keys.zeros + keys.num_scales() * 2).next_multiple_of(64));
-                assert_eq!(values.scales - values.codes, 128 * head_dim / 4, "head_dim {head_dim}");
-                assert_eq!(values.group, head_dim.min(128));
-                assert_eq!(values.codes + page.value_bytes, values.zeros + values.num_scales() * 2);
-                for offset in [keys.scales, keys.zeros, values.codes, values.scales, values.zeros] {
-                    assert_eq!(offset % 16, 0, "head_dim {head_dim}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn pages_of_a_block_do_not_overlap() {
-        let layout = layout("kivi", 80);
-        let mut offsets = Vec::new();
-        for block in 0..2 {
-            for layer in 0..3 {
-                for head in 0..2 {
-                    offsets.push(layout.page_offset(0, block, layer, head));
-                }
-            }
-        }
-        for (i, offset) in offsets.iter().enumerate() {
-            assert_eq!(*offset, i * layout.layers[0].pages[0].bytes);
-        }
-        assert_eq!(layout.block_bytes(), 6 * layout.layers[0].pages[0].bytes);
-    }
-
-    #[test]
-    fn a_rotation_needs_a_matrix() {
-        let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim: 76 };
-        let error = CacheLayout::new(&Scheme::load("kvlinc").unwrap(), shape).unwrap_err().to_string();
-        assert!(error.contains("order 76") && error.contains("20*2^k"), "{error}");
-    }
-
-    #[test]
-    fn heads_are_rotated_together_as_far_as_they_go() {
-        for (heads, rotated) in [(8, 4), (4, 4), (2, 2), (3, 1), (6, 2), (1, 1)] {
-            let shape = CacheShape { num_layers: 1, num_key_value_heads: heads, head_dim: 64 };
-            let layer = |name: &str| CacheLayout::new(&Scheme::load(name).unwrap(), shape).unwrap().layers[0].clone();
-            let (local, global) = (layer("rotatekv"), layer("rotatekv-paper"));
-            assert_eq!((local.rotated_heads, local.frame), (rotated, rotated), "{heads} heads");
-            assert_eq!((global.rotated_heads, global.frame), (rotated, heads));
-        }
-    }
-
-    #[test]
-    fn layers_may_differ() {
-        let text = "name = \"mixed\"\n[keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\n\
-            schedule = \"guaranteed\"\n[layers.0]\nkeys = { bits = 4 }\nvalues = { bits = 16 }\n";
-        let scheme = Scheme::parse(text, "mixed").unwrap();
-        let shape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim: 128 };
-        let layout = CacheLayout::new(&scheme, shape).unwrap();
-        let strides: Vec<usize> = layout.layers.iter().map(|layer| layer.pages[1].offset).collect();
-        assert_eq!(strides, [128 * 64 + 512 + 32768, 9216, 9216]);
-        assert_eq!(layout.layers[2].offset, 2 * (strides[0] + strides[1]));
-        assert_eq!(layout.page_offset(0, 1, 1, 1), layout.block_bytes() + 2 * strides[0] + strides[1]);
-        let shape = CacheShape { num_layers: 0, ..shape };
-        assert!(CacheLayout::new(&scheme, shape).unwrap_err().to_string().contains("layers 0..1 of a model with 0"));
+    /// The same cache, whose passes see each other's tokens exactly.
+    pub fn seen_exactly(mut self) -> Self {
+        self.plan.sees = Sees::Exact;
+        self
     }
 }

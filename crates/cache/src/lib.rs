@@ -7,12 +7,14 @@
 
 mod basis;
 mod batch;
+mod calibrated_scheme;
 mod error;
 mod flush;
 mod layout;
 mod manager;
 mod notes;
 mod page_sinks;
+mod plan;
 mod scheme;
 mod sequence_state;
 mod side;
@@ -26,11 +28,13 @@ mod window;
 
 pub use basis::Basis;
 pub use batch::{Batch, Mode, Phase, Span};
+pub use calibrated_scheme::CalibratedScheme;
 pub use error::{CacheError, SchemeError};
 pub use flush::Run;
-pub use layout::{CacheLayout, CacheShape, LayerLayout, PageLayout, SideLayout};
+pub use layout::{CacheLayout, LayerLayout, PageLayout, SideLayout};
 pub use manager::{CacheManager, ClassTokens, Sequence};
 pub use page_sinks::PageSinks;
+pub use plan::{CacheModel, CachePlan, CacheShape};
 pub use scheme::{
     AutoSinks, Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope,
     Scheme, Sees, Side, Sinks, StateType, Statistic, Transform,

@@ -1,6 +1,6 @@
 //! Who holds which block: the pool, its sequences and their block tables.
 
-use crate::{Batch, CacheError, CacheLayout, SequenceState, Usage};
+use crate::{Batch, CacheError, CachePlan, SequenceState, Usage};
 
 /// One sequence of tokens in the cache.
 ///
@@ -91,7 +91,7 @@ impl Sequence {
 /// Hands out blocks and sequence slots of one cache.
 #[derive(Debug)]
 pub struct CacheManager {
-    layout: CacheLayout,
+    plan: CachePlan,
     free_blocks: Vec<u32>,
     num_blocks: usize,
     free_slots: Vec<u32>,
@@ -101,20 +101,20 @@ pub struct CacheManager {
 
 impl CacheManager {
     /// A manager of `num_blocks` blocks for up to `num_sequences` sequences at once.
-    pub fn new(layout: CacheLayout, num_blocks: usize, num_sequences: usize) -> Self {
+    pub fn new(plan: CachePlan, num_blocks: usize, num_sequences: usize) -> Self {
         let descending = |n: usize| (0..n as u32).rev().collect();
         CacheManager {
             free_blocks: descending(num_blocks),
             num_blocks,
             free_slots: descending(num_sequences),
-            states: vec![SequenceState::new(&layout); num_sequences],
-            layout,
+            states: vec![SequenceState::new(&plan); num_sequences],
+            plan,
         }
     }
 
-    /// The cache's layout.
-    pub fn layout(&self) -> &CacheLayout {
-        &self.layout
+    /// Where the bytes of the cache lie.
+    pub fn plan(&self) -> &CachePlan {
+        &self.plan
     }
 
     /// Blocks of the pool.
@@ -127,9 +127,9 @@ impl CacheManager {
         self.states.len()
     }
 
-    /// The layout, and what is known of the sequence of each slot: a pass chooses sinks.
-    pub fn split_states(&mut self) -> (&CacheLayout, &mut [SequenceState]) {
-        (&self.layout, &mut self.states)
+    /// The plan, and what is known of the sequence of each slot: a pass chooses sinks.
+    pub fn split_states(&mut self) -> (&CachePlan, &mut [SequenceState]) {
+        (&self.plan, &mut self.states)
     }
 
     /// For each block of a sequence the first one of its chunk, by their places in the block table.
@@ -139,16 +139,16 @@ impl CacheManager {
 
     /// Notes what a pass has stored, before the sequences advance.
     pub fn note(&mut self, batch: &Batch) {
-        let stepwise = batch.is_stepwise(&self.layout);
+        let stepwise = batch.is_stepwise(&self.plan);
         for span in &batch.spans {
-            self.states[span.slot as usize].fill(&self.layout, span.cached..span.len(), stepwise);
+            self.states[span.slot as usize].fill(&self.plan, span.cached..span.len(), stepwise);
         }
     }
 
     /// What a sequence takes.
     pub fn usage(&self, sequence: &Sequence) -> Usage {
-        let extras = self.states[sequence.slot as usize].extras(&self.layout, sequence.len);
-        self.layout.sequence_usage(sequence, extras)
+        let extras = self.states[sequence.slot as usize].extras(&self.plan, sequence.len);
+        self.plan.sequence_usage(sequence, extras)
     }
 
     /// Blocks that nobody holds.
@@ -162,8 +162,8 @@ impl CacheManager {
     /// [`CacheError::TooManySequences`].
     pub fn open(&mut self) -> Result<Sequence, CacheError> {
         let slot = self.free_slots.pop().ok_or(CacheError::TooManySequences { capacity: self.states.len() })?;
-        let none = Classes { of_tokens: Vec::new(), blocks: vec![Vec::new(); self.layout.classes.len() + 1] };
-        let classes = (!self.layout.classes.is_empty()).then_some(none);
+        let none = Classes { of_tokens: Vec::new(), blocks: vec![Vec::new(); self.plan.classes.len() + 1] };
+        let classes = (!self.plan.classes.is_empty()).then_some(none);
         Ok(Sequence { slot, len: 0, blocks: Vec::new(), classes })
     }
 
@@ -173,7 +173,7 @@ impl CacheManager {
     /// # Errors
     /// [`CacheError::Class`] for a class that the scheme does not have; the sequence is then as it was.
     pub fn classify(&self, sequence: &mut Sequence, classes: &[u8]) -> Result<(), CacheError> {
-        let count = self.layout.classes.len();
+        let count = self.plan.classes.len();
         if let Some(&class) = classes.iter().find(|class| usize::from(**class) > count) {
             return Err(CacheError::Class { class, count });
         }
@@ -206,8 +206,8 @@ impl CacheManager {
     /// Blocks that each table of a sequence of `len` tokens needs.
     fn wanted(&self, sequence: &Sequence, len: usize) -> Vec<usize> {
         match &sequence.classes {
-            Some(classes) => std::iter::once(0).chain(classes.blocks(self.layout.window.packed_keys(len))).collect(),
-            None => vec![self.layout.window.blocks(len)],
+            Some(classes) => std::iter::once(0).chain(classes.blocks(self.plan.window.packed_keys(len))).collect(),
+            None => vec![self.plan.window.blocks(len)],
         }
     }
 
@@ -231,7 +231,7 @@ impl CacheManager {
             classes.of_tokens.clear();
         }
         sequence.len = 0;
-        self.states[sequence.slot as usize] = SequenceState::new(&self.layout);
+        self.states[sequence.slot as usize] = SequenceState::new(&self.plan);
     }
 
     /// Ends a sequence and takes its blocks and its slot back.
@@ -249,13 +249,14 @@ fn tables(sequence: &mut Sequence) -> impl Iterator<Item = &mut Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheShape, Scheme};
+    use crate::{CacheModel, CacheShape, CalibratedScheme};
     use proptest::prelude::*;
     use std::collections::HashSet;
 
     fn manager(scheme: &str, blocks: usize, sequences: usize) -> CacheManager {
         let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim: 64 };
-        CacheManager::new(CacheLayout::new(&Scheme::load(scheme).unwrap(), shape).unwrap(), blocks, sequences)
+        let scheme = CalibratedScheme::load(scheme).unwrap();
+        CacheManager::new(scheme.plan(&CacheModel::of_shape(shape)).unwrap(), blocks, sequences)
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! What a model's shape changes of what a scheme asks for, in words.
 
-use crate::{Along, CacheLayout, LayerLayout, PackedSide, SideLayout, Transform};
+use crate::{Along, CachePlan, LayerLayout, PackedSide, SideLayout, Transform};
 use dibit_quant::Hadamard;
 
-impl CacheLayout {
+impl CachePlan {
     /// What the model's shape changes of what the scheme asks for, as sentences: fewer heads that are rotated together,
     /// rotations by blocks, groups that end short.
     pub fn notes(&self) -> Vec<String> {
@@ -71,11 +71,11 @@ fn short_group(side: &PackedSide, what: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use crate::{CacheLayout, CacheShape, Scheme};
+    use crate::{CacheModel, CacheShape, Scheme};
 
     fn notes(name: &str, num_key_value_heads: usize, head_dim: usize) -> Vec<String> {
         let shape = CacheShape { num_layers: 2, num_key_value_heads, head_dim };
-        CacheLayout::new(&Scheme::load(name).unwrap(), shape).unwrap().notes()
+        Scheme::load(name).unwrap().plan(&CacheModel::of_shape(shape)).unwrap().notes()
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What is known of one sequence beside its length and its blocks.
 
-use crate::{CacheLayout, Extras, PAGE_TOKENS, SinkTokens};
+use crate::{CachePlan, Extras, PAGE_TOKENS, SinkTokens};
 use std::ops::Range;
 
 /// Which of its tokens are sinks, and which of its pages came in together.
@@ -14,8 +14,8 @@ pub struct SequenceState {
 
 impl SequenceState {
     /// That of an empty sequence.
-    pub(crate) fn new(layout: &CacheLayout) -> Self {
-        SequenceState { sinks: SinkTokens::new(layout.sinks, layout.shape.num_layers), chunks: Vec::new() }
+    pub(crate) fn new(plan: &CachePlan) -> Self {
+        SequenceState { sinks: SinkTokens::new(plan.sinks, plan.shape.num_layers), chunks: Vec::new() }
     }
 
     pub(crate) fn chunks(&self) -> &[u32] {
@@ -24,11 +24,11 @@ impl SequenceState {
 
     /// Notes the pages that are filled while the sequence grows from `cached.start` to `cached.end` tokens. Those of one
     /// pass are a chunk, but where its rows were stored one by one.
-    pub(crate) fn fill(&mut self, layout: &CacheLayout, cached: Range<usize>, stepwise: bool) {
-        if layout.chunk_bytes() == 0 {
+    pub(crate) fn fill(&mut self, plan: &CachePlan, cached: Range<usize>, stepwise: bool) {
+        if plan.chunk_bytes() == 0 {
             return;
         }
-        let filled = [cached.start, cached.end].map(|len| layout.window.packed_keys(len) / PAGE_TOKENS);
+        let filled = [cached.start, cached.end].map(|len| plan.window.packed_keys(len) / PAGE_TOKENS);
         self.chunks.truncate(filled[0]);
         let first = |block: usize| if stepwise { block } else { filled[0] };
         self.chunks.extend((filled[0]..filled[1]).map(|block| first(block) as u32));
@@ -36,12 +36,12 @@ impl SequenceState {
 
     /// What a sequence of `len` tokens holds beside pages and window: of each layer the protected tokens that are packed,
     /// and the chunks that its blocks begin.
-    pub(crate) fn extras(&self, layout: &CacheLayout, len: usize) -> Extras {
-        let packed = layout.window.packed_keys(len);
+    pub(crate) fn extras(&self, plan: &CachePlan, len: usize) -> Extras {
+        let packed = plan.window.packed_keys(len);
         let own = |layer: usize| self.sinks.layer(layer).iter().filter(|token| (**token as usize) < packed).count();
         let begins = |(block, first): (usize, &u32)| block == *first as usize;
         Extras {
-            sinks: (0..layout.layers.len()).map(own).sum(),
+            sinks: (0..plan.layers.len()).map(own).sum(),
             chunks: self.chunks.iter().take(packed / PAGE_TOKENS).enumerate().filter(|block| begins(*block)).count(),
         }
     }

@@ -1,7 +1,7 @@
 //! Numbers that the transforms of a scheme need: the model's rotary frequencies and what was calibrated.
 
 use crate::basis::Kind;
-use crate::{Basis, CacheLayout, LayerLayout, PageLayout, Planes, SchemeError, SideLayout, Transform};
+use crate::{Basis, CachePlan, LayerLayout, PageLayout, Planes, SchemeError, SideLayout, Transform};
 use crate::{Permutation, PreRope};
 use std::sync::Arc;
 
@@ -92,7 +92,7 @@ type Bases = [Option<Arc<Basis>>; 2];
 
 impl Tables {
     pub(crate) fn new(
-        layout: &CacheLayout,
+        layout: &CachePlan,
         inv_freq: Vec<f32>,
         calibration: Option<Arc<Calibration>>,
     ) -> Result<Self, SchemeError> {
@@ -166,7 +166,7 @@ impl LayerLayout {
     }
 }
 
-fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> Result<(), String> {
+fn check_layer(layout: &CachePlan, layer: &LayerLayout, own: &LayerCalibration) -> Result<(), String> {
     let (heads, d) = (layout.shape.num_key_value_heads, layout.shape.head_dim);
     let planes = [("key", &own.key_planes), ("value", &own.value_planes)].into_iter().zip(layer.needs_planes());
     for ((side, counts), _) in planes.filter(|(_, needed)| *needed) {
@@ -219,7 +219,7 @@ fn check_layer(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration
 }
 
 /// The bases that a layer stores keys and values in.
-fn bases(layout: &CacheLayout, layer: &LayerLayout, own: &LayerCalibration) -> Result<Bases, String> {
+fn bases(layout: &CachePlan, layer: &LayerLayout, own: &LayerCalibration) -> Result<Bases, String> {
     let (heads, d) = (layout.shape.num_key_value_heads, layout.shape.head_dim);
     let basis = |transform: Transform, matrices: &Option<Vec<f32>>, side: &str, kind: Kind| {
         if transform != Transform::Basis {
@@ -286,15 +286,14 @@ fn check_adapters(adapters: &Adapters, features: usize, kv_heads: usize, d: usiz
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheShape, Scheme};
+    use crate::{CacheModel, CacheShape, CalibratedScheme};
 
     const SHAPE: CacheShape = CacheShape { num_layers: 1, num_key_value_heads: 4, head_dim: 64 };
 
     fn check(scheme: &str, calibration: Option<LayerCalibration>) -> Result<(), String> {
-        let mut scheme = Scheme::load(scheme).unwrap();
+        let mut scheme = CalibratedScheme::load(scheme).unwrap();
         scheme.calibration = calibration.map(|layer| Arc::new(Calibration { layers: vec![layer] }));
-        let layout = CacheLayout::new(&scheme, SHAPE).unwrap();
-        layout.with_tables(vec![1.0; 32]).map(drop).map_err(|error| error.to_string())
+        scheme.layout(&CacheModel::of_shape(SHAPE)).map(drop).map_err(|error| error.to_string())
     }
 
     fn permuted(permutation: Vec<u32>) -> Option<LayerCalibration> {

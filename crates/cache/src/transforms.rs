@@ -74,36 +74,32 @@ pub struct FeatureMaps {
 }
 
 impl CacheLayout {
-    /// The transforms of a layer; `None` where the layout lacks numbers that they need.
-    pub fn transforms(&self, index: usize) -> Option<LayerTransforms> {
+    /// The transforms of a layer.
+    pub fn transforms(&self, index: usize) -> LayerTransforms {
         let layer = &self.layers[index];
         let d = self.shape.head_dim;
         let tables = self.tables();
-        let calibration = tables.and_then(|tables| tables.layer(index));
-        let hadamard = |order: usize| Hadamard::new(order).ok();
+        let hadamard = |order: usize| Hadamard::new(order).expect("an order that the plan has looked at");
+        let calibrated = "what the tables have looked at";
+        let calibration = || tables.layer(index).expect(calibrated);
         let keys = match layer.keys {
-            Transform::Hadamard => Some(HeadTransform::Hadamard(hadamard(d)?)),
-            Transform::Basis => Some(HeadTransform::Basis(tables?.key_basis(index)?)),
+            Transform::Hadamard => Some(HeadTransform::Hadamard(hadamard(d))),
+            Transform::Basis => Some(HeadTransform::Basis(tables.key_basis(index).expect(calibrated))),
             _ => None,
         };
-        // Without tables it would be taken for values as they are.
-        if layer.values == Transform::Basis {
-            tables?.value_basis(index)?;
-        }
-        let values = match self.online_values(index) {
-            Some(ValueTransform::Hadamard) => Some(HeadTransform::Hadamard(hadamard(d)?)),
-            Some(ValueTransform::Basis(basis)) => Some(HeadTransform::Basis(basis)),
-            None => None,
-        };
+        let values = self.online_values(index).map(|own| match own {
+            ValueTransform::Hadamard => HeadTransform::Hadamard(hadamard(d)),
+            ValueTransform::Basis(basis) => HeadTransform::Basis(basis),
+        });
         let pre_rope = match layer.keys {
             Transform::PreRope(PreRope { heads, permutation, .. }) => Some(PreRopeTransform {
                 heads: layer.rotated_heads,
-                hadamard: if heads == 0 { None } else { Some(hadamard(layer.rotated_heads * d)?) },
+                hadamard: (heads > 0).then(|| hadamard(layer.rotated_heads * d)),
                 channels: match permutation {
                     Permutation::None => (0..self.shape.row() as u32).collect(),
-                    _ => calibration?.permutation.clone()?,
+                    _ => calibration().permutation.clone().expect(calibrated),
                 },
-                inv_freq: tables?.inv_freq.clone(),
+                inv_freq: tables.inv_freq.clone(),
             }),
             _ => None,
         };
@@ -111,17 +107,13 @@ impl CacheLayout {
             let has = |page: &PageLayout| matches!(&page.keys, SideLayout::Packed(side) if has(side));
             layer.pages.iter().any(has)
         };
-        let order: Option<Vec<Vec<usize>>> = match any_keys(|side| side.planes.is_some()) {
-            true => Some(calibration?.key_planes.as_ref()?.chunks_exact(d).map(Planes::order).collect()),
-            false => None,
-        };
-        let feedback = match any_keys(|side| side.feedback) {
-            true => Some(CodingOrder::new(calibration?.key_feedback.as_ref()?, order.as_deref(), d)),
-            false => None,
-        };
-        let adapters = layer.states.as_ref().and(calibration).and_then(|own| own.adapters.as_ref());
+        let order: Option<Vec<Vec<usize>>> = any_keys(|side| side.planes.is_some())
+            .then(|| calibration().key_planes.as_ref().expect(calibrated).chunks_exact(d).map(Planes::order).collect());
+        let feedback = any_keys(|side| side.feedback)
+            .then(|| CodingOrder::new(calibration().key_feedback.as_ref().expect(calibrated), order.as_deref(), d));
+        let adapters = layer.states.as_ref().and(tables.layer(index)).and_then(|own| own.adapters.as_ref());
         let adapters = adapters.map(|own| FeatureMaps::new(own, self.shape));
-        Some(LayerTransforms { keys, values, pre_rope, order, feedback, adapters })
+        LayerTransforms { keys, values, pre_rope, order, feedback, adapters }
     }
 }
 

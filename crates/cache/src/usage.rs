@@ -1,7 +1,7 @@
 //! Honest bits: what cached tokens take, counted from real bytes.
 
 use crate::manager::ClassTokens;
-use crate::{CacheLayout, LayerLayout, PAGE_TOKENS, PageLayout, Sequence};
+use crate::{CachePlan, LayerLayout, PAGE_TOKENS, PageLayout, Sequence};
 
 /// Bytes taken by the tokens of one or more sequences.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub struct Extras {
     pub chunks: usize,
 }
 
-impl CacheLayout {
+impl CachePlan {
     /// What a sequence of `len` tokens may hold beside pages and window, where its tokens came in as one prompt.
     pub fn planned_extras(&self, len: usize) -> Extras {
         let packed = self.window.packed_keys(len);
@@ -126,11 +126,13 @@ fn packed_bytes<'a>(layers: impl IntoIterator<Item = &'a LayerLayout>, keys: usi
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheManager, CacheShape, Scheme};
+    use crate::{CacheManager, CacheModel, CacheShape, Scheme};
 
-    fn layout(scheme: &str, head_dim: usize) -> CacheLayout {
-        let shape = CacheShape { num_layers: 16, num_key_value_heads: 2, head_dim };
-        CacheLayout::new(&Scheme::load(scheme).unwrap(), shape).unwrap()
+    const MODEL: fn(usize) -> CacheModel =
+        |head_dim| CacheModel::of_shape(CacheShape { num_layers: 16, num_key_value_heads: 2, head_dim });
+
+    fn layout(scheme: &str, head_dim: usize) -> CachePlan {
+        Scheme::load(scheme).unwrap().plan(&MODEL(head_dim)).unwrap()
     }
 
     fn used(scheme: &str, len: usize) -> Usage {
@@ -138,7 +140,7 @@ mod tests {
         let mut sequence = manager.open().unwrap();
         manager.reserve(&mut sequence, len).unwrap();
         manager.advance(&mut sequence, len);
-        let layout = manager.layout();
+        let layout = manager.plan();
         layout.sequence_usage(&sequence, layout.planned_extras(len))
     }
 

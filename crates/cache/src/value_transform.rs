@@ -1,6 +1,6 @@
 //! Transforms of values that can be fused into the projections of a model.
 
-use crate::{Basis, CacheLayout, Transform};
+use crate::{Basis, CacheLayout, CachePlan, Transform};
 use dibit_quant::Hadamard;
 use std::fmt;
 use std::sync::Arc;
@@ -65,18 +65,6 @@ impl fmt::Display for TransformedValues {
 }
 
 impl CacheLayout {
-    /// The layout for a model into whose projections the transforms of values of the layers are fused for which `fused`
-    /// says so. Its caches take the values of these layers as they are stored, and leave outputs so; those of other
-    /// layers they transform, and their outputs back.
-    pub fn with_fused_values(mut self, fused: impl Fn(usize) -> bool) -> Self {
-        for layers in std::iter::once(&mut self.layers).chain(&mut self.classes) {
-            for (index, layer) in layers.iter_mut().enumerate() {
-                layer.values_fused = layer.transforms_values() && fused(index);
-            }
-        }
-        self
-    }
-
     /// What is fused into the projections of each layer. A layer whose basis is not known yet has nothing to fuse.
     pub fn fused_values(&self) -> Vec<Option<ValueTransform>> {
         let fused = |index: usize| self.value_transform(index).filter(|_| self.layers[index].values_fused);
@@ -92,11 +80,13 @@ impl CacheLayout {
     fn value_transform(&self, layer: usize) -> Option<ValueTransform> {
         match self.layers[layer].values {
             Transform::Hadamard => Some(ValueTransform::Hadamard),
-            Transform::Basis => self.tables()?.value_basis(layer).map(ValueTransform::Basis),
+            Transform::Basis => self.tables().value_basis(layer).map(ValueTransform::Basis),
             _ => None,
         }
     }
+}
 
+impl CachePlan {
     /// Where values are transformed, in a model with so many query heads.
     pub fn transformed_values(&self, num_attention_heads: usize) -> TransformedValues {
         let mut all = TransformedValues::default();
@@ -120,12 +110,12 @@ impl CacheLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheShape, Calibration, KeyFeedback, LayerCalibration, Scheme};
+    use crate::{CacheModel, CacheShape, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration};
 
     const SHAPE: CacheShape = CacheShape { num_layers: 3, num_key_value_heads: 2, head_dim: 8 };
 
-    fn layout(scheme: &str, basis: Option<f32>) -> CacheLayout {
-        let mut scheme = Scheme::load(scheme).unwrap();
+    fn layout(scheme: &str, basis: Option<f32>, fuses: impl Fn(usize) -> bool) -> CacheLayout {
+        let mut scheme = CalibratedScheme::load(scheme).unwrap();
         let matrix = |factor: f32| -> Vec<f32> { (0..64).map(|at| if at % 9 == 0 { factor } else { 0.0 }).collect() };
         let layer = |factor: f32| LayerCalibration {
             key_planes: Some(vec![1; 16]),
@@ -135,12 +125,12 @@ mod tests {
             ..Default::default()
         };
         scheme.calibration = basis.map(|factor| Arc::new(Calibration { layers: vec![layer(factor); 3] }));
-        CacheLayout::new(&scheme, SHAPE).unwrap().with_tables(vec![1.0; 4]).unwrap()
+        scheme.layout(&CacheModel::of_shape(SHAPE).fusing(fuses)).unwrap()
     }
 
     #[test]
     fn layers_are_fused_or_online() {
-        let own = layout("kvlinc", None).with_fused_values(|layer| layer != 1);
+        let own = layout("kvlinc", None, |layer| layer != 1);
         let expected = [Some(ValueTransform::Hadamard), None, Some(ValueTransform::Hadamard)];
         assert_eq!(own.fused_values(), expected);
         assert_eq!([0, 1, 2].map(|layer| own.online_values(layer).is_some()), [false, true, false]);
@@ -152,7 +142,7 @@ mod tests {
             "the transform of values is fused into the value and output projections of 2 of 3 layers; the cache transforms \
              values, and outputs back, in 1 layer, 192 multiply-adds a token"
         );
-        let plain = layout("kivi", None).with_fused_values(|_| true);
+        let plain = layout("kivi", None, |_| true);
         assert_eq!(plain.fused_values(), [None, None, None]);
         assert_eq!(plain.transformed_values(4), TransformedValues::default());
         assert_eq!(TransformedValues::default().to_string(), "");
@@ -160,9 +150,9 @@ mod tests {
 
     #[test]
     fn bases_are_told_apart_by_their_numbers() {
-        let [own, same, other] = [2.0, 2.0, 3.0].map(|factor| layout("dibit", Some(factor)));
+        let own = layout("dibit", Some(2.0), |_| false);
         assert_eq!(own.transformed_values(4), TransformedValues { fused: 0, online: 3, multiply_adds: 3 * 6 * 64 });
-        let [own, same, other] = [own, same, other].map(|own| own.with_fused_values(|_| true).fused_values());
+        let [own, same, other] = [2.0, 2.0, 3.0].map(|factor| layout("dibit", Some(factor), |_| true).fused_values());
         assert_eq!(own, same);
         assert!(own[0].is_some() && own != other && own[0] != Some(ValueTransform::Hadamard));
     }

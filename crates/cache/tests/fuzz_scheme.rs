@@ -1,6 +1,6 @@
 //! Scheme files of strangers are errors or schemes, whatever stands in them.
 
-use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_cache::{CacheModel, CacheShape, Scheme};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -64,7 +64,7 @@ fn check(text: &str) -> bool {
     let Ok(scheme) = Scheme::parse(text, "stranger.toml") else { return false };
     for (layers, heads, head_dim) in [(2, 1, 64), (3, 4, 72), (1, 3, 128), (1, 1, 256)] {
         let shape = CacheShape { num_layers: layers, num_key_value_heads: heads, head_dim };
-        if let Ok(layout) = CacheLayout::new(&scheme, shape) {
+        if let Ok(layout) = scheme.plan(&CacheModel::of_shape(shape)) {
             // Counts of bytes come of it.
             assert!(layout.planned_bytes(1000) >= layout.planned_usage(1000).used_bytes, "{text}");
         }

@@ -2,7 +2,7 @@
 
 use crate::file::{Array, Contents};
 use crate::{CalibrationError, Fingerprint, Measurement, Training};
-use dibit_cache::{Adapters, Calibration, LayerCalibration, Scheme, SchemeError};
+use dibit_cache::{Adapters, CalibratedScheme, Calibration, LayerCalibration, SchemeError};
 use dibit_model::Pretrained;
 use std::path::Path;
 use std::sync::Arc;
@@ -202,7 +202,7 @@ impl Artefact {
     ///
     /// # Errors
     /// Those of [`Artefact::load`], and [`CalibrationError::Mismatch`]. The scheme is then as it was.
-    pub fn attach(path: &Path, pretrained: &Pretrained, scheme: &mut Scheme) -> Result<(), CalibrationError> {
+    pub fn attach(path: &Path, pretrained: &Pretrained, scheme: &mut CalibratedScheme) -> Result<(), CalibrationError> {
         Artefact::load(path)?.give(path, pretrained, scheme)
     }
 
@@ -211,12 +211,18 @@ impl Artefact {
     /// # Errors
     /// [`CalibrationError::Mismatch`], and [`CalibrationError::Malformed`] where it does not fit. The scheme is then as it
     /// was.
-    pub fn give(self, path: &Path, pretrained: &Pretrained, scheme: &mut Scheme) -> Result<(), CalibrationError> {
+    pub fn give(
+        self,
+        path: &Path,
+        pretrained: &Pretrained,
+        scheme: &mut CalibratedScheme,
+    ) -> Result<(), CalibrationError> {
         let expected = Fingerprint::new(pretrained, scheme);
         if let Some((what, difference)) = self.fingerprint.difference(&expected) {
             return Err(CalibrationError::Mismatch { path: path.to_owned(), what, difference });
         }
-        let calibrated = Scheme { calibration: Some(Arc::new(self.calibration)), ..scheme.clone() };
+        let calibrated =
+            CalibratedScheme { scheme: scheme.scheme.clone(), calibration: Some(Arc::new(self.calibration)) };
         // What does not fit is said here, by the file's name, and not when a cache is made.
         pretrained.config.cache_layout(&calibrated).map_err(|error| match error {
             SchemeError::Calibration { problem, .. } => CalibrationError::Malformed { path: path.to_owned(), problem },

@@ -5,7 +5,7 @@ use crate::basis::Moments;
 use crate::feedback::feedback;
 use crate::permutation::ChannelSums;
 use crate::planes::{KeyMetric, Statistics, ValueSpread};
-use dibit_cache::{CacheLayout, CacheShape, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform};
+use dibit_cache::{CachePlan, CacheShape, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform};
 use dibit_model::Observation;
 
 /// What is gathered of one layer.
@@ -76,12 +76,12 @@ impl Layer {
 }
 
 impl Gathered {
-    pub(crate) fn new(layout: &CacheLayout, scheme: &Scheme) -> Self {
+    pub(crate) fn new(layout: &CachePlan, scheme: &Scheme) -> Self {
         let layer = |(index, layer)| Layer::new(layer, scheme.sides(0, index), layout.shape);
         Gathered { layers: layout.layers.iter().enumerate().map(layer).collect() }
     }
 
-    pub(crate) fn add(&mut self, seen: Observation, layout: &CacheLayout, inv_freq: &[f32]) {
+    pub(crate) fn add(&mut self, seen: Observation, layout: &CachePlan, inv_freq: &[f32]) {
         let layer = &mut self.layers[seen.layer];
         let width = layout.shape.row();
         if let Some(metric) = &mut layer.key_metric {
@@ -144,7 +144,7 @@ impl Gathered {
     ///
     /// # Errors
     /// [`CalibrationError::NotFinite`].
-    pub(crate) fn finish(&self, layout: &CacheLayout, seed: u64) -> Result<Vec<LayerCalibration>, CalibrationError> {
+    pub(crate) fn finish(&self, layout: &CachePlan, seed: u64) -> Result<Vec<LayerCalibration>, CalibrationError> {
         let layers = self.layers.iter().zip(&layout.layers).enumerate();
         let d = layout.shape.head_dim;
         layers.map(|(index, (own, layout))| own.finish(layout, d, seed, index)).collect()

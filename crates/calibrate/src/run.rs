@@ -4,7 +4,7 @@ use crate::gathered::Gathered;
 use crate::linear::{Material, Outcome, Progressed, Recipe, Trainer, Watch, load, pack, save, train};
 use crate::progress::Kept;
 use crate::{Artefact, CalibrationError, Fingerprint, Source, planes};
-use dibit_cache::{CacheLayout, Calibration, Linear, Pool, Scheme};
+use dibit_cache::{CalibratedScheme, Calibration, Linear, Pool, Scheme};
 use dibit_device::Train;
 use dibit_model::{ModelConfig, Observation, Pretrained};
 use dibit_runner::ExactPass;
@@ -194,7 +194,7 @@ pub fn calibrate<D: Train>(
     if !(2..=limit).contains(&context) {
         return Err(CalibrationError::Context { context, limit });
     }
-    let layout = CacheLayout::new(scheme, config.cache_shape())?;
+    let layout = scheme.plan(&config.cache_model())?;
     let linear = scheme.linear();
     let sequences = Sequences::new(text, pretrained.window_bos, options, linear.is_some())?;
     let recipe = linear.map(|_| &options.recipe);
@@ -228,7 +228,7 @@ pub fn calibrate<D: Train>(
     let mut training = None;
     if let Some(Linear { features, .. }) = linear {
         let calibration = scheme.is_calibrated().then(|| Arc::new(Calibration { layers: layers.clone() }));
-        let layout = config.cache_layout(&Scheme { calibration, ..scheme.clone() })?;
+        let layout = config.cache_layout(&CalibratedScheme { scheme: scheme.clone(), calibration })?;
         let (recipe, seed) = (&options.recipe, options.seed);
         let mut trainer = Trainer::new(device, pretrained, layout, features, recipe, seed, context)?;
         let resumed = saved.map(|contents| load(&contents, &**device, &mut trainer)).transpose();
@@ -290,7 +290,7 @@ fn gather<D: Train>(
         return Ok(true);
     }
     let mut pass = ExactPass::new(device, config, &pretrained.weights, options.context)?;
-    let layout = CacheLayout::new(scheme, config.cache_shape())?;
+    let layout = scheme.plan(&config.cache_model())?;
     let inv_freq = config.rope.inv_freq(config.head_dim);
     let all = passes(scheme, config, count);
     for (index, ids) in sequences.all[..count].iter().enumerate().skip(done) {

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{FIXTURES, both, bytes, dummy, fixture, make, options, parse, resq, rotatekv, says, text, try_make};
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::{CacheModel, CalibratedScheme};
 use dibit_calibrate::{Artefact, Options, calibrate};
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Tensor};
@@ -115,7 +115,7 @@ fn check_permutations(name: &str, pretrained: &Pretrained) {
     assert_eq!(seen[1].rows.len(), 3 * CONTEXT);
     for (place, statistic) in [("local", "mean"), ("local", "magnitude"), ("global", "mean")] {
         let scheme = parse(&rotatekv(2, place, statistic));
-        let layout = CacheLayout::new(&scheme, pretrained.config.cache_shape()).unwrap();
+        let layout = scheme.plan(&CacheModel::of_shape(pretrained.config.cache_shape())).unwrap();
         let artefact = make(pretrained, &scheme, &ids, &options(CONTEXT));
         for (index, order) in permutations(&artefact).into_iter().enumerate() {
             let own = &layout.layers[index];
@@ -283,7 +283,7 @@ fn what_cannot_be_calibrated_is_refused() {
     for context in [0, 1, 1025, usize::MAX] {
         says(of(&ids, context, None), &[&format!("sequences of {context} tokens"), "between 2 and", "1024"]);
     }
-    let kivi = Scheme::load("kivi").unwrap();
+    let kivi = CalibratedScheme::load("kivi").unwrap();
     says(try_make(&pretrained, &kivi, &ids, &options(20)), &["kivi needs no calibration"]);
     let far = format!("{}[layers.7]\nkeys = {{ bits = 4 }}\n", rotatekv(2, "local", "mean"));
     says(try_make(&pretrained, &parse(&far), &ids, &options(20)), &["layers 7..8 of a model with 2"]);

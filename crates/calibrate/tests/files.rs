@@ -5,7 +5,7 @@ mod common;
 use common::{
     Folder, Parts, both, bytes, dummy, fixture, fixture_as, make, message, options, parse, resq, rotatekv, says, text,
 };
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_calibrate::{Artefact, CalibrationError, Fingerprint};
 use dibit_device::DType;
 use dibit_model::Pretrained;
@@ -18,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 /// A file, and what it was made for.
 struct Made {
     pretrained: Pretrained,
-    scheme: Scheme,
+    scheme: CalibratedScheme,
     artefact: Artefact,
     bytes: Vec<u8>,
 }
@@ -31,7 +31,7 @@ impl Made {
     }
 
     /// Puts the bytes into a file and gives it to the scheme; an error names the file and leaves the scheme alone.
-    fn attach(&self, bytes: &[u8]) -> Result<Scheme, CalibrationError> {
+    fn attach(&self, bytes: &[u8]) -> Result<CalibratedScheme, CalibrationError> {
         let folder = Folder::new();
         let path = folder.write("some.safetensors", bytes);
         attach(&path, &self.pretrained, &self.scheme)
@@ -45,7 +45,11 @@ impl Made {
     }
 }
 
-fn attach(path: &Path, pretrained: &Pretrained, scheme: &Scheme) -> Result<Scheme, CalibrationError> {
+fn attach(
+    path: &Path,
+    pretrained: &Pretrained,
+    scheme: &CalibratedScheme,
+) -> Result<CalibratedScheme, CalibrationError> {
     let mut given = scheme.clone();
     let result = Artefact::attach(path, pretrained, &mut given);
     if let Err(error) = result {

@@ -1,6 +1,6 @@
 //! Calibration files of strangers are errors or calibrations, whatever stands in them.
 
-use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_cache::{CacheModel, CacheShape, CalibratedScheme};
 use dibit_calibrate::Artefact;
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
@@ -31,10 +31,10 @@ fn with_header(header: &str) -> Vec<u8> {
 /// Reads it and, where that works, puts it into a layout of the bundled model's shape.
 fn check(bytes: &[u8]) -> bool {
     let Ok(artefact) = Artefact::parse(bytes, &PathBuf::from("stranger.safetensors")) else { return false };
-    let mut scheme = Scheme::load("dibit").unwrap();
+    let mut scheme = CalibratedScheme::load("dibit").unwrap();
     scheme.calibration = Some(Arc::new(artefact.calibration));
     let shape = CacheShape { num_layers: 6, num_key_value_heads: 2, head_dim: 64 };
-    CacheLayout::new(&scheme, shape).and_then(|layout| layout.with_tables(vec![1.0; 32])).is_ok()
+    scheme.layout(&CacheModel::of_shape(shape)).is_ok()
 }
 
 proptest! {

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Folder, Parts, bytes, dummy, make, message, one, options, parse, says, text, try_make};
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, Phase, RateSchedule, Recipe, Start, Text, calibrate};
 use dibit_cpu::Cpu;
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
@@ -15,7 +15,7 @@ use std::sync::Arc;
 const CONTEXT: usize = 300;
 
 /// The smallest linear correction of keys per channel, with choices of other layers.
-fn scheme(further: &str) -> Scheme {
+fn scheme(further: &str) -> CalibratedScheme {
     parse(&format!(
         "name = \"corrected\"\n\
          [correction]\nkind = \"linear\"\nfeatures = 32\n\
@@ -43,7 +43,7 @@ fn ids() -> Vec<u32> {
 }
 
 /// Stops when so many sequences were seen of this run; returns steps done when it began.
-fn stop(pretrained: &Pretrained, scheme: &Scheme, options: &Options, after: usize) -> usize {
+fn stop(pretrained: &Pretrained, scheme: &CalibratedScheme, options: &Options, after: usize) -> usize {
     let (mut first, mut seen) = (None, 0);
     let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let made = calibrate(&cpu, pretrained, scheme, &one(&ids()), options, |progress| {
@@ -239,7 +239,7 @@ fn training_lowers_the_divergence_of_text_it_has_not_seen() {
     let pretrained = bundled();
     let words = include_str!("../../../docs/schemes.md").to_owned() + include_str!("../../../ARCHITECTURE.md");
     let ids = pretrained.tokenizer.encode(&words, false).unwrap();
-    let scheme = Scheme::load("kvlinc").unwrap();
+    let scheme = CalibratedScheme::load("kvlinc").unwrap();
     let recipe = Recipe { steps: 30, batch_tokens: 1024, rows: 0.25, ..Recipe::default() };
     let options = Options { recipe, held_out: 0.2, ..options(512) };
     let made = make(&pretrained, &scheme, &ids, &options);
@@ -254,6 +254,7 @@ fn training_lowers_the_divergence_of_text_it_has_not_seen() {
 #[test]
 fn errors_of_the_schemes_are_kept() {
     let pretrained = model();
-    let error = try_make(&pretrained, &Scheme::load("kivi").unwrap(), &ids(), &trained(recipe())).unwrap_err();
+    let error =
+        try_make(&pretrained, &CalibratedScheme::load("kivi").unwrap(), &ids(), &trained(recipe())).unwrap_err();
     assert!(message(&error).contains("needs no calibration"), "{error}");
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{FIXTURES, dummy, fixture, make, options, parse, resq, rotatekv, text};
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::{CacheLayout, CalibratedScheme};
 use dibit_calibrate::Artefact;
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Mode};
@@ -21,7 +21,7 @@ const CONTEXT: usize = 200;
 const LONG_CONTEXT: usize = 300;
 
 /// Logits of each token, decoded one after the other.
-fn logits(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32]) -> Vec<Vec<f32>> {
+fn logits(pretrained: &Pretrained, scheme: &CalibratedScheme, ids: &[u32]) -> Vec<Vec<f32>> {
     of_layout(pretrained, pretrained.cache_layout(scheme).unwrap(), ids)
 }
 
@@ -60,7 +60,7 @@ fn error(reference: &[Vec<f32>], other: &[Vec<f32>]) -> f64 {
     (reference.iter().zip(other).map(difference).sum::<f64>() / spread).sqrt()
 }
 
-fn calibrated(pretrained: &Pretrained, mut scheme: Scheme) -> Scheme {
+fn calibrated(pretrained: &Pretrained, mut scheme: CalibratedScheme) -> CalibratedScheme {
     let artefact = make(pretrained, &scheme, &text(300, 9), &options(150));
     scheme.calibration = Some(Arc::new(artefact.calibration));
     scheme
@@ -72,7 +72,7 @@ fn compare(scheme: impl Fn(u32) -> String) {
     models.push(("6 KV heads", dummy(6, 1, json!({}))));
     for (name, pretrained) in models {
         let ids = text(CONTEXT, 5);
-        let exact = logits(&pretrained, &Scheme::load("fp16").unwrap(), &ids);
+        let exact = logits(&pretrained, &CalibratedScheme::load("fp16").unwrap(), &ids);
         let [eight, two] = [8, 2].map(|bits| logits(&pretrained, &calibrated(&pretrained, parse(&scheme(bits))), &ids));
         let [near, far] = [&eight, &two].map(|other| error(&exact, other));
         // 255 steps where there were 3. Numbers in the wrong place differ as much as those of 2 bit, or more.
@@ -102,9 +102,9 @@ fn the_built_in_schemes_run_and_cost_something() {
     let ids = text(LONG_CONTEXT, 5);
     for name in ["qwen2-bias-bf16", "qwen3-hd256-bf16"] {
         let pretrained = fixture(name);
-        let exact = logits(&pretrained, &Scheme::load("fp16").unwrap(), &ids);
+        let exact = logits(&pretrained, &CalibratedScheme::load("fp16").unwrap(), &ids);
         for scheme in ["rotatekv", "rotatekv-window", "rotatekv-paper", "resq", "resq-official"] {
-            let scheme = calibrated(&pretrained, Scheme::load(scheme).unwrap());
+            let scheme = calibrated(&pretrained, CalibratedScheme::load(scheme).unwrap());
             let cost = kl(&exact, &logits(&pretrained, &scheme, &ids));
             assert!(cost > 1e-4 && cost < 10.0, "{name}, {}: {cost}", scheme.name);
         }
@@ -118,9 +118,9 @@ fn values_in_planes_are_the_same_whoever_brings_them_into_their_basis() {
     let bundled = Pretrained::load(&files, WeightSource::Checkpoint, Some(DType::F32)).unwrap();
     let text = std::fs::read_to_string(tiny.join("../../README.md")).unwrap();
     let ids = &bundled.tokenizer.encode(&text, true).unwrap()[..600];
-    let mut dibit = Scheme::load("dibit").unwrap();
+    let mut dibit = CalibratedScheme::load("dibit").unwrap();
     Artefact::attach(&tiny.join("calibration/dibit.safetensors"), &bundled, &mut dibit).unwrap();
-    let exact = logits(&bundled, &Scheme::load("fp16").unwrap(), ids);
+    let exact = logits(&bundled, &CalibratedScheme::load("fp16").unwrap(), ids);
     let fused = logits(&bundled, &dibit, ids);
     let online = of_layout(&bundled, bundled.config.cache_layout(&dibit).unwrap(), ids);
     let nll = |all: &[Vec<f32>]| {

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{dummy, options, parse, text};
-use dibit_cache::{Calibration, Scheme};
+use dibit_cache::{CalibratedScheme, Calibration};
 use dibit_calibrate::{Options, Text, calibrate};
 use dibit_cpu::Cpu;
 use dibit_model::Pretrained;
@@ -17,7 +17,7 @@ fn model() -> Pretrained {
     dummy(2, 7, json!({"num_attention_heads": 4, "num_hidden_layers": 3}))
 }
 
-fn scheme(pool: &str, most: usize) -> Scheme {
+fn scheme(pool: &str, most: usize) -> CalibratedScheme {
     let side = "bits = \"planes\"\naxis = \"channel\"\n";
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 4\n";
     parse(&format!(
@@ -26,7 +26,7 @@ fn scheme(pool: &str, most: usize) -> Scheme {
     ))
 }
 
-fn calibrated(threads: usize, scheme: &Scheme) -> Calibration {
+fn calibrated(threads: usize, scheme: &CalibratedScheme) -> Calibration {
     let ids = text(3 * CONTEXT, 5);
     let text = Text { documents: vec![ids], held_out: Vec::new() };
     let cpu = Arc::new(Cpu::new(Some(threads)).unwrap());
@@ -73,7 +73,7 @@ fn feedback_and_places_are_calibrated_where_they_are_asked_for() {
     let mut asked = scheme("head", 2);
     let none = calibrated(2, &asked);
     assert!(none.layers.iter().all(|layer| layer.key_feedback.is_none() && layer.sink_places.is_none()));
-    asked = Scheme::load("dibit").unwrap();
+    asked = CalibratedScheme::load("dibit").unwrap();
     let made = calibrated(2, &asked);
     for layer in &made.layers {
         let feedback = layer.key_feedback.as_ref().unwrap();

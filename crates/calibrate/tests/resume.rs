@@ -5,7 +5,7 @@ mod common;
 use common::{
     Folder, Parts, both, bytes, dummy, make, message, one, options, parse, resq, rotatekv, says, text, try_make,
 };
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, calibrate};
 use dibit_cpu::Cpu;
 use dibit_model::Pretrained;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 const CONTEXT: usize = 20;
 
 /// Stops before the sequence `at`; returns how many sequences were done when the run began.
-fn stop(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32], options: &Options, at: usize) -> usize {
+fn stop(pretrained: &Pretrained, scheme: &CalibratedScheme, ids: &[u32], options: &Options, at: usize) -> usize {
     let mut first = None;
     let cpu = Arc::new(Cpu::new(Some(1)).unwrap());
     let made = calibrate(&cpu, pretrained, scheme, &one(ids), options, |progress| {
@@ -33,7 +33,7 @@ fn stop(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32], options: &Options
 struct Stopped {
     folder: Folder,
     pretrained: Pretrained,
-    scheme: Scheme,
+    scheme: CalibratedScheme,
     ids: Vec<u32>,
     options: Options,
 }

@@ -1,7 +1,7 @@
 //! The operations that cost most, on one thread, through the public trait: products with weights against the speed of
 //! memory, and each scheme's cache against that of fp16.
 
-use dibit_cache::{CacheLayout, CacheShape, PAGE_TOKENS, Scheme, Sequence};
+use dibit_cache::{CacheModel, CacheShape, CalibratedScheme, PAGE_TOKENS, Sequence};
 use dibit_cpu::Cpu;
 use dibit_device::{Arithmetic, Batch, DType, Dense, DeviceError, KvCache, Memory, Mode, Output, Pass, Phase, Tensor};
 use dibit_timing::{Kernels, Sweep};
@@ -62,10 +62,9 @@ struct Cache {
 
 impl Cache {
     fn new(cpu: &Cpu, scheme: &str, capacity: usize) -> Result<Self, DeviceError> {
-        let scheme = Scheme::load(scheme).expect("a built-in scheme");
-        let layout = CacheLayout::new(&scheme, SHAPE).expect("a scheme for every shape");
-        let layout = layout.with_tables(vec![1.0; SHAPE.head_dim / 2]).expect("a scheme without calibration");
-        let layout = layout.with_fused_values(|_| true);
+        let scheme = CalibratedScheme::load(scheme).expect("a built-in scheme");
+        let model = CacheModel::of_shape(SHAPE).fusing(|_| true);
+        let layout = scheme.layout(&model).expect("a scheme for every shape that needs no calibration");
         let blocks = layout.blocks(capacity);
         let mut cache = KvCache::new(cpu, layout, blocks, 1, capacity, Arithmetic::Exact)?;
         let mut sequence = cache.open().expect("the only sequence");

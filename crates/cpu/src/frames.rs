@@ -29,18 +29,18 @@ pub(super) struct Frames {
 pub(super) struct HeadRotation(HeadTransform);
 
 impl Frames {
-    /// What a layer does; `None` where the layout lacks numbers that it needs.
-    pub(super) fn new(layout: &CacheLayout, index: usize) -> Option<Self> {
-        let own = layout.transforms(index)?;
+    /// What a layer does.
+    pub(super) fn new(layout: &CacheLayout, index: usize) -> Self {
+        let own = layout.transforms(index);
         let (d, layer) = (layout.shape.head_dim, &layout.layers[index]);
-        Some(Frames {
+        Frames {
             keys: own.keys.map(HeadRotation),
             values: own.values.map(HeadRotation),
             pre_rope: own.pre_rope.map(|own| PreRopeKeys::new(own, d, layer.frame * d)),
             order: own.order,
             feedback: own.feedback.map(|own| HeadFeedback::all(&own, d)),
             adapters: own.adapters,
-        })
+        }
     }
 }
 

@@ -15,12 +15,10 @@ pub struct HostPacker {
 }
 
 impl HostPacker {
-    /// # Errors
-    /// [`DeviceError::Tables`].
-    pub fn new(layout: &CacheLayout) -> Result<Self, DeviceError> {
-        let frames: Option<Vec<Frames>> = (0..layout.layers.len()).map(|layer| Frames::new(layout, layer)).collect();
-        let frames = frames.ok_or_else(|| DeviceError::Tables(layout.scheme_name().to_owned()))?;
-        Ok(HostPacker { isa: Isa::detect(), layout: layout.clone(), frames, scratch: Vec::new() })
+    /// A packer for caches of this layout.
+    pub fn new(layout: &CacheLayout) -> Self {
+        let frames = (0..layout.layers.len()).map(|layer| Frames::new(layout, layer)).collect();
+        HostPacker { isa: Isa::detect(), layout: layout.clone(), frames, scratch: Vec::new() }
     }
 
     /// Stores the rows of a span in a layer, as [`dibit_device::KvStorage::append`] does.

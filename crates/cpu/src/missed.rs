@@ -34,7 +34,7 @@ pub fn missed_keys(
     k: &[f32],
     out: &mut [f32],
 ) -> Result<(), DeviceError> {
-    let frames = Frames::new(layout, layer).ok_or_else(|| DeviceError::Tables(layout.scheme_name().to_owned()))?;
+    let frames = Frames::new(layout, layer);
     let page = PAGE_TOKENS * layout.shape.row();
     assert!(k.len().is_multiple_of(page) && frames.pre_rope.is_none(), "whole pages of keys after RoPE");
     let pages = k.par_chunks_exact(page).zip(out.par_chunks_exact_mut(page)).enumerate();

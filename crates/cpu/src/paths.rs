@@ -2,7 +2,7 @@
 
 use super::Cpu;
 use super::simd::WIDTH;
-use dibit_cache::{CacheLayout, PackedSide, SideLayout};
+use dibit_cache::{CachePlan, PackedSide, SideLayout};
 
 /// Inputs of a step of AMX.
 #[cfg(target_arch = "x86_64")]
@@ -13,7 +13,7 @@ const AMX_STEP: usize = 1;
 impl Cpu {
     /// How a model with so many query heads attends over a cache: where rows are no whole steps of vectors, the rest goes
     /// another way, and so do output projections that are no whole steps of AMX.
-    pub fn paths(&self, layout: &CacheLayout, num_attention_heads: usize) -> Vec<(String, String)> {
+    pub fn paths(&self, layout: &CachePlan, num_attention_heads: usize) -> Vec<(String, String)> {
         let line = |what: &str, path: String| (what.to_owned(), path);
         let pages = layout.layers.iter().chain(layout.classes.iter().flatten()).flat_map(|layer| &layer.pages);
         let sides: Vec<SideLayout> = pages.flat_map(|page| [page.keys, page.values]).collect();
@@ -50,14 +50,14 @@ fn has_rest(side: &PackedSide) -> bool {
 #[cfg(test)]
 mod tests {
     use crate::{Cpu, Isa};
-    use dibit_cache::{CacheLayout, CacheShape, Scheme};
+    use dibit_cache::{CacheModel, CacheShape, CalibratedScheme};
 
     #[test]
     fn what_is_left_of_rows_is_named() {
         let cpu = Cpu::new(Some(1)).unwrap().with_isa(Isa::Baseline).unwrap();
         let paths = |name: &str, head_dim: usize| -> Vec<String> {
             let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim };
-            let layout = CacheLayout::new(&Scheme::load(name).unwrap(), shape).unwrap();
+            let layout = CalibratedScheme::load(name).unwrap().plan(&CacheModel::of_shape(shape)).unwrap();
             cpu.paths(&layout, 3).into_iter().map(|(_, path)| path).collect()
         };
         assert_eq!(paths("fp16", 64), ["16 channels at once"]);

@@ -70,8 +70,7 @@ impl CpuStore {
         max_rows: usize,
     ) -> Result<Self, DeviceError> {
         let shape = layout.shape;
-        let frames: Option<Vec<Frames>> = (0..shape.num_layers).map(|layer| Frames::new(layout, layer)).collect();
-        let frames = frames.ok_or_else(|| DeviceError::Tables(layout.scheme_name().to_owned()))?;
+        let frames = (0..shape.num_layers).map(|layer| Frames::new(layout, layer)).collect();
         let row_count = shape.num_key_value_heads * max_rows * shape.head_dim;
         let heads = shape.num_layers * shape.num_key_value_heads * num_sequences;
         let slots = |what, count: usize| -> Result<Slots, DeviceError> {

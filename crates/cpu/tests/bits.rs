@@ -1,6 +1,6 @@
 //! Bits in use, counted from what a cache holds after a prompt of 8192 tokens.
 
-use dibit_cache::{CacheLayout, CacheShape, Calibration, LayerCalibration, Scheme};
+use dibit_cache::{CacheModel, CacheShape, CalibratedScheme, Calibration, LayerCalibration};
 use dibit_cpu::Cpu;
 use dibit_device::{Arithmetic, Batch, DType, DeviceError, KvCache, Mode, Tensor};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ const HEAD_DIM: usize = 128;
 /// Average bits for a cached scalar of one layer and KV head after a prompt that came in as so many passes.
 fn bits(scheme: &str, passes: usize) -> f64 {
     let cpu = Cpu::new(Some(2)).unwrap();
-    let mut scheme = Scheme::load(scheme).unwrap();
+    let mut scheme = CalibratedScheme::load(scheme).unwrap();
     if scheme.is_calibrated() {
         let identity = |at: usize| f32::from(u8::from(at / HEAD_DIM == at % HEAD_DIM));
         let basis: Vec<f32> = (0..HEAD_DIM * HEAD_DIM).map(identity).collect();
@@ -25,7 +25,7 @@ fn bits(scheme: &str, passes: usize) -> f64 {
         scheme.calibration = Some(Arc::new(Calibration { layers: vec![layer] }));
     }
     let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim: HEAD_DIM };
-    let layout = CacheLayout::new(&scheme, shape).unwrap().with_tables(vec![0.01; HEAD_DIM / 2]).unwrap();
+    let layout = scheme.layout(&CacheModel::of_shape(shape)).unwrap();
     let blocks = layout.blocks(TOKENS);
     let rows = TOKENS / passes;
     let mut cache = KvCache::new(&cpu, layout, blocks, 1, rows, Arithmetic::Exact).unwrap();

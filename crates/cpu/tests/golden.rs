@@ -1,6 +1,6 @@
 //! Decode attention over a packed cache against values computed by NumPy (tools/golden_quant.py).
 
-use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_cache::{CacheModel, CacheShape, CalibratedScheme};
 use dibit_cpu::Cpu;
 use dibit_device::{Arithmetic, Batch, DeviceError, KvCache, Memory, Mode, Pass};
 use serde_json::Value;
@@ -19,7 +19,7 @@ fn decode_attention_is_that_of_numpy() {
         let (q, k, v) = (rows(&golden["q"]), rows(&golden["k"]), rows(&golden["v"]));
 
         let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim };
-        let layout = CacheLayout::new(&Scheme::load("kvlinc").unwrap(), shape).unwrap();
+        let layout = CalibratedScheme::load("kvlinc").unwrap().layout(&CacheModel::of_shape(shape)).unwrap();
         let cached = golden["cached"].as_u64().unwrap() as usize;
         assert_eq!(layout.window.packed_keys(cached), golden["quantised"].as_u64().unwrap() as usize);
         let mut cache = KvCache::new(&cpu, layout, 2, 1, cached, Arithmetic::Exact).unwrap();

@@ -4,14 +4,14 @@ use crate::Cuda;
 use crate::attention;
 use crate::linear::FEW_ROWS;
 use crate::store::{packs_on_host, refuses_graphs};
-use dibit_cache::CacheLayout;
+use dibit_cache::CachePlan;
 use dibit_device::{Arithmetic, Phase};
 
 impl Cuda {
     /// Operations of a model with so many query heads over a cache, and how each of them runs.
     pub fn paths(
         &self,
-        layout: &CacheLayout,
+        layout: &CachePlan,
         arithmetic: Arithmetic,
         num_attention_heads: usize,
     ) -> Vec<(String, String)> {

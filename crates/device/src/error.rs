@@ -61,9 +61,6 @@ pub enum DeviceError {
         /// The value.
         value: f32,
     },
-    /// The cache layout lacks what its transforms need.
-    #[error("the cache of scheme {0} was laid out without the tables that its transforms need")]
-    Tables(String),
     /// A group of keys or values cannot be quantised.
     #[error("layer {layer}: {source}; its keys or values are too large for this scheme, try --kv fp16 or --dtype f32")]
     Quantize {

@@ -6,6 +6,7 @@ use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Sequence, Usage}
 
 /// A cache of one model on a device.
 pub struct KvCache<D: KvStorage> {
+    layout: CacheLayout,
     manager: CacheManager,
     store: D::Store,
     arithmetic: Arithmetic,
@@ -27,12 +28,13 @@ impl<D: KvStorage> KvCache<D> {
         arithmetic: Arithmetic,
     ) -> Result<Self, DeviceError> {
         let store = device.new_store(&layout, num_blocks, num_sequences, max_rows)?;
-        Ok(KvCache { store, manager: CacheManager::new(layout, num_blocks, num_sequences), arithmetic, owner: None })
+        let manager = CacheManager::new((*layout).clone(), num_blocks, num_sequences);
+        Ok(KvCache { layout, manager, store, arithmetic, owner: None })
     }
 
     /// What it was made for.
     pub fn layout(&self) -> &CacheLayout {
-        self.manager.layout()
+        &self.layout
     }
 
     /// Blocks and sequences.
@@ -113,7 +115,7 @@ impl<D: KvStorage> KvCache<D> {
         batch: &Batch,
         work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
     ) -> Result<(), E> {
-        let records = batch.repeats(self.layout());
+        let records = batch.repeats(self.manager.plan());
         self.run(device, batch, records, work)
     }
 
@@ -142,12 +144,12 @@ impl<D: KvStorage> KvCache<D> {
         mut work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
     ) -> Result<(), E> {
         let KvCache { manager, store, arithmetic, .. } = self;
-        let (layout, states) = manager.split_states();
+        let (plan, states) = manager.split_states();
         let mut on = |store: &mut D::Store| {
             let states = &mut *states;
-            work(&mut Pass { device, layout, batch, arithmetic: *arithmetic, store, states, next_layer: 0 })
+            work(&mut Pass { device, plan, batch, arithmetic: *arithmetic, store, states, next_layer: 0 })
         };
-        let placed = match batch.is_stepwise(layout) {
+        let placed = match batch.is_stepwise(plan) {
             // Each row is placed when it attends.
             true => Ok(()),
             false => device.place(store, &batch.spans, true),

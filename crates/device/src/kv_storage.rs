@@ -45,7 +45,7 @@ pub trait KvStorage: Memory {
     /// that the layout protects are sinks of every sequence. A CPU takes memory as blocks are first written, a GPU at once.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Tables`] where the layout's transforms need tables that it lacks.
+    /// [`DeviceError::OutOfMemory`].
     fn new_store(
         &self,
         layout: &CacheLayout,

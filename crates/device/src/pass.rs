@@ -1,13 +1,13 @@
 //! A forward pass as the cache sees it, in the one order that it has.
 
 use crate::{Arithmetic, Attention, DeviceError, KvStorage};
-use dibit_cache::{Batch, CacheLayout, Phase, Sees, SequenceState};
+use dibit_cache::{Batch, CachePlan, Phase, Sees, SequenceState};
 use std::ops::Range;
 
 /// A pass in flight. Its layers follow each other.
 pub struct Pass<'a, D: KvStorage> {
     pub(crate) device: &'a D,
-    pub(crate) layout: &'a CacheLayout,
+    pub(crate) plan: &'a CachePlan,
     pub(crate) batch: &'a Batch,
     pub(crate) arithmetic: Arithmetic,
     pub(crate) store: &'a mut D::Store,
@@ -49,12 +49,12 @@ impl<'a, D: KvStorage> Pass<'a, D> {
     pub fn layer(&mut self, hidden: &D::Buffer, width: usize) -> Result<LayerPass<'_, 'a, D>, DeviceError> {
         let layer = self.next_layer;
         self.next_layer += 1;
-        if self.layout.sinks.are_chosen() {
+        if self.plan.sinks.are_chosen() {
             let mut rows = Vec::new();
             for span in self.batch.spans.iter().filter(|span| span.shows_sinks()) {
                 self.device.download(hidden, span.rows.start * width..span.rows.end * width, &mut rows)?;
                 let sinks = &mut self.states[span.slot as usize].sinks;
-                sinks.choose(self.layout.sinks, layer, span.cached..span.len(), &rows, width);
+                sinks.choose(self.plan.sinks, layer, span.cached..span.len(), &rows, width);
                 self.device.set_sinks(self.store, layer, span.slot, sinks.layer(layer))?;
             }
         }
@@ -72,14 +72,14 @@ impl<'a, D: KvStorage> Pass<'a, D> {
         q: &D::Buffer,
         out: &mut D::Buffer,
     ) -> Result<(), DeviceError> {
-        let Pass { device, layout, batch, arithmetic, store, .. } = self;
+        let Pass { device, plan, batch, arithmetic, store, .. } = self;
         let attend = |layer| {
             let rows = 0..batch.rows();
             let (spans, phase, arithmetic) = (&batch.spans[..], batch.phase(), *arithmetic);
             let attention = Attention { layer, spans, phase, arithmetic, rows, first: 0, num_heads, incoming: true };
             device.attend(store, attention, q, out)
         };
-        (0..layout.layers.len()).try_for_each(attend)
+        (0..plan.layers.len()).try_for_each(attend)
     }
 
     /// The whole next layer of a pass whose keys, values and queries are there already.
@@ -126,9 +126,9 @@ impl<'p, 'a, D: KvStorage> LayerPass<'p, 'a, D> {
     /// # Panics
     /// If not all rows of the batch were staged.
     pub fn pack(self) -> Result<(), DeviceError> {
-        let Pass { device, layout, batch, store, .. } = self.pass;
+        let Pass { device, plan, batch, store, .. } = self.pass;
         assert_eq!(self.staged, batch.rows(), "rows that are packed");
-        match batch.is_stepwise(layout) {
+        match batch.is_stepwise(plan) {
             true => Ok(()),
             false => device.append(store, self.layer, &batch.spans),
         }
@@ -143,7 +143,7 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
     /// Those of the device; of a stepwise batch those of [`LayerPass::pack`].
     pub fn attend(&mut self, num_heads: usize, q: &D::Buffer, out: &mut D::Buffer) -> Result<(), DeviceError> {
         let LayerPass { pass, layer, .. } = &mut *self.layer;
-        let Pass { device, layout, batch, arithmetic, store, .. } = &mut **pass;
+        let Pass { device, plan, batch, arithmetic, store, .. } = &mut **pass;
         let (rows, layer, arithmetic) = (self.rows.clone(), *layer, *arithmetic);
         if rows.is_empty() {
             return Ok(());
@@ -158,10 +158,10 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
             num_heads,
             incoming: true,
         };
-        if !batch.is_stepwise(layout) {
+        if !batch.is_stepwise(plan) {
             return device.attend(store, whole, q, out);
         }
-        let stored = layout.sees == Sees::Stored;
+        let stored = plan.sees == Sees::Stored;
         for span in &batch.spans {
             for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
                 let mut step = [span.step(row)];

@@ -178,7 +178,7 @@ pub trait Train: Device {
     /// for first tokens that the scheme keeps in 16 bit; other sinks are not looked for.
     ///
     /// # Errors
-    /// [`DeviceError::Quantize`]; [`DeviceError::Tables`] as of [`crate::KvStorage::new_store`].
+    /// [`DeviceError::Quantize`].
     ///
     /// # Panics
     /// If `rows` is not a multiple of 128, or keys are stored before RoPE.

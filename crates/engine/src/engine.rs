@@ -3,7 +3,7 @@
 use crate::active::{Active, Held};
 use crate::scheduler::{Job, Kind, Limits, Part, Pass, Scheduler};
 use crate::{Completion, EngineError, Event, FinishReason, MemoryPlan, Options, Request, RequestId, SequenceId};
-use dibit_cache::{CacheLayout, Mode, Scheme, Sequence, Usage};
+use dibit_cache::{CacheLayout, CalibratedScheme, Mode, Sequence, Usage};
 use dibit_device::Device;
 use dibit_model::{Model, Pretrained};
 use dibit_runner::{Capacity, Executor, Runner};
@@ -42,7 +42,7 @@ impl Engine {
     pub fn new<D: Device + 'static>(
         device: &Arc<D>,
         pretrained: Arc<Pretrained>,
-        scheme: &Scheme,
+        scheme: &CalibratedScheme,
         options: Options,
     ) -> Result<Self, EngineError> {
         let layout = pretrained.cache_layout(scheme)?;

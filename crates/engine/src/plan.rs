@@ -1,7 +1,7 @@
 //! How much memory a run takes, known before it starts.
 
 use crate::{EngineError, Prefill};
-use dibit_cache::CacheLayout;
+use dibit_cache::CachePlan;
 use dibit_device::Budget;
 use dibit_model::{ModelConfig, pass_bytes};
 
@@ -52,7 +52,7 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     /// Plans a run on a device with this budget. A context longer than the model supports can be planned, but not run.
-    pub fn new(config: &ModelConfig, layout: &CacheLayout, options: Options, budget: &Budget) -> Self {
+    pub fn new(config: &ModelConfig, layout: &CachePlan, options: Options, budget: &Budget) -> Self {
         let Options { context, sequences, prefill } = options;
         let own = prefill.rows(context);
         let pass_rows = own.max(budget.prefill_rows.min(sequences.saturating_mul(own)));

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{CELLS, answer, engine, go_on, pretrained, request};
-use dibit_cache::Scheme;
+use dibit_cache::{CalibratedScheme, Scheme};
 use dibit_cpu::Cpu;
 use dibit_engine::{
     Chat, ChatOptions, Completion, Dry, Engine, EngineError, FinishReason, Options, Prefill, Request, Sampling,
@@ -103,7 +103,8 @@ fn impossible_requests_are_refused_before_anything_runs() {
     }
     let options = Options { context: 1025, sequences: 1, prefill: CELLS };
     let model = pretrained("qwen2-bias-bf16");
-    let refused = |options| Engine::new(&cpu, model.clone(), &Scheme::load("kivi").unwrap(), options).err().unwrap();
+    let refused =
+        |options| Engine::new(&cpu, model.clone(), &CalibratedScheme::load("kivi").unwrap(), options).err().unwrap();
     assert!(matches!(refused(options), EngineError::ContextTooLong { context: 1025, limit: 1024 }));
     assert!(matches!(refused(Options { context: 8, sequences: 0, prefill: CELLS }), EngineError::NoRoom));
 }
@@ -115,7 +116,7 @@ fn a_prompt_in_several_passes_attends_to_its_packed_beginning() {
     let run = |scheme: &str, prefill| {
         let model = pretrained("llama32-old-bf16");
         let options = Options { context: 1024, sequences: 1, prefill };
-        let mut engine = Engine::new(&cpu, model.clone(), &Scheme::load(scheme).unwrap(), options).unwrap();
+        let mut engine = Engine::new(&cpu, model.clone(), &CalibratedScheme::load(scheme).unwrap(), options).unwrap();
         engine.generate(std::slice::from_ref(&request), go_on).unwrap().remove(0)
     };
     let (whole, parts) = (run("kvlinc", Prefill::Exact), run("kvlinc", Prefill::Cells(128)));
@@ -177,7 +178,7 @@ fn a_cancelled_answer_stays_as_far_as_it_came() {
 fn the_oldest_turns_go_where_a_conversation_outgrows_its_context() {
     let (cpu, model) = (Arc::new(Cpu::new(Some(2)).unwrap()), pretrained("qwen2-bias-bf16"));
     let options = Options { context: 300, sequences: 1, prefill: CELLS };
-    let scheme = Scheme::load("kivi").unwrap();
+    let scheme = CalibratedScheme::load("kivi").unwrap();
     let mut engine = Engine::new(&cpu, model.clone(), &scheme, options).unwrap();
     let mut chat = conversation(&mut engine, Some("Be brief."), true);
     let mut dropped = false;

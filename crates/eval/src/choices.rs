@@ -1,6 +1,6 @@
 //! What reports sort schemes by.
 
-use dibit_cache::{CacheLayout, Correction, LayerOverride, PAGE_TOKENS, Packed, Scheme, Side, Transform};
+use dibit_cache::{CachePlan, CalibratedScheme, Correction, LayerOverride, PAGE_TOKENS, Packed, Side, Transform};
 use serde::Serialize;
 use std::ops::RangeInclusive;
 
@@ -35,7 +35,7 @@ pub struct LinearChoice {
 
 impl Choices {
     /// The choices of a scheme, whose layout has its tables.
-    pub fn new(scheme: &Scheme, layout: &CacheLayout) -> Self {
+    pub fn new(scheme: &CalibratedScheme, layout: &CachePlan) -> Self {
         let own = |own: &LayerOverride| format!("{:?}: {}; {}", own.layers, own.keys, unrotated(own.values));
         // A layer that only goes without the correction stores what the others store.
         let differs = |own: &&LayerOverride| (own.keys, own.values) != (scheme.keys, scheme.values);
@@ -60,7 +60,7 @@ impl Choices {
 }
 
 impl LinearChoice {
-    fn new(scheme: &Scheme, layout: &CacheLayout) -> Option<Self> {
+    fn new(scheme: &CalibratedScheme, layout: &CachePlan) -> Option<Self> {
         let calibration = scheme.calibration.as_ref()?;
         let corrected =
             |layer: &usize| layout.layers[*layer].linear.is_some() && calibration.layers[*layer].adapters.is_some();
@@ -105,7 +105,7 @@ fn unrotated(side: Side) -> Side {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use dibit_cache::{Adapters, CacheShape, Calibration, LayerCalibration};
+    use dibit_cache::{Adapters, CacheModel, CacheShape, CalibratedScheme, Calibration, LayerCalibration};
     use std::sync::Arc;
 
     const SHAPE: CacheShape = CacheShape { num_layers: 4, num_key_value_heads: 2, head_dim: 128 };
@@ -127,7 +127,7 @@ pub(crate) mod tests {
         Choices { others: "KIVI's".into(), rotated_values, correction: None }
     }
 
-    fn choices(mut scheme: Scheme, features: Option<usize>) -> Choices {
+    fn choices(mut scheme: CalibratedScheme, features: Option<usize>) -> Choices {
         // In the last layer every head is switched off.
         let layer = |features: usize, gate: f32| LayerCalibration {
             adapters: Some(Adapters { features, gates: vec![gate; 4], ..Adapters::default() }),
@@ -135,23 +135,24 @@ pub(crate) mod tests {
         };
         let layers = |features| [1.0, 1.0, 1.0, 0.0].map(|gate| layer(features, gate)).to_vec();
         scheme.calibration = features.map(|features| Arc::new(Calibration { layers: layers(features) }));
-        Choices::new(&scheme, &CacheLayout::new(&scheme, SHAPE).unwrap())
+        Choices::new(&scheme, &scheme.plan(&CacheModel::of_shape(SHAPE)).unwrap())
     }
 
     #[test]
     fn the_schemes_of_the_paper_differ_in_two_choices() {
         let names = ["kivi", "kivi-linc", "kvlinc-rotation", "kvlinc"];
-        let [kivi, corrected, rotated, both] = names.map(|name| choices(Scheme::load(name).unwrap(), Some(256)));
+        let [kivi, corrected, rotated, both] =
+            names.map(|name| choices(CalibratedScheme::load(name).unwrap(), Some(256)));
         for own in [&corrected, &rotated, &both] {
             assert_eq!(own.others, kivi.others);
         }
         assert_eq!([&kivi, &corrected, &rotated, &both].map(|own| own.rotated_values), [false, false, true, true]);
         assert!(kivi.correction.is_none() && rotated.correction.is_none() && both.correction == corrected.correction);
         for other in ["kivi-paper", "quarot", "fp16"] {
-            assert_ne!(choices(Scheme::load(other).unwrap(), None).others, kivi.others, "{other}");
+            assert_ne!(choices(CalibratedScheme::load(other).unwrap(), None).others, kivi.others, "{other}");
         }
         // Without adapters there is nothing that corrects.
-        assert_eq!(choices(Scheme::load("kvlinc").unwrap(), None), rotated);
+        assert_eq!(choices(CalibratedScheme::load("kvlinc").unwrap(), None), rotated);
     }
 
     #[test]
@@ -159,8 +160,8 @@ pub(crate) mod tests {
         let text = "name = \"part\"\ncorrection = { kind = \"linear\", features = 64, states = \"fp16\" }\n\
             [keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\nschedule = \"guaranteed\"\n\
             [layers.1]\ncorrection = \"none\"\n";
-        let own = choices(Scheme::parse(text, "part").unwrap(), Some(64));
-        assert_eq!(own.others, choices(Scheme::load("kivi").unwrap(), None).others);
+        let own = choices(CalibratedScheme::parse(text, "part").unwrap(), Some(64));
+        assert_eq!(own.others, choices(CalibratedScheme::load("kivi").unwrap(), None).others);
         let correction = own.correction.unwrap();
         assert_eq!((correction.features, correction.ranges()), (64, vec![0..=0, 2..=3]));
         assert!(!correction.is_everywhere());

@@ -2,19 +2,20 @@
 
 use crate::random_cache::random;
 use dibit_cache::{
-    Adapters, CacheShape, Calibration, KeyFeedback, LayerCalibration, Linear, Packed, PlaneBudget, Planes,
+    Adapters, CacheShape, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration, Linear, Packed, PlaneBudget,
+    Planes,
 };
 use dibit_cache::{Scheme, Side};
 use std::sync::Arc;
 
 /// The scheme with a calibration of the right shape where it can use one: channels in their own order, bases that turn
 /// nothing, planes around the average and random adapters.
-pub(crate) fn calibrated(scheme: &Scheme, shape: CacheShape, num_heads: usize) -> Scheme {
+pub(crate) fn calibrated(scheme: &Scheme, shape: CacheShape, num_heads: usize) -> CalibratedScheme {
     if !scheme.takes_calibration() {
-        return scheme.clone();
+        return scheme.clone().into();
     }
     let layers = (0..shape.num_layers).map(|layer| of_layer(scheme, layer, shape, num_heads)).collect();
-    Scheme { calibration: Some(Arc::new(Calibration { layers })), ..scheme.clone() }
+    CalibratedScheme { scheme: scheme.clone(), calibration: Some(Arc::new(Calibration { layers })) }
 }
 
 fn of_layer(scheme: &Scheme, layer: usize, shape: CacheShape, num_heads: usize) -> LayerCalibration {
@@ -60,20 +61,20 @@ fn planes(side: Side, budget: PlaneBudget, d: usize) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dibit_cache::{CacheModel, CalibratedScheme, Scheme};
 
     #[test]
     fn every_built_in_scheme_gets_what_it_needs() {
         let shape = CacheShape { num_layers: 2, num_key_value_heads: 2, head_dim: 64 };
         for name in Scheme::built_in() {
-            let scheme = calibrated(&Scheme::load(name).unwrap(), shape, 4);
-            let layout = dibit_cache::CacheLayout::new(&scheme, shape).unwrap();
+            let scheme = calibrated(&CalibratedScheme::load(name).unwrap(), shape, 4);
             assert_eq!(
-                layout.with_tables(vec![1.0; 32]).map(drop).map_err(|error| error.to_string()),
+                scheme.layout(&CacheModel::of_shape(shape)).map(drop).map_err(|error| error.to_string()),
                 Ok(()),
                 "{name}"
             );
         }
-        let dibit = Scheme::load("dibit").unwrap();
+        let dibit = CalibratedScheme::load("dibit").unwrap();
         let planes = planes(dibit.keys, dibit.planes, 64).unwrap();
         assert_eq!(planes.iter().map(|planes| usize::from(*planes)).sum::<usize>(), 64);
         assert_eq!((planes[0], planes[32], planes[63]), (2, 1, 0));

@@ -6,7 +6,7 @@
 //! exact prefill.
 
 use crate::EvalError;
-use dibit_cache::{CacheLayout, PAGE_TOKENS, Scheme, Sequence, Usage};
+use dibit_cache::{CacheLayout, CalibratedScheme, PAGE_TOKENS, Sequence, Usage};
 use dibit_device::Device;
 use dibit_model::{Distribution, Pretrained, windows};
 use dibit_runner::{Capacity, Models, Prefill, Runner};
@@ -80,13 +80,13 @@ pub struct Progress<'a> {
     pub windows: usize,
     /// Forward passes of all windows, those of the reference included.
     pub passes: usize,
-    /// Scheme whose forward pass comes next.
+    /// CalibratedScheme whose forward pass comes next.
     pub scheme: &'a str,
 }
 
 /// One scheme, read in one way, in the middle of a window.
 pub(crate) struct Contender<D: Device> {
-    pub scheme: Scheme,
+    pub scheme: CalibratedScheme,
     prefill: Prefill,
     runner: Runner<D>,
     /// The window in flight, and the tokens of its last pass.
@@ -115,7 +115,7 @@ pub(crate) struct Contender<D: Device> {
 pub fn perplexity<D: Device>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     ids: &[u32],
     options: PerplexityOptions,
     progress: impl FnMut(Progress) -> ControlFlow<()>,
@@ -151,13 +151,13 @@ pub fn perplexity<D: Device>(
 pub(crate) fn run_windows<D: Device, R>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    (schemes, prefills): (&[Scheme], &[Prefill]),
+    (schemes, prefills): (&[CalibratedScheme], &[Prefill]),
     (context, windows): (usize, &[Vec<u32>]),
     scored: Range<usize>,
     finish: impl Fn(Contender<D>) -> R,
     mut progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Vec<R>>, EvalError> {
-    let schemes = Scheme::with_reference(schemes)?;
+    let schemes = CalibratedScheme::with_reference(schemes)?;
     let layouts = schemes.iter().map(|scheme| pretrained.cache_layout(scheme)).collect::<Result<Vec<_>, _>>()?;
     let groups = groups(&layouts);
     let passes = windows.len() * (groups.len() + (schemes.len() - 1) * prefills.len());
@@ -221,7 +221,7 @@ fn groups(layouts: &[CacheLayout]) -> Vec<Vec<usize>> {
 impl<D: Device> Contender<D> {
     fn new(
         models: &mut Models<D>,
-        scheme: &Scheme,
+        scheme: &CalibratedScheme,
         layout: CacheLayout,
         context: usize,
         prefill: Prefill,
@@ -344,7 +344,7 @@ impl<D: Device> Contender<D> {
             bits: usage.bits(),
             allocated_bits: usage.allocated_bits(),
             packed_bits: layout.packed_bits(),
-            scheme: self.scheme.name,
+            scheme: self.scheme.scheme.name,
             prefill: self.prefill.to_string(),
             nll: self.nll,
             kl: self.kl,

@@ -1,7 +1,7 @@
 //! A cache of random keys and values, to measure with.
 
 use crate::EvalError;
-use dibit_cache::{CacheLayout, Sees, Sequence, Usage};
+use dibit_cache::{CacheLayout, Sequence, Usage};
 use dibit_device::{Arithmetic, Batch, DType, Device, DeviceError, KvCache, Measure, Mode, Pass, Tensor};
 use std::time::Duration;
 
@@ -22,14 +22,14 @@ impl<D: Device + Measure> RandomCache<D> {
     /// here only up to the token that is decoded, which sees itself exactly.
     pub fn new(
         device: &D,
-        mut layout: CacheLayout,
+        layout: CacheLayout,
         count: usize,
         tokens: usize,
         more: usize,
         arithmetic: Arithmetic,
     ) -> Result<Self, EvalError> {
         // What is stored is the same; only rows that are being written see it differently.
-        layout.sees = Sees::Exact;
+        let layout = layout.seen_exactly();
         let blocks = count * layout.blocks(tokens + more);
         let mut cache = KvCache::new(device, layout, blocks, count, FILL_ROWS.max(count), arithmetic)?;
         let mut sequences = Vec::new();

@@ -2,7 +2,7 @@
 
 use crate::EvalError;
 use crate::random_cache::{RandomCache, random};
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_device::{Device, Measure};
 use dibit_model::Pretrained;
 use dibit_timing::rounds;
@@ -19,7 +19,7 @@ const STEPS: usize = 15;
 pub fn attention_times<D: Device + Measure>(
     device: &D,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     context: usize,
 ) -> Result<Vec<Duration>, EvalError> {
     let config = &pretrained.config;

@@ -1,6 +1,6 @@
 //! The evaluation on checkpoints: against independent figures, and against itself.
 
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Tensor};
 use dibit_eval::{EvalError, Perplexity, PerplexityOptions, perplexity};
@@ -26,10 +26,10 @@ fn streaming(context: usize) -> Vec<Prefill> {
 fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, windows: usize) -> Perplexity {
     let cpu = Arc::new(Cpu::new(None).unwrap());
     let load = |name: &&str| match *name {
-        "rotated-per-channel" => Scheme::parse(ROTATED_PER_CHANNEL, name).unwrap(),
-        name => Scheme::load(name).unwrap(),
+        "rotated-per-channel" => CalibratedScheme::parse(ROTATED_PER_CHANNEL, name).unwrap(),
+        name => CalibratedScheme::load(name).unwrap(),
     };
-    let schemes: Vec<Scheme> = schemes.iter().map(load).collect();
+    let schemes: Vec<CalibratedScheme> = schemes.iter().map(load).collect();
     let options = PerplexityOptions { context, windows: Some(windows), prefills: streaming(context) };
     perplexity(&cpu, model, &schemes, ids, options, |_| ControlFlow::Continue(())).unwrap().unwrap()
 }
@@ -38,7 +38,7 @@ fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, window
 struct Anchor {
     model: &'static str,
     fp16: f64,
-    /// Scheme, perplexity, KL divergence: KIVI, rotated values; then rotated keys, per token and per channel.
+    /// CalibratedScheme, perplexity, KL divergence: KIVI, rotated values; then rotated keys, per token and per channel.
     schemes: [(&'static str, f64, f64); 4],
 }
 

@@ -1,6 +1,6 @@
 //! Generation of whole batches, on the CPU. No test looks at how fast anything is.
 
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_cpu::Cpu;
 use dibit_eval::bench::{BatchSize, ThroughputBench, ThroughputOptions, throughput};
 use dibit_model::{ModelFiles, Pretrained, WeightSource};
@@ -15,7 +15,7 @@ fn load(pooled: bool) -> Pretrained {
 }
 
 fn run(pretrained: &Pretrained, schemes: &[&str], batches: &[BatchSize], host_bytes: usize) -> ThroughputBench {
-    let schemes: Vec<Scheme> = schemes.iter().map(|name| Scheme::load(name).unwrap()).collect();
+    let schemes: Vec<CalibratedScheme> = schemes.iter().map(|name| CalibratedScheme::load(name).unwrap()).collect();
     let options = ThroughputOptions {
         batches: batches.to_vec(),
         prompt: 200,

@@ -3,7 +3,7 @@
 use crate::json::{ids, shown, whole};
 use crate::unread_keys::{self, WHOLE};
 use crate::{Architecture, ModelError, Rope};
-use dibit_cache::{CacheLayout, CacheShape, Scheme, SchemeError};
+use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, SchemeError};
 use dibit_device::DType;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -188,13 +188,18 @@ impl ModelConfig {
         }
     }
 
-    /// A scheme's cache for this model, with all that it needs to hold tokens. It takes values as plain weights compute them,
-    /// and transforms them itself; [`crate::Pretrained::cache_layout`] leaves that to the weights where it can.
+    /// What a cache needs to know of the model, whose plain weights leave transforms of values to it.
+    pub fn cache_model(&self) -> CacheModel {
+        CacheModel::new(self.cache_shape(), self.rope.inv_freq(self.head_dim))
+    }
+
+    /// A scheme's cache for this model. It takes values as plain weights compute them, and transforms them itself;
+    /// [`crate::Weights::cache_layout`] leaves that to the weights where it can.
     ///
     /// # Errors
     /// [`SchemeError`] where the scheme does not suit the model, or lacks its calibration.
-    pub fn cache_layout(&self, scheme: &Scheme) -> Result<CacheLayout, SchemeError> {
-        CacheLayout::new(scheme, self.cache_shape())?.with_tables(self.rope.inv_freq(self.head_dim))
+    pub fn cache_layout(&self, scheme: &CalibratedScheme) -> Result<CacheLayout, SchemeError> {
+        scheme.layout(&self.cache_model())
     }
 
     /// Numbers in all weights.

@@ -178,7 +178,7 @@ fn or_infinite(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dibit_cache::{CacheLayout, Calibration, KeyFeedback, LayerCalibration, Scheme};
+    use dibit_cache::{CacheModel, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration};
     use dibit_cpu::Cpu;
 
     const HIDDEN: usize = 48;
@@ -223,7 +223,7 @@ mod tests {
                 *x *= 64f32.powf(-(channel as f32) / d as f32);
             }
         }
-        let mut scheme = Scheme::load("dibit").unwrap();
+        let mut scheme = CalibratedScheme::load("dibit").unwrap();
         let planes = Some(vec![1; 2 * d]);
         let own = LayerCalibration {
             value_basis: Some(numbers),
@@ -233,7 +233,7 @@ mod tests {
             ..Default::default()
         };
         scheme.calibration = Some(Arc::new(Calibration { layers: vec![own] }));
-        let layout = CacheLayout::new(&scheme, shape(d)).unwrap().with_tables(vec![1.0; d / 2]).unwrap();
+        let layout = scheme.layout(&CacheModel::of_shape(shape(d))).unwrap();
         layout.online_values(0).unwrap()
     }
 

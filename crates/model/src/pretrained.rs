@@ -3,7 +3,7 @@ use crate::{
     ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, Tokenizer, TokenizerSettings, WeightSource,
     Weights,
 };
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::{CacheLayout, CalibratedScheme};
 use dibit_device::DType;
 use std::borrow::Cow;
 
@@ -74,12 +74,12 @@ impl Pretrained {
         })
     }
 
-    /// A scheme compiled for the model and its weights, with what its transforms need: see [`Weights::fuse`].
+    /// A scheme compiled for the model and its weights, with what its transforms need: see [`Weights::cache_layout`].
     ///
     /// # Errors
     /// As [`ModelConfig::cache_layout`].
-    pub fn cache_layout(&self, scheme: &Scheme) -> Result<CacheLayout, ModelError> {
-        Ok(self.weights.fuse(self.config.cache_layout(scheme)?))
+    pub fn cache_layout(&self, scheme: &CalibratedScheme) -> Result<CacheLayout, ModelError> {
+        Ok(self.weights.cache_layout(&self.config, scheme)?)
     }
 
     /// The chat template: `source`, or else the model's, if it has one. Special tokens are the model's either way.

@@ -2,7 +2,7 @@
 
 use crate::mixture::mixture;
 use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, Sketch, unread_tensors};
-use dibit_cache::CacheLayout;
+use dibit_cache::{CacheLayout, CalibratedScheme, SchemeError};
 use dibit_device::{Arithmetic, Bytes, DType, Tensor};
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -136,10 +136,13 @@ impl Weights {
         Ok(weights)
     }
 
-    /// The layout for a model of these weights ([`crate::Model::for_cache`]): transforms of values are fused into the
+    /// A scheme's cache for a model of these weights ([`crate::Model::for_cache`]): transforms of values are fused into the
     /// projections of layers whose weights are numbers, and the cache does those of the others.
-    pub fn fuse(&self, layout: CacheLayout) -> CacheLayout {
-        layout.with_fused_values(|layer| self.layers[layer].takes_fused_values())
+    ///
+    /// # Errors
+    /// As [`ModelConfig::cache_layout`].
+    pub fn cache_layout(&self, config: &ModelConfig, scheme: &CalibratedScheme) -> Result<CacheLayout, SchemeError> {
+        scheme.layout(&config.cache_model().fusing(|layer| self.layers[layer].takes_fused_values()))
     }
 
     /// In what a model of them computes: what is asked to be f32 anywhere is exact throughout.

@@ -6,7 +6,7 @@ mod passes;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
 use common::{Gguf, fixture, made_up, tiny};
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Mode};
 use dibit_model::{Message, Model, ModelError, ModelFiles, Pretrained, WeightSource};
@@ -32,7 +32,7 @@ fn load_gguf(gguf: &Gguf, dtype: Option<DType>) -> Result<Pretrained, ModelError
 fn logits(pretrained: &Pretrained, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
     let (cpu, config) = (Arc::new(Cpu::new(Some(2)).unwrap()), &pretrained.config);
     let model = Model::new(&cpu, config, &pretrained.weights).unwrap();
-    let layout = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
+    let layout = config.cache_layout(&CalibratedScheme::load("fp16").unwrap()).unwrap();
     passes::logits(&Arc::new(model), &layout, Mode::Streaming, ids, passes)
 }
 

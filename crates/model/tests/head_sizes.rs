@@ -2,7 +2,7 @@
 
 mod passes;
 
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Mode, Tensor};
 use dibit_model::{LinearWeights, Model, ModelConfig, ModelFiles, WeightSource, Weights};
@@ -43,8 +43,8 @@ impl Case {
         Case { config, weights }
     }
 
-    fn logits(&self, cpu: &Arc<Cpu>, scheme: &Scheme, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
-        let layout = self.weights.fuse(self.config.cache_layout(scheme).unwrap());
+    fn logits(&self, cpu: &Arc<Cpu>, scheme: &CalibratedScheme, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
+        let layout = self.weights.cache_layout(&self.config, scheme).unwrap();
         let model = Model::for_cache(cpu, &self.config, &self.weights, &layout).unwrap();
         passes::logits(&Arc::new(model), &layout, Mode::Chunk, ids, passes)
     }
@@ -143,7 +143,7 @@ fn a_prompt_equals_the_reference_whatever_the_scheme() {
         let case = Case::new(head_dim);
         let expected = case.reference(&ids);
         for name in ["fp16", "kivi", "kvlinc", "quarot", "gear", "kvlinc-rotation"] {
-            let got = case.logits(&cpu, &Scheme::load(name).unwrap(), &ids, &[ids.len()]);
+            let got = case.logits(&cpu, &CalibratedScheme::load(name).unwrap(), &ids, &[ids.len()]);
             close(&format!("{name} with heads of {head_dim}"), EXACT, &got, &expected);
         }
     }
@@ -156,8 +156,8 @@ fn decoding_equals_the_reference_as_far_as_the_cache_does() {
     let passes = [&[150][..], &[1; 10]].concat();
     let side = "bits = 8\naxis = \"token\"\ngroup = 32\ntransform = \"hadamard\"\n";
     let eight = format!("name = \"eight\"\n[keys]\n{side}[values]\n{side}");
-    let eight = Scheme::parse(&eight, "eight").unwrap();
-    let half = Scheme::load("fp16").unwrap();
+    let eight = CalibratedScheme::parse(&eight, "eight").unwrap();
+    let half = CalibratedScheme::load("fp16").unwrap();
     for head_dim in HEAD_DIMS {
         let case = Case::new(head_dim);
         let expected = case.reference(&ids);

@@ -2,7 +2,7 @@
 
 mod passes;
 
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Mode};
 use dibit_model::{ChatTemplate, Message, Model, ModelConfig, ModelFiles, Tokenizer, WeightSource, Weights};
@@ -47,16 +47,16 @@ fn load(cpu: &Arc<Cpu>, directory: &Path, dtype: Option<DType>) -> Loaded {
 }
 
 fn logits(model: &Arc<Model<Cpu>>, scheme: &str, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
-    let layout = model.config().cache_layout(&Scheme::load(scheme).unwrap()).unwrap();
+    let layout = model.config().cache_layout(&CalibratedScheme::load(scheme).unwrap()).unwrap();
     passes::logits(model, &layout, mode, ids, passes)
 }
 
 /// With values rotated by the projections.
 fn rotated(loaded: &Loaded, mode: Mode, ids: &[u32], passes: &[usize]) -> Vec<Vec<f32>> {
     let Loaded { config, weights, model } = loaded;
-    let layout = weights.fuse(config.cache_layout(&Scheme::load("kvlinc").unwrap()).unwrap());
+    let layout = weights.cache_layout(config, &CalibratedScheme::load("kvlinc").unwrap()).unwrap();
     let model = Arc::new(model.variant(weights, &layout).unwrap());
-    assert!(!model.suits(&config.cache_layout(&Scheme::load("kvlinc").unwrap()).unwrap()));
+    assert!(!model.suits(&config.cache_layout(&CalibratedScheme::load("kvlinc").unwrap()).unwrap()));
     passes::logits(&model, &layout, mode, ids, passes)
 }
 

@@ -5,7 +5,7 @@ mod passes;
 
 use candle_core::quantized::GgmlDType;
 use common::{Gguf, fixture, made_up};
-use dibit_cache::{CacheLayout, CacheShape, Calibration, LayerCalibration, Scheme};
+use dibit_cache::{CacheLayout, CacheShape, CalibratedScheme, Calibration, LayerCalibration};
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Mode, Tensor};
 use dibit_model::{Model, ModelError, ModelFiles, Pretrained, WeightSource};
@@ -36,7 +36,7 @@ fn load_gguf(gguf: &Gguf, dtype: Option<DType>) -> Pretrained {
 }
 
 /// Bases of random numbers, of a seed, that are far from orthogonal and from singular.
-fn in_planes(shape: CacheShape, seed: u64) -> Scheme {
+fn in_planes(shape: CacheShape, seed: u64) -> CalibratedScheme {
     let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
     let basis = |layer: u64| {
         let mut numbers = Tensor::random(seed + layer, 1.0, DType::F32, heads * d, d).to_f32();
@@ -51,13 +51,13 @@ fn in_planes(shape: CacheShape, seed: u64) -> Scheme {
         value_planes: Some(vec![4; heads * d]),
         ..Default::default()
     };
-    let mut scheme = Scheme::parse(PLANES, "planes").unwrap();
+    let mut scheme = CalibratedScheme::parse(PLANES, "planes").unwrap();
     scheme.calibration = Some(Arc::new(Calibration { layers: (0..shape.num_layers).map(layer).collect() }));
     scheme
 }
 
-fn schemes(shape: CacheShape) -> [Scheme; 2] {
-    [Scheme::parse(HADAMARD, "hadamard").unwrap(), in_planes(shape, 5)]
+fn schemes(shape: CacheShape) -> [CalibratedScheme; 2] {
+    [CalibratedScheme::parse(HADAMARD, "hadamard").unwrap(), in_planes(shape, 5)]
 }
 
 fn ids(count: usize, vocab_size: usize) -> Vec<u32> {
@@ -85,7 +85,7 @@ fn fused_is_online_is_plain() {
             let pretrained = load(&fixture(name), Some(dtype));
             let Pretrained { config, weights, .. } = &pretrained;
             let plain = Arc::new(Model::new(&cpu, config, weights).unwrap());
-            let half = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
+            let half = config.cache_layout(&CalibratedScheme::load("fp16").unwrap()).unwrap();
             let ids = ids(300, config.vocab_size);
             let prompt = |model: &Arc<Model<Cpu>>, layout: &CacheLayout| {
                 passes::logits(model, layout, Mode::Chunk, &ids, &[ids.len()])
@@ -121,7 +121,7 @@ fn quantised_projections_stay_as_they_are() {
         let config = &blocks.config;
         let ids = ids(300, config.vocab_size);
         let plain = Arc::new(Model::new(&cpu, config, &blocks.weights).unwrap());
-        let half = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
+        let half = config.cache_layout(&CalibratedScheme::load("fp16").unwrap()).unwrap();
         let prompt = |model: &Arc<Model<Cpu>>, layout: &CacheLayout| {
             passes::logits(model, layout, Mode::Chunk, &ids, &[ids.len()])
         };
@@ -151,7 +151,7 @@ fn quantised_projections_stay_as_they_are() {
             ];
             println!("{what}: {difference}, {differences:?}");
             assert!(differences[0] < 1e-4 && differences[1] < 0.1, "{what}: {differences:?}");
-            let forced = config.cache_layout(&scheme).unwrap().with_fused_values(|_| true);
+            let forced = scheme.layout(&config.cache_model().fusing(|_| true)).unwrap();
             let refused = Model::for_cache(&cpu, config, &blocks.weights, &forced).err().unwrap();
             assert!(matches!(refused, ModelError::QuantisedValues { layer: 0 }), "{refused}");
         }
@@ -169,7 +169,7 @@ fn layers_may_differ() {
     mixed.weights.layers[1].v = numbers.weights.layers[1].v.clone();
     let config = &mixed.config;
     let ids = ids(200, config.vocab_size);
-    let half = config.cache_layout(&Scheme::load("fp16").unwrap()).unwrap();
+    let half = config.cache_layout(&CalibratedScheme::load("fp16").unwrap()).unwrap();
     let plain = Arc::new(Model::new(&cpu, config, &mixed.weights).unwrap());
     let expected = passes::logits(&plain, &half, Mode::Chunk, &ids, &[200]);
     for scheme in schemes(config.cache_shape()) {
@@ -188,7 +188,8 @@ fn variants_are_the_models_that_they_stand_for() {
     let pretrained = load(&fixture("qwen2-bias-bf16"), None);
     let Pretrained { config, weights, .. } = &pretrained;
     let ids = ids(150, config.vocab_size);
-    let mut layouts: Vec<CacheLayout> = vec![pretrained.cache_layout(&Scheme::load("kivi").unwrap()).unwrap()];
+    let mut layouts: Vec<CacheLayout> =
+        vec![pretrained.cache_layout(&CalibratedScheme::load("kivi").unwrap()).unwrap()];
     let [hadamard, basis] = schemes(config.cache_shape());
     let other = in_planes(config.cache_shape(), 50);
     layouts.extend([hadamard, basis, other].map(|scheme| pretrained.cache_layout(&scheme).unwrap()));

@@ -1,5 +1,5 @@
 use crate::{Capacity, Runner};
-use dibit_cache::{Mode, Scheme};
+use dibit_cache::{CalibratedScheme, Mode};
 use dibit_device::Device;
 use dibit_model::{Model, ModelConfig, ModelError, Observer, Weights};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ impl<D: Device> ExactPass<D> {
     /// # Errors
     /// [`ModelError::Device`] where memory is short.
     pub fn new(device: &Arc<D>, config: &ModelConfig, weights: &Weights, context: usize) -> Result<Self, ModelError> {
-        let layout = config.cache_layout(&Scheme::load("fp16")?)?;
+        let layout = config.cache_layout(&CalibratedScheme::load("fp16")?)?;
         let capacity = Capacity::of_one(&layout, context, 1);
         let model = Arc::new(Model::new(device, config, weights)?);
         Ok(ExactPass { runner: Runner::new(model, layout, capacity)? })

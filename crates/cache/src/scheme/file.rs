@@ -177,7 +177,6 @@ impl SchemeFile {
             planes: PlaneBudget { pool: Pool::Model, most: MOST_PLANES },
             layers: Vec::new(),
             classes: Vec::new(),
-            calibration: None,
         };
         scheme.correction = self.correction.map_or(Ok(Correction::NONE), CorrectionFile::validate)?;
         check_correction(scheme.correction, scheme.keys)?;

@@ -15,9 +15,8 @@ pub use choices::{
     Sees, Side, Sinks, StateType, Statistic, Transform,
 };
 
-use crate::{Calibration, SchemeError, Window};
+use crate::{CacheModel, CachePlan, SchemeError, Window};
 use std::path::Path;
-use std::sync::Arc;
 
 macro_rules! built_in {
     ($($name:literal),* $(,)?) => { [$(($name, include_str!(concat!("../schemes/", $name, ".toml")))),*] };
@@ -78,8 +77,6 @@ pub struct Scheme {
     pub layers: Vec<LayerOverride>,
     /// Kinds of tokens with choices of their own: class 1 and on; class 0 is every other token.
     pub classes: Vec<Class>,
-    /// What was calibrated for it on the model at hand.
-    pub calibration: Option<Arc<Calibration>>,
 }
 
 impl Scheme {
@@ -104,14 +101,12 @@ impl Scheme {
         }
     }
 
-    /// These schemes behind the reference `fp16`, which is there once, whether it is among them or not.
+    /// The scheme in a model, without a calibration, as far as planning goes.
     ///
     /// # Errors
-    /// None, unless the reference itself is broken.
-    pub fn with_reference(schemes: &[Scheme]) -> Result<Vec<Self>, SchemeError> {
-        let reference = Scheme::load("fp16")?;
-        let others = schemes.iter().filter(|scheme| **scheme != reference).cloned();
-        Ok(std::iter::once(reference.clone()).chain(others).collect())
+    /// Those of [`CachePlan::new`].
+    pub fn plan(&self, model: &CacheModel) -> Result<CachePlan, SchemeError> {
+        CachePlan::new(self, None, model)
     }
 
     /// A scheme from the text of its file; `origin` names it in errors.
@@ -183,18 +178,6 @@ impl Scheme {
     /// Whether pages protect tokens with small values.
     pub fn protects_small_values(&self) -> bool {
         matches!(self.sinks, Sinks::Auto(_))
-    }
-
-    /// What the scheme asks for and goes without, as a sentence; `None` where nothing is missing.
-    pub fn notice(&self) -> Option<String> {
-        let trained = self.calibration.iter().flat_map(|own| &own.layers).any(|layer| layer.adapters.is_some());
-        (self.linear().is_some() && !trained).then(|| {
-            format!(
-                "{}: no adapters of the linear correction for this model; running the quantiser without it \
-                 (`dibit calibrate --kv {}` trains them)",
-                self.name, self.origin
-            )
-        })
     }
 
     /// Choices that are allowed and cost much accuracy, as sentences.

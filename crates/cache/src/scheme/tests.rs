@@ -1,5 +1,5 @@
 use super::*;
-use crate::Schedule;
+use crate::{CalibratedScheme, Schedule};
 use dibit_quant::{Bits, Clip, Quantizer};
 
 const BASE: &str = "name = \"mine\"\n[keys]\nbits = 2\n[values]\nbits = 4\ngroup = 32\n[window]\ntokens = 64\nschedule = \"guaranteed\"\n";
@@ -17,8 +17,8 @@ fn every_built_in_scheme_loads_under_its_own_name() {
     }
     let kvlinc = Scheme::load("kvlinc").unwrap();
     assert_eq!(kvlinc.values.transform(), Transform::Hadamard);
-    assert!(kvlinc.notice().unwrap().contains("linear correction"));
-    assert_eq!(Scheme::load("kivi").unwrap().notice(), None);
+    assert!(CalibratedScheme::from(kvlinc.clone()).notice().unwrap().contains("linear correction"));
+    assert_eq!(CalibratedScheme::load("kivi").unwrap().notice(), None);
 }
 
 #[test]

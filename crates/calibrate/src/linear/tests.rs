@@ -5,7 +5,7 @@ use super::layer_pass::{Attended, Input, LayerPass, Sums, Task};
 use super::recipe::{Recipe, Start};
 use super::start::{Seen, start};
 use super::tiles::Tiles;
-use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme};
 use dibit_cpu::{Cpu, Isa};
 use dibit_device::{Memory, Train};
 
@@ -27,8 +27,7 @@ fn layout(shape: AdapterShape, sinks: usize) -> CacheLayout {
          [values]\nbits = 2\naxis = \"token\"\ngroup = 128\n[window]\ntokens = 128\nschedule = \"guaranteed\"\n{sinks}"
     );
     let cache = CacheShape { num_layers: 1, num_key_value_heads: shape.kv_heads, head_dim: shape.head_dim };
-    let layout = CacheLayout::new(&Scheme::parse(&text, "x").unwrap(), cache).unwrap();
-    layout.with_tables(vec![1.0; shape.head_dim / 2]).unwrap()
+    CalibratedScheme::parse(&text, "x").unwrap().layout(&CacheModel::of_shape(cache)).unwrap()
 }
 
 /// A layer of a sequence, and adapters.

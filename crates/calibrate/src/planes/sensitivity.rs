@@ -4,7 +4,9 @@
 //! quantised and every later one as it is.
 
 use crate::CalibrationError;
-use dibit_cache::{CacheShape, Calibration, Correction, LayerCalibration, LayerOverride, Scheme, Side};
+use dibit_cache::{
+    CacheShape, CalibratedScheme, Calibration, Correction, LayerCalibration, LayerOverride, Scheme, Side,
+};
 use dibit_device::Device;
 use dibit_model::{Distribution, Model, Pretrained};
 use dibit_runner::{Capacity, Runner};
@@ -55,11 +57,11 @@ pub(crate) struct Alone {
 
 impl Alone {
     /// The scheme that packs this side by a calibration, and has everything else in 16 bit.
-    fn scheme(&self, scheme: &Scheme, calibration: &LayerCalibration, num_layers: usize) -> Scheme {
+    fn scheme(&self, scheme: &Scheme, calibration: &LayerCalibration, num_layers: usize) -> CalibratedScheme {
         let (keys, values) = scheme.sides(0, self.layer);
         let mut layers = vec![LayerCalibration::default(); num_layers];
         layers[self.layer] = calibration.clone();
-        Scheme {
+        let scheme = Scheme {
             keys: Side::Half,
             values: Side::Half,
             correction: Correction::NONE,
@@ -69,9 +71,9 @@ impl Alone {
                 values: if self.keys { Side::Half } else { values },
                 correction: Correction::NONE,
             }],
-            calibration: Some(Arc::new(Calibration { layers })),
             ..scheme.clone()
-        }
+        };
+        CalibratedScheme { scheme, calibration: Some(Arc::new(Calibration { layers })) }
     }
 }
 
@@ -94,7 +96,7 @@ impl<'a, D: Device> Sensitivities<'a, D> {
     ) -> Result<Self, CalibrationError> {
         let config = &pretrained.config;
         let context = windows.iter().map(|window| window.len()).max().unwrap_or(0);
-        let layout = config.cache_layout(&Scheme::load("fp16")?)?;
+        let layout = config.cache_layout(&CalibratedScheme::load("fp16")?)?;
         let capacity = Capacity::of_one(&layout, context, LOGIT_ROWS);
         let model = Arc::new(Model::new(device, config, &pretrained.weights)?);
         Ok(Sensitivities { exact: Runner::new(model, layout, capacity)?, device, pretrained, scheme, windows })

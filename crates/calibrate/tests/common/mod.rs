@@ -1,7 +1,7 @@
 //! What the tests of calibration share: small models, schemes and runs.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_calibrate::{Artefact, CalibrationError, Options, Recipe, Text, calibrate};
 use dibit_cpu::Cpu;
 use dibit_device::DType;
@@ -60,8 +60,8 @@ pub fn text(count: usize, seed: u64) -> Vec<u32> {
     (0..count).map(|_| next()).collect()
 }
 
-pub fn parse(text: &str) -> Scheme {
-    Scheme::parse(text, "mine").unwrap()
+pub fn parse(text: &str) -> CalibratedScheme {
+    CalibratedScheme::parse(text, "mine").unwrap()
 }
 
 /// RotateKV without sinks and window, so that every token is packed.
@@ -100,7 +100,7 @@ pub fn one(ids: &[u32]) -> Text {
 /// Runs to the end.
 pub fn try_make(
     pretrained: &Pretrained,
-    scheme: &Scheme,
+    scheme: &CalibratedScheme,
     ids: &[u32],
     options: &Options,
 ) -> Result<Artefact, CalibrationError> {
@@ -109,7 +109,7 @@ pub fn try_make(
     Ok(made.expect("nobody stopped it"))
 }
 
-pub fn make(pretrained: &Pretrained, scheme: &Scheme, ids: &[u32], options: &Options) -> Artefact {
+pub fn make(pretrained: &Pretrained, scheme: &CalibratedScheme, ids: &[u32], options: &Options) -> Artefact {
     try_make(pretrained, scheme, ids, options).unwrap()
 }
 

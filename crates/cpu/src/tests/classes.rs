@@ -9,7 +9,7 @@ pub(super) fn with_classes(window: &str) -> Case {
          group = 64\n[sinks]\nkind = \"massive\"\ncount = 4\n{window}[classes.text.layers.1]\nkeys = {{ bits = 4 }}\n\
          values = {{ bits = 3 }}\n"
     );
-    let mut case = Case::new(Scheme::parse(&text, "vl").unwrap(), 4, 2, 64);
+    let mut case = Case::new(CalibratedScheme::parse(&text, "vl").unwrap(), 4, 2, 64);
     case.classes = (0..700).map(|token| u8::from(token % 7 < 3 || token / 100 == 2)).collect();
     case
 }
@@ -46,7 +46,7 @@ fn classes_take_the_bytes_of_their_own_bits() {
     manager.advance(&mut sequence, 700);
     let of_text = case.classes.iter().filter(|class| **class == 1).count();
     assert_eq!(sequence.num_blocks(), of_text.div_ceil(128) + (700 - of_text).div_ceil(128));
-    let usage = manager.layout().sequence_usage(&sequence, Default::default());
+    let usage = manager.plan().sequence_usage(&sequence, Default::default());
     // Layer 0 has 2 bit for all; scales and zeros take half a bit in groups of 64.
     let side = |bits: usize| 2 * (64 * bits / 8 + 4);
     let others = 2 * side(2) * (700 - of_text);

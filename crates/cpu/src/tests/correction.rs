@@ -4,12 +4,12 @@ use super::*;
 
 const TOKENS: usize = 700;
 
-fn linear(more: &str) -> Scheme {
+fn linear(more: &str) -> CalibratedScheme {
     let side = "bits = 2\ngroup = 64";
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"";
     let correction = format!("correction = {{ kind = \"linear\", features = 64{more} }}");
     let text = format!("name = \"own\"\n{correction}\n[keys]\n{side}\n[values]\n{side}\n{window}");
-    Scheme::parse(&text, "own").unwrap()
+    CalibratedScheme::parse(&text, "own").unwrap()
 }
 
 /// The case with other adapters.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::encode::{Encoder, Tokens};
-use dibit_cache::{Along, PackedSide, SideLayout};
+use dibit_cache::{Along, CacheModel, CalibratedScheme, PackedSide, SideLayout};
 use dibit_quant::{Parameters, QuantError, unpack};
 
 /// Keys or values of a scheme with this quantiser.
@@ -17,9 +17,10 @@ fn side(keys: bool, channel: bool, bits: usize, group: usize, quantizer: usize, 
     ][quantizer];
     let own = format!("bits = {}\naxis = \"{axis}\"\ngroup = {group}\n{quantizer}", [2, 3, 4, 5, 6, 8][bits]);
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"";
-    let scheme = Scheme::parse(&format!("name = \"own\"\n[keys]\n{own}\n[values]\n{own}\n{window}"), "own").unwrap();
+    let scheme =
+        CalibratedScheme::parse(&format!("name = \"own\"\n[keys]\n{own}\n[values]\n{own}\n{window}"), "own").unwrap();
     let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim };
-    let page = CacheLayout::new(&scheme, shape).unwrap().layers[0].pages[0];
+    let page = scheme.plan(&CacheModel::of_shape(shape)).unwrap().layers[0].pages[0];
     match if keys { page.keys } else { page.values } {
         SideLayout::Packed(side) => {
             PackedSide { codes: 0, scales: side.scales - side.codes, zeros: side.zeros - side.codes, ..side }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::encode::{Encoder, Tokens};
 use crate::feedback::HeadFeedback;
-use dibit_cache::{CodingOrder, KeyFeedback, LayerCalibration, PackedSide, Planes, SideLayout};
+use dibit_cache::{CacheModel, CodingOrder, KeyFeedback, LayerCalibration, PackedSide, Planes, SideLayout};
 use dibit_quant::{Bits, unpack};
 
 fn numbers(golden: &serde_json::Value, name: &str) -> Vec<f32> {
@@ -40,7 +40,7 @@ fn codes_with_feedback_are_those_of_numpy() {
     let layer = LayerCalibration { key_planes: Some(counts.clone()), ..Default::default() };
     scheme.calibration = Some(Arc::new(Calibration { layers: vec![layer] }));
     let shape = CacheShape { num_layers: 1, num_key_value_heads: 1, head_dim: d };
-    let page_layout = CacheLayout::new(&scheme, shape).unwrap().layers[0].pages[0];
+    let page_layout = scheme.plan(&CacheModel::of_shape(shape)).unwrap().layers[0].pages[0];
     let orders = [Planes::order(&counts)];
     let feedback = HeadFeedback::all(&CodingOrder::new(&feedback, Some(&orders), d), d);
     let SideLayout::Packed(side) = page_layout.keys else { unreachable!("packed keys") };

@@ -1,6 +1,6 @@
 //! Made-up numbers, calibrations and schemes.
 
-use dibit_cache::{Adapters, CacheShape, KeyFeedback, LayerCalibration, Linear, Scheme};
+use dibit_cache::{Adapters, CacheShape, CalibratedScheme, KeyFeedback, LayerCalibration, Linear};
 use half::f16;
 
 /// fp16-representable numbers with outlier channels.
@@ -18,7 +18,12 @@ pub(crate) fn noise(seed: usize, len: usize, width: usize) -> Vec<f32> {
 
 /// A made-up calibration: channels of each frame in another order, and reflections as bases; those of values that have
 /// planes stretched.
-pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize, frame: usize) -> LayerCalibration {
+pub(crate) fn calibration(
+    scheme: &CalibratedScheme,
+    shape: CacheShape,
+    query_heads: usize,
+    frame: usize,
+) -> LayerCalibration {
     let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
     let adapters = scheme.linear().map(|Linear { features, .. }| {
         let maps = |seed: usize, heads: usize| {
@@ -63,35 +68,35 @@ pub(crate) fn calibration(scheme: &Scheme, shape: CacheShape, query_heads: usize
     }
 }
 
-pub(crate) fn scheme(name: &str) -> Scheme {
-    Scheme::load(name).unwrap()
+pub(crate) fn scheme(name: &str) -> CalibratedScheme {
+    CalibratedScheme::load(name).unwrap()
 }
 
-pub(crate) fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> Scheme {
+pub(crate) fn custom(key_bits: u32, value_bits: u32, group: usize, window: &str) -> CalibratedScheme {
     let side = |bits| if bits == 16 { "bits = 16".to_owned() } else { format!("bits = {bits}\ngroup = {group}") };
     let window = if window.is_empty() { String::new() } else { format!("[window]\n{window}\n") };
     let (keys, values) = (side(key_bits), side(value_bits));
     let text = format!("name = \"custom\"\n[keys]\n{keys}\n[values]\n{values}\n{window}");
-    Scheme::parse(&text, "custom").unwrap()
+    CalibratedScheme::parse(&text, "custom").unwrap()
 }
 
 /// A scheme with the usual window and one sink.
-pub(crate) fn own(correction: &str, keys: &str, values: &str) -> Scheme {
+pub(crate) fn own(correction: &str, keys: &str, values: &str) -> CalibratedScheme {
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"first\"\ncount = 1";
     let text = format!("name = \"own\"\n{correction}\n[keys]\n{keys}\n[values]\n{values}\n{window}");
-    Scheme::parse(&text, &format!("own: {correction} {keys}")).unwrap()
+    CalibratedScheme::parse(&text, &format!("own: {correction} {keys}")).unwrap()
 }
 
 /// A scheme whose pages protect tokens with small values.
-pub(crate) fn protecting(correction: &str, keys: &str, values: &str) -> Scheme {
+pub(crate) fn protecting(correction: &str, keys: &str, values: &str) -> CalibratedScheme {
     let window = "[window]\ntokens = 128\nschedule = \"guaranteed\"\n[sinks]\nkind = \"auto\"\ncount = 2";
     let text = format!("name = \"own\"\n{correction}\n[keys]\n{keys}\n[values]\n{values}\n{window}");
-    Scheme::parse(&text, &format!("protecting: {correction} {keys} {values}")).unwrap()
+    CalibratedScheme::parse(&text, &format!("protecting: {correction} {keys} {values}")).unwrap()
 }
 
 /// A linear correction under another schedule, or none.
-pub(crate) fn corrected(window: &str, axis: &str) -> Scheme {
+pub(crate) fn corrected(window: &str, axis: &str) -> CalibratedScheme {
     let keys = format!("[keys]\nbits = 2\naxis = \"{axis}\"");
     let text = format!("name = \"own\"\ncorrection = \"linear\"\n{keys}\n[values]\nbits = 2\n{window}");
-    Scheme::parse(&text, "corrected").unwrap()
+    CalibratedScheme::parse(&text, "corrected").unwrap()
 }

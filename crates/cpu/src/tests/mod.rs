@@ -11,7 +11,8 @@ mod random;
 use super::*;
 use classes::with_classes;
 use dibit_cache::{
-    Adapters, AutoSinks, CacheManager, CacheShape, Calibration, Pivots, Scheme, Sees, Sequence, Side, Sinks,
+    Adapters, AutoSinks, CacheLayout, CacheManager, CacheModel, CacheShape, CalibratedScheme, Calibration, Pivots,
+    Scheme, Sees, Sequence, Side, Sinks,
 };
 use dibit_device::{Arithmetic, KvCache, Mode, Pass};
 use half::f16;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 const LAYER: usize = 1;
 
 struct Case {
-    scheme: Scheme,
+    scheme: CalibratedScheme,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -37,10 +38,11 @@ impl Case {
         CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim }
     }
 
-    fn new(mut scheme: Scheme, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+    fn new(scheme: impl Into<CalibratedScheme>, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let mut scheme = scheme.into();
         let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim };
         if scheme.takes_calibration() {
-            let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * head_dim;
+            let frame = scheme.plan(&CacheModel::of_shape(shape)).unwrap().layers[LAYER].frame * head_dim;
             scheme.calibration =
                 Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
         }
@@ -58,14 +60,13 @@ impl Case {
     }
 
     fn layout(&self) -> CacheLayout {
-        let inv_freq = (0..self.head_dim / 2).map(|c| 10000f32.powf(-2.0 * c as f32 / self.head_dim as f32)).collect();
-        CacheLayout::new(&self.scheme, self.shape()).unwrap().with_tables(inv_freq).unwrap()
+        self.scheme.layout(&CacheModel::of_shape(self.shape())).unwrap()
     }
 
     fn manager(&self, len: usize, sequences: usize) -> CacheManager {
         let layout = self.layout();
         let blocks = sequences * layout.blocks(len);
-        CacheManager::new(layout, blocks, sequences)
+        CacheManager::new((*layout).clone(), blocks, sequences)
     }
 
     fn cache(&self, cpu: &Cpu, len: usize, sequences: usize, max_rows: usize) -> KvCache<Cpu> {
@@ -97,7 +98,7 @@ impl Case {
         let calibration = self.scheme.calibration.as_ref().map(|all| all.layers[LAYER].clone());
         let mut reference = Reference {
             head_dim: self.head_dim,
-            inv_freq: layout.tables().unwrap().inv_freq.clone(),
+            inv_freq: layout.tables().inv_freq.clone(),
             calibration: calibration.unwrap_or_default(),
             rotated_heads: layer.rotated_heads,
             sinks: match self.scheme.sinks {
@@ -288,8 +289,8 @@ fn data(case: &Case, tokens: usize) -> [Vec<f32>; 3] {
 }
 
 /// Built-in schemes, and others that choose what those do not.
-fn all_schemes() -> Vec<Scheme> {
-    let mut schemes: Vec<Scheme> = Scheme::built_in().map(scheme).collect();
+fn all_schemes() -> Vec<CalibratedScheme> {
+    let mut schemes: Vec<CalibratedScheme> = Scheme::built_in().map(scheme).collect();
     schemes.extend([
         custom(4, 2, 32, "tokens = 100\nschedule = \"guaranteed\""),
         custom(16, 8, 64, "tokens = 256\nschedule = \"kivi\""),
@@ -324,9 +325,9 @@ fn all_schemes() -> Vec<Scheme> {
 }
 
 /// Whether a head is too small for the scheme's channels in 16 bit, which is an error of the layout.
-fn lacks_channels(scheme: &Scheme, head_dim: usize) -> bool {
+fn lacks_channels(scheme: &CalibratedScheme, head_dim: usize) -> bool {
     let shape = CacheShape { num_layers: 2, num_key_value_heads: 2, head_dim };
-    let refused = CacheLayout::new(scheme, shape).err();
+    let refused = scheme.plan(&CacheModel::of_shape(shape)).err();
     refused.inspect(|error| assert!(error.to_string().contains("which is none"), "{error}")).is_some()
 }
 

@@ -32,7 +32,7 @@ proptest! {
             ["", "[sinks]\nkind = \"first\"\ncount = 5\n", "[sinks]\nkind = \"massive\"\ncount = 1\n"][sinks],
         );
         // Combinations that are refused are another test's.
-        let scheme = Scheme::parse(&text, "random");
+        let scheme = CalibratedScheme::parse(&text, "random");
         prop_assume!(scheme.is_ok());
         let scheme = scheme.unwrap();
         let case = Case::new(scheme, 2 * kv_heads, kv_heads, 8 * head_dim).protecting(&[0]);

@@ -1,6 +1,6 @@
 //! Decode attention of every method against values computed by NumPy (tools/golden_schemes.py), on any device.
 
-use dibit_cache::{CacheLayout, CacheShape, Calibration, LayerCalibration, Scheme, Sinks};
+use dibit_cache::{CacheModel, CacheShape, CalibratedScheme, Calibration, LayerCalibration, Sinks};
 use dibit_device::{Arithmetic, Batch, Device, DeviceError, KvCache, Mode, Pass};
 use dibit_quant::Hadamard;
 use half::f16;
@@ -50,7 +50,7 @@ fn rotate(out: &mut [f32], basis: &[f32], d: usize, kv_heads: usize) {
 fn run<D: Device>(device: &D, arithmetic: Arithmetic, golden: &Golden, case: &str, shape: [usize; 4]) -> Vec<f32> {
     let [tokens, heads, kv_heads, d] = shape;
     let set = golden.text(case, "set");
-    let mut scheme = Scheme::parse(golden.text(case, "scheme"), case).unwrap();
+    let mut scheme = CalibratedScheme::parse(golden.text(case, "scheme"), case).unwrap();
     let tensor = |name: &str| format!("{case}.{name}");
     let layer = LayerCalibration {
         // Within a frame the script counts from the frame's first channel.
@@ -60,14 +60,14 @@ fn run<D: Device>(device: &D, arithmetic: Arithmetic, golden: &Golden, case: &st
         ..LayerCalibration::default()
     };
     let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim: d };
-    let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * d;
+    let frame = scheme.plan(&CacheModel::of_shape(shape)).unwrap().layers[LAYER].frame * d;
     let permutation = layer.permutation.map(|order| {
         order.iter().enumerate().map(|(place, channel)| channel + (place / frame * frame) as u32).collect()
     });
     let layer = LayerCalibration { permutation, ..layer };
     scheme.calibration = scheme.is_calibrated().then(|| Arc::new(Calibration { layers: vec![layer.clone(), layer] }));
     let inv_freq = golden.floats(&format!("{set}.inv_freq")).unwrap();
-    let layout = CacheLayout::new(&scheme, shape).unwrap().with_tables(inv_freq).unwrap();
+    let layout = scheme.layout(&CacheModel::new(shape, inv_freq)).unwrap();
 
     let (q, k, v) =
         (golden.halves(&format!("{set}.q")), golden.halves(&format!("{set}.k")), golden.halves(&format!("{set}.v")));

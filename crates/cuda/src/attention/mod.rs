@@ -14,7 +14,7 @@ use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
 use crate::store::{CudaStore, ROWS};
 use crate::{Cuda, CudaError, abi};
-use dibit_cache::{CacheLayout, LayerLayout};
+use dibit_cache::{CachePlan, LayerLayout};
 use dibit_device::{Arithmetic, Attention, DeviceError, Phase};
 use packed::Packed;
 use std::ops::Range;
@@ -33,7 +33,7 @@ pub(crate) struct Kernels {
 
 impl Kernels {
     /// Those of a layer, compiled where that has not been done.
-    pub(crate) fn new(c: &Cuda, layout: &CacheLayout, index: usize) -> Result<Self, CudaError> {
+    pub(crate) fn new(c: &Cuda, layout: &CachePlan, index: usize) -> Result<Self, CudaError> {
         Ok(Kernels { packed: Packed::new(&c.gpu, layout, index)?, tiles: Tiles::new(&c.gpu, layout, index)? })
     }
 }
@@ -46,7 +46,7 @@ enum Path<'a> {
 }
 
 /// How attention of passes of a phase is computed, in words.
-pub(crate) fn describe(layout: &CacheLayout, arithmetic: Arithmetic, phase: Phase) -> String {
+pub(crate) fn describe(layout: &CachePlan, arithmetic: Arithmetic, phase: Phase) -> String {
     let exact = "f32, pages of any form expanded in shared memory";
     if arithmetic == Arithmetic::Exact {
         return format!("{exact} (the weights are f32)");

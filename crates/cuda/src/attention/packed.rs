@@ -6,7 +6,7 @@ use crate::kernel::{Grid, Kernel, launch};
 use crate::source::PACKED;
 use crate::store::CudaStore;
 use crate::{Cuda, CudaError};
-use dibit_cache::{Along, CacheLayout, PAGE_TOKENS, PackedSide, PageLayout, Schedule, SideLayout, Transform};
+use dibit_cache::{Along, CachePlan, PAGE_TOKENS, PackedSide, PageLayout, Schedule, SideLayout, Transform};
 use dibit_quant::{Bits, Quantizer};
 
 /// As in kernels/packed/constants.cuh.
@@ -62,7 +62,7 @@ fn suits_values(page: &PageLayout, head_dim: usize) -> Option<PackedSide> {
 
 impl Packed {
     /// What the kernel of a layer is compiled with, where it suits the layer.
-    pub(super) fn suits(layout: &CacheLayout, index: usize) -> Option<Macros> {
+    pub(super) fn suits(layout: &CachePlan, index: usize) -> Option<Macros> {
         let (layer, head_dim) = (&layout.layers[index], layout.shape.head_dim);
         if !matches!(head_dim, 64 | 128) || !layout.classes.is_empty() || matches!(layer.keys, Transform::PreRope(_)) {
             return None;
@@ -93,7 +93,7 @@ impl Packed {
         Some(Macros { values: own, columns, key_planes })
     }
 
-    pub(super) fn new(gpu: &Gpu, layout: &CacheLayout, index: usize) -> Result<Option<Self>, CudaError> {
+    pub(super) fn new(gpu: &Gpu, layout: &CachePlan, index: usize) -> Result<Option<Self>, CudaError> {
         let Some(macros) = Packed::suits(layout, index) else { return Ok(None) };
         let pages = &layout.layers[index].pages;
         let shared_bytes = pages.iter().map(|page| shared_bytes(page, &macros, layout.shape.head_dim)).max();
@@ -132,7 +132,7 @@ fn shared_bytes(page: &PageLayout, macros: &Macros, head_dim: usize) -> usize {
 
 /// Splits of any span of up to `rows` rows that see up to `longest` tokens of a cache, at most: those of pages, and those of
 /// tokens in 16 bit. `split_pages` in kernels/packed/constants.cuh says how many a span has.
-pub(super) fn splits(layout: &CacheLayout, longest: usize, rows: usize) -> usize {
+pub(super) fn splits(layout: &CachePlan, longest: usize, rows: usize) -> usize {
     let pages = longest.div_ceil(PAGE_TOKENS);
     let of_pages = pages.min(4).max(pages.div_ceil(16)).min(44);
     let recent = layout.window.key_slots().max(layout.window.value_slots()).min(longest + 1);

@@ -6,7 +6,7 @@ use crate::kernel::{Grid, Kernel, launch};
 use crate::source::TILES;
 use crate::store::CudaStore;
 use crate::{Cuda, CudaError};
-use dibit_cache::{CacheLayout, PAGE_TOKENS, PageLayout, SideLayout, Transform};
+use dibit_cache::{CachePlan, PAGE_TOKENS, PageLayout, SideLayout, Transform};
 use dibit_device::DeviceError;
 
 /// As in kernels/tiles/constants.cuh.
@@ -28,7 +28,7 @@ pub(super) struct Tiles {
 
 impl Tiles {
     /// Whether the kernels suit a layer.
-    pub(super) fn suits(layout: &CacheLayout, index: usize) -> bool {
+    pub(super) fn suits(layout: &CachePlan, index: usize) -> bool {
         let layer = &layout.layers[index];
         let suits = |side: SideLayout| match side {
             SideLayout::Half { .. } => true,
@@ -41,7 +41,7 @@ impl Tiles {
             && layer.pages.iter().all(|page| suits(page.keys) && suits(page.values))
     }
 
-    pub(super) fn new(gpu: &Gpu, layout: &CacheLayout, index: usize) -> Result<Option<Self>, CudaError> {
+    pub(super) fn new(gpu: &Gpu, layout: &CachePlan, index: usize) -> Result<Option<Self>, CudaError> {
         let (layer, d) = (&layout.layers[index], layout.shape.head_dim);
         if !Tiles::suits(layout, index) {
             return Ok(None);

@@ -39,8 +39,8 @@ pub(super) struct Bytes<'a> {
 }
 
 impl HostPacking {
-    pub(super) fn new(layout: &CacheLayout) -> Result<Self, DeviceError> {
-        Ok(HostPacking { packer: HostPacker::new(layout)?, sides: Default::default() })
+    pub(super) fn new(layout: &CacheLayout) -> Self {
+        HostPacking { packer: HostPacker::new(layout), sides: Default::default() }
     }
 
     /// Packs what leaves the window while the rows of a span are stored.

@@ -62,8 +62,7 @@ impl Layer {
         num_blocks: usize,
     ) -> Result<Self, DeviceError> {
         let d = layout.shape.head_dim;
-        let missing = || DeviceError::Tables(layout.scheme_name().to_owned());
-        let own = layout.transforms(index).ok_or_else(missing)?;
+        let own = layout.transforms(index);
         let rotation = |own: &Option<_>| Rotation::new(gpu, d, own.as_ref());
         let pre_rope = own.pre_rope.map(|own| PreRopeKeys::new(gpu, d, own, num_blocks)).transpose()?;
         let order = own.order.map(|order| {

@@ -16,7 +16,7 @@ use crate::graph::Graphs;
 use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
 use crate::{Cuda, CudaError};
-use dibit_cache::{CacheLayout, Sees, SideLayout};
+use dibit_cache::{CacheLayout, CachePlan, Sees, SideLayout};
 use dibit_cpu::Isa;
 use dibit_device::{Batch, DeviceError, Span};
 use errors::ErrorRecord;
@@ -150,7 +150,7 @@ impl CudaStore {
             errors: ErrorRecord::new(gpu)?,
             scratch: Scratch::default(),
             graphs: Graphs::new(),
-            host_packing: host_packing.transpose()?,
+            host_packing,
             layout: layout.clone(),
         };
         store.upload_first_sinks()?;
@@ -327,14 +327,14 @@ impl CudaStore {
 }
 
 /// Whether pages hold what is computed on the host.
-pub(crate) fn packs_on_host(layout: &CacheLayout) -> bool {
+pub(crate) fn packs_on_host(layout: &CachePlan) -> bool {
     let beside_codes = |side: SideLayout| matches!(side, SideLayout::Packed(side) if side.factors.is_some() || side.outliers.is_some());
     let pages = layout.layers.iter().flat_map(|layer| &layer.pages);
     pages.flat_map(|page| [page.keys, page.values]).any(beside_codes)
 }
 
 /// Why passes of single tokens cannot be recorded, where they cannot.
-pub(crate) fn refuses_graphs(layout: &CacheLayout) -> Option<&'static str> {
+pub(crate) fn refuses_graphs(layout: &CachePlan) -> Option<&'static str> {
     if layout.sees == Sees::Stored {
         return Some("tokens are stored before they attend");
     }

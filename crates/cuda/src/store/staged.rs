@@ -240,7 +240,7 @@ impl Staged {
 
 /// Cosines and sines of the angles of all keys of runs, as the model made them.
 fn angles(layout: &CacheLayout, runs: &[Run]) -> Vec<f32> {
-    let frequencies = layout.tables().map_or(&[][..], |tables| &tables.inv_freq);
+    let frequencies = &layout.tables().inv_freq;
     let keys = runs.iter().filter(|run| run.keys == 1).flat_map(|run| run.first..run.first + run.count);
     let angle = |position: i32| frequencies.iter().map(move |frequency| position as f32 * frequency);
     keys.flat_map(angle).flat_map(|angle| [angle.cos(), angle.sin()]).collect()

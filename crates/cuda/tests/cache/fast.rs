@@ -8,8 +8,8 @@ use made_up::{custom, own, scheme};
 const TOLERANCES: [f64; 2] = [2e-2, 2e-2];
 
 /// What the kernel of two-bit codes takes, and what it leaves to tiles of tokens.
-fn all() -> Vec<Scheme> {
-    let mut schemes: Vec<Scheme> = ["fp16", "kivi", "kvlinc", "dibit", "quarot", "resq"].map(scheme).into();
+fn all() -> Vec<CalibratedScheme> {
+    let mut schemes: Vec<CalibratedScheme> = ["fp16", "kivi", "kvlinc", "dibit", "quarot", "resq"].map(scheme).into();
     schemes.extend([
         custom(2, 2, 128, "tokens = 128\nschedule = \"kivi\""),
         custom(4, 2, 32, "tokens = 100\nschedule = \"guaranteed\""),

@@ -13,7 +13,7 @@ mod schemes;
 mod sequences;
 
 use common::cuda;
-use dibit_cache::{CacheLayout, CacheShape, Calibration, Pivots, Scheme, Sequence, Sinks};
+use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, Calibration, Pivots, Sequence, Sinks};
 use dibit_cpu::{Cpu, CpuCache};
 use dibit_cuda::{Cuda, CudaStore};
 use dibit_device::{Arithmetic, Batch, Device, DeviceError, KvCache, Memory, Mode, Pass};
@@ -31,7 +31,7 @@ const TOLERANCE: f64 = 1e-2;
 const EXACT: f64 = 1e-4;
 
 pub(crate) struct Case {
-    scheme: Scheme,
+    scheme: CalibratedScheme,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -63,10 +63,11 @@ impl Pages for CudaStore {
 }
 
 impl Case {
-    fn new(mut scheme: Scheme, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+    fn new(scheme: impl Into<CalibratedScheme>, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let mut scheme = scheme.into();
         let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim };
         if scheme.takes_calibration() {
-            let frame = CacheLayout::new(&scheme, shape).unwrap().layers[LAYER].frame * head_dim;
+            let frame = scheme.plan(&CacheModel::of_shape(shape)).unwrap().layers[LAYER].frame * head_dim;
             scheme.calibration =
                 Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
         }
@@ -91,8 +92,7 @@ impl Case {
 
     fn layout(&self) -> CacheLayout {
         let shape = CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim };
-        let inv_freq = (0..self.head_dim / 2).map(|c| 10000f32.powf(-2.0 * c as f32 / self.head_dim as f32)).collect();
-        CacheLayout::new(&self.scheme, shape).unwrap().with_tables(inv_freq).unwrap()
+        self.scheme.layout(&CacheModel::of_shape(shape)).unwrap()
     }
 
     fn widths(&self) -> [usize; 3] {

@@ -1,6 +1,6 @@
 //! Schemes at random.
 
-use super::{Case, EXACT, Mode, Scheme, compare_within, cuda};
+use super::{CalibratedScheme, Case, EXACT, Mode, compare_within, cuda};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
@@ -69,7 +69,7 @@ fn random_schemes_equal_the_cpu() {
                 ][sinks],
             );
             // Combinations that are refused are another test's.
-            let scheme = Scheme::parse(&text, "random");
+            let scheme = CalibratedScheme::parse(&text, "random");
             prop_assume!(scheme.is_ok());
             let case = Case::new(scheme.unwrap(), 2 * kv_heads, kv_heads, [64, 80, 128][size]).protecting(&[0]);
             let what = format!("{text}, {kv_heads} KV heads");

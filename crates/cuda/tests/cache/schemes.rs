@@ -1,11 +1,12 @@
 //! Every scheme.
 
 use super::*;
+use dibit_cache::Scheme;
 use made_up::{corrected, custom, own, protecting, scheme};
 
 /// Built-in schemes, and others that choose what those do not.
-fn all() -> Vec<Scheme> {
-    let mut schemes: Vec<Scheme> = Scheme::built_in().map(scheme).collect();
+fn all() -> Vec<CalibratedScheme> {
+    let mut schemes: Vec<CalibratedScheme> = Scheme::built_in().map(scheme).collect();
     schemes.extend([
         custom(4, 2, 32, "tokens = 100\nschedule = \"guaranteed\""),
         custom(16, 8, 64, "tokens = 256\nschedule = \"kivi\""),
@@ -45,7 +46,7 @@ fn all() -> Vec<Scheme> {
 }
 
 /// Schemes whose pages protect tokens.
-pub(super) fn with_page_sinks() -> Vec<Scheme> {
+pub(super) fn with_page_sinks() -> Vec<CalibratedScheme> {
     vec![
         scheme("dibit"),
         protecting("", "bits = 2", "bits = 2"),

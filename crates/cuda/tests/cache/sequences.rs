@@ -10,7 +10,7 @@ fn with_classes(window: &str) -> Case {
          group = 64\n[sinks]\nkind = \"massive\"\ncount = 4\n{window}[classes.text.layers.1]\nkeys = {{ bits = 4 }}\n\
          values = {{ bits = 3 }}\n"
     );
-    let mut case = Case::new(Scheme::parse(&text, "vl").unwrap(), 4, 2, 64);
+    let mut case = Case::new(CalibratedScheme::parse(&text, "vl").unwrap(), 4, 2, 64);
     case.classes = (0..700).map(|token| u8::from(token % 7 < 3 || token / 100 == 2)).collect();
     case
 }

@@ -7,7 +7,7 @@ use crate::args::Calibrate;
 use crate::calibration_folder;
 use crate::output::{bar, duration, note};
 use anyhow::Result;
-use dibit_cache::Scheme;
+use dibit_cache::{CalibratedScheme, Scheme};
 use dibit_calibrate::{Artefact, Progress, calibrate};
 use dibit_device::Train;
 use dibit_model::Pretrained;
@@ -53,7 +53,7 @@ enum Stop {
 pub fn make<D: Train>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    scheme: &mut Scheme,
+    scheme: &mut CalibratedScheme,
     wanted: Calibrate,
     interrupted: &AtomicBool,
 ) -> Result<Made> {

@@ -5,7 +5,7 @@ use crate::output::{STDOUT, bar, check_writable, duration, note, table};
 use crate::text::{self, Document};
 use crate::{Outcome, bundled, calibration_folder, source};
 use anyhow::{Context, Result, bail};
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::Scheme;
 use dibit_calibrate::{CalibrationError, Options, Phase, Progress, Recipe, Text, Training, calibrate, passes};
 use dibit_device::Train;
 use dibit_model::{ChatFormat, Pretrained, SpecialTokens};
@@ -59,7 +59,7 @@ fn run_on<D: Train>(
     let trains = scheme.linear().is_some();
     let mut pretrained = source::load(device, &args.run.model)?;
     begin_windows(&args.window, &mut pretrained);
-    CacheLayout::new(scheme, pretrained.config.cache_shape())?;
+    scheme.plan(&pretrained.config.cache_model())?;
     let out = match &args.out {
         Some(out) => out.clone(),
         None => folder_place(scheme, &pretrained)?,

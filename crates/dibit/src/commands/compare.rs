@@ -7,7 +7,7 @@ use crate::device::on_device;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
-use dibit_cache::Scheme;
+use dibit_cache::{CalibratedScheme, Scheme};
 use dibit_device::{Device, Measure, Train};
 use dibit_engine::{Engine, EngineError, Options, Prefill};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
@@ -57,7 +57,7 @@ fn run_on<D: Train + Measure + 'static>(
         true => calibrated_schemes(named, &args.calibration.calibration, &pretrained)?,
         false => built_in(named, &args.calibration.calibration, &pretrained)?,
     };
-    let schemes = Scheme::with_reference(&schemes)?;
+    let schemes = CalibratedScheme::with_reference(&schemes)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;
     let interrupted = interrupt_flag(true)?;
     let begin = window_begin(&pretrained, pretrained.window_bos);
@@ -96,12 +96,12 @@ fn stopped() -> Outcome {
 
 /// Every built-in scheme, and those that are named besides. Built-in ones that lack their calibration are left out, which
 /// is said; one that is named is refused.
-fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
+fn built_in(named: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<CalibratedScheme>> {
     let mut all = Vec::new();
     let others = named.iter().map(|name| name.trim()).filter(|name| !Scheme::built_in().any(|known| known == *name));
     let names: Vec<&str> = Scheme::built_in().map(|name| -> &str { name }).chain(others).collect();
     for name in names {
-        let mut scheme = Scheme::load(name)?;
+        let mut scheme = CalibratedScheme::load(name)?;
         // Other names of the reference have its figures.
         if scheme.is_exact() && scheme.name != "fp16" && named.iter().all(|own| own.trim() != name) {
             continue;
@@ -127,7 +127,7 @@ fn measure<D: Device + Measure>(
     args: &CompareArgs,
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     ids: &[u32],
     interrupted: &AtomicBool,
 ) -> Result<Option<Comparison>> {
@@ -177,7 +177,7 @@ fn measure<D: Device + Measure>(
 fn look<D: Train>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     ids: &[u32],
     context: usize,
 ) -> Result<study::Study> {
@@ -225,7 +225,7 @@ fn retrieve<D: Device + 'static>(
     args: &CompareArgs,
     device: &Arc<D>,
     pretrained: &Arc<Pretrained>,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     prompts: &[Prompts],
     interrupted: &AtomicBool,
     comparison: &mut Comparison,

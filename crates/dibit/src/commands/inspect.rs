@@ -5,7 +5,7 @@ use crate::device::{self, AnyDevice, DeviceChoice, on_device};
 use crate::output::{STDOUT, bytes, columns, table};
 use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
-use dibit_cache::{CacheLayout, Scheme, TransformedValues};
+use dibit_cache::{CachePlan, Scheme, TransformedValues};
 use dibit_device::{Arithmetic, Budget, DType, Device};
 use dibit_engine::{MemoryPlan, Options, Prefill};
 use dibit_model::{Checkpoint, ModelConfig, ModelFiles, Pretrained, WeightSource};
@@ -102,8 +102,8 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     };
     let free = available.saturating_sub(weights);
     let row = |scheme: &Scheme| {
-        let layout = CacheLayout::new(scheme, config.cache_shape())?;
-        Ok(row(layout.with_fused_values(|layer| takes_fused_values[layer]), &config, options, &budget, free))
+        let plan = scheme.plan(&config.cache_model().fusing(|layer| takes_fused_values[layer]))?;
+        Ok(row(plan, &config, options, &budget, free))
     };
     let mut rows = schemes.iter().map(row).collect::<Result<Vec<_>>>()?;
     for (row, calibration) in rows.iter_mut().zip(calibrations(args, &files, &schemes)?) {
@@ -134,7 +134,7 @@ fn found(
     }
     let mut paths = Vec::new();
     for scheme in schemes {
-        let layout = CacheLayout::new(scheme, config.cache_shape())?;
+        let layout = scheme.plan(&config.cache_model())?;
         let own = match device {
             AnyDevice::Cpu(cpu) => cpu.paths(&layout, config.num_attention_heads),
             AnyDevice::Cuda(cuda) => cuda.paths(&layout, arithmetic, config.num_attention_heads),
@@ -198,7 +198,7 @@ impl Stored {
     }
 }
 
-fn row(layout: CacheLayout, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Row {
+fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Row {
     let plan = MemoryPlan::new(config, &layout, options, budget);
     let usage = layout.planned_usage(options.context);
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
@@ -234,7 +234,7 @@ fn calibrations(args: &InspectArgs, files: &ModelFiles, schemes: &[Scheme]) -> R
         Ok(match &pretrained {
             _ if !scheme.takes_calibration() => Lookup::NotNeeded,
             Err(reason) => Lookup::Unknown(reason.clone()),
-            Ok(pretrained) => match find(&mut scheme.clone(), pretrained)? {
+            Ok(pretrained) => match find(&mut scheme.clone().into(), pretrained)? {
                 Some(found) => Lookup::Found(found),
                 None => Lookup::Missing(command(scheme, pretrained)),
             },

@@ -16,7 +16,7 @@ use self::schemes::Chosen;
 use crate::args::{SamplingArgs, Seed, WindowArgs, WindowBos};
 use crate::output::{self, check_writable};
 use anyhow::{Context, Result};
-use dibit_cache::{CacheLayout, Scheme, Usage};
+use dibit_cache::{CachePlan, CalibratedScheme, Scheme, Usage};
 use dibit_engine::{Dry, Sampling};
 use dibit_model::{GenerationConfig, ModelConfig, Pretrained};
 use indicatif::ProgressBar;
@@ -31,8 +31,8 @@ fn schemes(names: &[String]) -> Result<Vec<Scheme>> {
 }
 
 /// Says what a scheme that is about to run cannot do yet, or not on this model.
-fn announce(scheme: &Scheme, config: &ModelConfig) -> Result<()> {
-    let notes = CacheLayout::new(scheme, config.cache_shape())?.notes();
+fn announce(scheme: &CalibratedScheme, config: &ModelConfig) -> Result<()> {
+    let notes = scheme.plan(&config.cache_model())?.notes();
     for note in notes.into_iter().chain(scheme.warnings()).chain(scheme.notice()) {
         tracing::info!("{note}");
     }
@@ -160,7 +160,7 @@ fn model_line(pretrained: &Pretrained, device: &str) -> String {
 const LONG: [usize; 2] = [8192, 32_768];
 
 /// The cache in a line: what it holds now, what the scheme takes at a long context, and its calibration.
-fn cache_line(chosen: &Chosen, usage: &Usage, layout: &CacheLayout) -> String {
+fn cache_line(chosen: &Chosen, usage: &Usage, layout: &CachePlan) -> String {
     let planned = |context: usize| {
         let fp16 = context * layout.shape.scalars_per_token() * size_of::<u16>();
         let scheme = layout.planned_usage(context).used_bytes;

@@ -6,7 +6,7 @@ use crate::output::{STDOUT, bar, check_writable, note, table, write_complete};
 use crate::retrieval::{self, Answer};
 use crate::{Outcome, source};
 use anyhow::{Context, Result, bail};
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_device::Device;
 use dibit_engine::{Engine, EngineError, Options};
 use dibit_eval::csv_field;
@@ -153,7 +153,7 @@ fn tasks(names: &[String]) -> Result<Tasks> {
 }
 
 /// Refuses what cannot run before anything does.
-fn check(args: &RulerArgs, tasks: &Tasks, pretrained: &Pretrained, schemes: &[Scheme]) -> Result<()> {
+fn check(args: &RulerArgs, tasks: &Tasks, pretrained: &Pretrained, schemes: &[CalibratedScheme]) -> Result<()> {
     let limit = pretrained.config.max_position_embeddings;
     let needed = copying_context(pretrained);
     if tasks.copying && needed > limit {
@@ -187,7 +187,7 @@ fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: 
 fn run_scheme<'a, D: Device + 'static>(
     args: &RulerArgs,
     (pretrained, plain): (&Arc<Pretrained>, &Model<D>),
-    scheme: &'a Scheme,
+    scheme: &'a CalibratedScheme,
     prompts: &'a [Prompts],
     mut progress: impl FnMut(&Prompts, &Sample, usize) -> ControlFlow<()>,
 ) -> Result<Vec<Row<'a>>> {

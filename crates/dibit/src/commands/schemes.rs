@@ -5,7 +5,7 @@ use super::schemes;
 use crate::args::{CacheArgs, Calibrate};
 use crate::{bundled, calibration_folder};
 use anyhow::{Context, Error, Result, anyhow, bail};
-use dibit_cache::Scheme;
+use dibit_cache::{CalibratedScheme, Scheme};
 use dibit_calibrate::{Artefact, CalibrationError, Fingerprint};
 use dibit_device::Train;
 use dibit_model::Pretrained;
@@ -25,7 +25,7 @@ const DIRECTORY: &str = "calibration";
 
 /// A scheme that a command runs.
 pub struct Chosen {
-    pub scheme: Scheme,
+    pub scheme: CalibratedScheme,
     /// Its calibration, where it has one.
     pub calibration: Option<Found>,
 }
@@ -73,7 +73,7 @@ pub fn chosen<D: Train>(
     if !args.calibration.is_empty() {
         return named(args, pretrained);
     }
-    let mut scheme = Scheme::load(args.kv.as_deref().unwrap_or(BEST))?;
+    let mut scheme = CalibratedScheme::load(args.kv.as_deref().unwrap_or(BEST))?;
     let found = find(&mut scheme, pretrained)?;
     if found.is_some() || !scheme.takes_calibration() {
         return Ok(Chosen { scheme, calibration: found });
@@ -96,7 +96,7 @@ pub fn chosen<D: Train>(
                  accuracy; `{}` makes one",
                 command(&scheme, pretrained)
             );
-            let mut scheme = Scheme::load(UNCALIBRATED)?;
+            let mut scheme = CalibratedScheme::load(UNCALIBRATED)?;
             let calibration = find(&mut scheme, pretrained)?;
             Ok(Chosen { scheme, calibration })
         }
@@ -107,16 +107,16 @@ pub fn chosen<D: Train>(
 /// one that it was made for.
 fn named(args: &CacheArgs, pretrained: &Pretrained) -> Result<Chosen> {
     let name = args.kv.as_deref().unwrap_or(BEST);
-    let mut scheme = Scheme::load(name)?;
+    let mut scheme = CalibratedScheme::load(name)?;
     if !scheme.takes_calibration() {
-        return Err(CalibrationError::NotNeeded(scheme.origin).into());
+        return Err(CalibrationError::NotNeeded(scheme.scheme.origin).into());
     }
     let refused = match attach_named(&mut scheme, &args.calibration, pretrained) {
         Ok((_, found)) => return Ok(Chosen { scheme, calibration: Some(found) }),
         Err(refused) => refused,
     };
     for name in Scheme::built_in().filter(|_| args.kv.is_none()) {
-        let mut scheme = Scheme::load(name)?;
+        let mut scheme = CalibratedScheme::load(name)?;
         if !scheme.takes_calibration() {
             continue;
         }
@@ -150,9 +150,13 @@ fn missing(scheme: &Scheme, pretrained: &Pretrained) -> Error {
 }
 
 /// Loads schemes and gives each its calibration among `files`, where it takes one.
-pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pretrained) -> Result<Vec<Scheme>> {
-    let mut schemes = schemes(names)?;
-    if !files.is_empty() && !schemes.iter().any(Scheme::takes_calibration) {
+pub fn calibrated_schemes(
+    names: &[String],
+    files: &[PathBuf],
+    pretrained: &Pretrained,
+) -> Result<Vec<CalibratedScheme>> {
+    let mut schemes: Vec<CalibratedScheme> = schemes(names)?.into_iter().map(CalibratedScheme::from).collect();
+    if !files.is_empty() && !schemes.iter().any(|scheme| scheme.takes_calibration()) {
         bail!("none of the schemes {} needs a calibration; leave --calibration out", names.join(", "));
     }
     let mut used = vec![false; files.len()];
@@ -174,7 +178,7 @@ pub fn calibrated_schemes(names: &[String], files: &[PathBuf], pretrained: &Pret
 /// Gives one of several schemes the calibration among `files` that was made for it. Files may be others', so that the
 /// calibration that is found without them is taken where none of them suits. That is told as an error even so, and so is
 /// a scheme that gets none and needs one. Returns which file it was.
-pub fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
+pub fn attach_one(scheme: &mut CalibratedScheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<Option<usize>> {
     let mut refused = None;
     if !files.is_empty() {
         match attach_named(scheme, files, pretrained) {
@@ -194,7 +198,7 @@ pub fn attach_one(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretraine
 }
 
 /// Gives a scheme the calibration among `files` that was made for it; returns which it was.
-fn attach_named(scheme: &mut Scheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<(usize, Found)> {
+fn attach_named(scheme: &mut CalibratedScheme, files: &[PathBuf], pretrained: &Pretrained) -> Result<(usize, Found)> {
     let mut reasons = Vec::new();
     for (index, file) in files.iter().enumerate() {
         let artefact = Artefact::load(file);
@@ -221,7 +225,7 @@ fn with_command(error: CalibrationError, scheme: &Scheme, pretrained: &Pretraine
 
 /// Gives a scheme that takes one the calibration that is found by itself: one that comes with the model, else one in the
 /// user's folder.
-pub fn find(scheme: &mut Scheme, pretrained: &Pretrained) -> Result<Option<Found>> {
+pub fn find(scheme: &mut CalibratedScheme, pretrained: &Pretrained) -> Result<Option<Found>> {
     if !scheme.takes_calibration() {
         return Ok(None);
     }

@@ -1,7 +1,7 @@
 //! What tests of the engine share.
 #![allow(dead_code)]
 
-use dibit_cache::{Adapters, Calibration, KeyFeedback, LayerCalibration, Linear, Scheme};
+use dibit_cache::{Adapters, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration, Linear};
 use dibit_cpu::Cpu;
 use dibit_engine::{Completion, Engine, FinishReason, Options, Prefill, Request, Sampling};
 use dibit_model::{ModelConfig, ModelFiles, Pretrained, WeightSource};
@@ -22,8 +22,8 @@ pub fn options(sequences: usize) -> Options {
 }
 
 /// A scheme with a calibration, where it takes one.
-pub fn calibrated(model: &Pretrained, scheme: &str) -> Scheme {
-    let mut scheme = Scheme::load(scheme).unwrap();
+pub fn calibrated(model: &Pretrained, scheme: &str) -> CalibratedScheme {
+    let mut scheme = CalibratedScheme::load(scheme).unwrap();
     if scheme.takes_calibration() {
         scheme.calibration = Some(Arc::new(calibration(&model.config, scheme.linear())));
     }

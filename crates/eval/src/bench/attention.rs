@@ -3,7 +3,7 @@
 use crate::EvalError;
 use crate::made_up::calibrated;
 use crate::random_cache::{RandomCache, random};
-use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme};
 use dibit_device::{Arithmetic, Device, Measure, Sweep};
 use dibit_model::{Rope, RopeScaling};
 use dibit_timing::{Samples, Spread, rounds};
@@ -145,19 +145,20 @@ pub struct AttentionFigures {
 /// [`EvalError`]: a scheme that does not suit the heads, or a lack of memory.
 pub fn attention<D: Device + Measure>(
     devices: &[&D],
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     options: &AttentionOptions,
     mut begin: impl FnMut(String),
 ) -> Result<AttentionBench, EvalError> {
-    let schemes = Scheme::with_reference(schemes)?;
+    let schemes = CalibratedScheme::with_reference(schemes)?;
     let layouts = |heads: &Heads| -> Result<Vec<CacheLayout>, EvalError> {
         let (num_key_value_heads, head_dim) = (heads.key_value, options.head_dim);
         let shape = CacheShape { num_layers: options.layers, num_key_value_heads, head_dim };
         let inv_freq = Rope { theta: 10_000.0, scaling: RopeScaling::Default }.inv_freq(head_dim);
-        let layout = |scheme| {
+        let model = CacheModel::new(shape, inv_freq).fusing(|_| true);
+        let layout = |scheme: &CalibratedScheme| {
             let scheme = calibrated(scheme, shape, heads.query);
             // As in a model whose projections transform values.
-            Ok(CacheLayout::new(&scheme, shape)?.with_tables(inv_freq.clone())?.with_fused_values(|_| true))
+            Ok(scheme.layout(&model)?)
         };
         schemes.iter().map(layout).collect()
     };

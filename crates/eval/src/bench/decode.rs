@@ -2,7 +2,7 @@
 
 use crate::EvalError;
 use crate::random_cache::RandomCache;
-use dibit_cache::{CacheLayout, Scheme};
+use dibit_cache::{CacheLayout, CalibratedScheme};
 use dibit_device::{Device, Measure, Sweep};
 use dibit_model::{Model, Pretrained, Workspace, argmax};
 use dibit_runner::{Capacity, Models, Prefill, Runner};
@@ -120,7 +120,7 @@ pub struct DecodeFigures {
 pub fn decode<D: Device + Measure>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     options: &DecodeOptions,
     mut begin: impl FnMut(String),
 ) -> Result<DecodeBench, EvalError> {

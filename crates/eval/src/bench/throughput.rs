@@ -2,7 +2,7 @@
 
 use crate::EvalError;
 use crate::made_up::calibrated;
-use dibit_cache::{CacheLayout, Scheme, Sequence};
+use dibit_cache::{CacheLayout, CalibratedScheme, Sequence};
 use dibit_device::{Device, DeviceError, Measure, Mode};
 use dibit_model::{Model, ModelError, Pretrained, pass_bytes};
 use dibit_runner::{Capacity, Prefill, Runner};
@@ -137,7 +137,7 @@ impl ThroughputScheme {
 pub fn throughput<D: Device + Measure>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     options: &ThroughputOptions,
     mut told: impl FnMut(&ThroughputBench, String),
 ) -> Result<ThroughputBench, EvalError> {

@@ -6,7 +6,7 @@
 use super::random::Random;
 use crate::EvalError;
 use crate::perplexity::{Contender, Progress, run_windows};
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_device::Device;
 use dibit_model::Pretrained;
 use dibit_runner::Prefill;
@@ -87,7 +87,7 @@ fn sequences(pretrained: &Pretrained, options: CopyingOptions) -> Vec<Vec<u32>> 
 pub fn copying<D: Device>(
     device: &Arc<D>,
     pretrained: &Pretrained,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     options: CopyingOptions,
     progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Copying>, EvalError> {

@@ -9,8 +9,8 @@ use super::head::{Ratio, gather, tiles};
 use super::{ByLayer, GROUP, LayerSample, QUERY_ROWS, StudyShape};
 use crate::EvalError;
 use dibit_cache::{
-    Adapters, CacheLayout, Calibration, Correction, LayerCalibration, LayerOverride, Packed, Scheme, Side, Sinks,
-    Transform, Window,
+    Adapters, CacheLayout, CalibratedScheme, Calibration, Correction, LayerCalibration, LayerOverride, Packed, Scheme,
+    Side, Sinks, Transform, Window,
 };
 use dibit_device::Train;
 use dibit_model::ModelConfig;
@@ -46,7 +46,7 @@ pub struct CorrectionStudy {
 pub fn corrections<D: Train>(
     device: &D,
     config: &ModelConfig,
-    schemes: &[Scheme],
+    schemes: &[CalibratedScheme],
     shape: StudyShape,
     layers: &[LayerSample],
 ) -> Result<Vec<CorrectionStudy>, EvalError> {
@@ -104,7 +104,7 @@ fn is_studied(scheme: &Scheme) -> bool {
 }
 
 /// The scheme that stores as keys what this one stores as values: codes depend on the choices, not on the side.
-fn values_as_keys(scheme: &Scheme) -> Scheme {
+fn values_as_keys(scheme: &CalibratedScheme) -> CalibratedScheme {
     let layer = |own: &LayerCalibration| LayerCalibration {
         key_basis: own.value_basis.clone(),
         key_planes: own.value_planes.clone(),
@@ -114,15 +114,15 @@ fn values_as_keys(scheme: &Scheme) -> Scheme {
     };
     let calibration = |own: &Arc<Calibration>| Arc::new(Calibration { layers: own.layers.iter().map(layer).collect() });
     let overrides = scheme.layers.iter();
-    Scheme {
+    let scheme_of_keys = Scheme {
         keys: scheme.values,
         correction: Correction::NONE,
         layers: overrides
             .map(|own| LayerOverride { keys: own.values, correction: Correction::NONE, ..own.clone() })
             .collect(),
-        calibration: scheme.calibration.as_ref().map(calibration),
-        ..scheme.clone()
-    }
+        ..scheme.scheme.clone()
+    };
+    CalibratedScheme { scheme: scheme_of_keys, calibration: scheme.calibration.as_ref().map(calibration) }
 }
 
 /// What the codes of the complete groups miss, `[tokens][num_key_value_heads][head_dim]`; zeros behind them.

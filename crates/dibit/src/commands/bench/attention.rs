@@ -4,13 +4,13 @@ use crate::commands::schemes;
 use crate::device::{self, AnyDevice};
 use crate::output::{bar, bytes, table};
 use anyhow::Result;
-use dibit_cache::{CacheLayout, CacheShape, Scheme};
+use dibit_cache::{CacheModel, CacheShape, CalibratedScheme};
 use dibit_device::{Device, Measure};
 use dibit_eval::bench::{AttentionBench, AttentionFigures, AttentionOptions, AttentionPoint, attention};
 use std::sync::Arc;
 
 pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
-    let schemes = schemes(&args.kv)?;
+    let schemes: Vec<CalibratedScheme> = schemes(&args.kv)?.into_iter().map(CalibratedScheme::from).collect();
     let (mut cpus, mut gpus) = (Vec::new(), Vec::new());
     for device in devices(args)? {
         match device {
@@ -30,7 +30,11 @@ fn devices(args: &AttentionBenchArgs) -> Result<Vec<AnyDevice>> {
     }
 }
 
-fn run_on<D: Device + Measure>(devices: &[Arc<D>], args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<Outcome> {
+fn run_on<D: Device + Measure>(
+    devices: &[Arc<D>],
+    args: &AttentionBenchArgs,
+    schemes: &[CalibratedScheme],
+) -> Result<Outcome> {
     args.measure.check(&devices[0], cache_bytes(args, schemes)?)?;
     let options = AttentionOptions {
         heads: args.heads.clone(),
@@ -51,7 +55,7 @@ fn run_on<D: Device + Measure>(devices: &[Arc<D>], args: &AttentionBenchArgs, sc
 }
 
 /// Bytes of the largest caches that are held at once.
-fn cache_bytes(args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<usize> {
+fn cache_bytes(args: &AttentionBenchArgs, schemes: &[CalibratedScheme]) -> Result<usize> {
     let mut most = 0;
     for heads in &args.heads {
         let shape =
@@ -59,8 +63,8 @@ fn cache_bytes(args: &AttentionBenchArgs, schemes: &[Scheme]) -> Result<usize> {
         let longest = args.context.iter().max().copied().unwrap_or(0);
         let batch = args.batch.iter().max().copied().unwrap_or(1);
         let mut all = 0;
-        for scheme in Scheme::with_reference(schemes)? {
-            all += batch * CacheLayout::new(&scheme, shape)?.planned_bytes(longest + 1);
+        for scheme in CalibratedScheme::with_reference(schemes)? {
+            all += batch * scheme.plan(&CacheModel::of_shape(shape))?.planned_bytes(longest + 1);
         }
         most = most.max(all);
     }

@@ -6,7 +6,7 @@ use crate::device::on_device;
 use crate::output::{bar, bytes, table};
 use crate::{Outcome, memory, source};
 use anyhow::Result;
-use dibit_cache::Scheme;
+use dibit_cache::CalibratedScheme;
 use dibit_device::{Device, Measure};
 use dibit_eval::bench::{DecodeBench, DecodeFigures, DecodeOptions, DecodePoint, PrefillFigures, decode};
 use dibit_model::Pretrained;
@@ -44,7 +44,7 @@ fn run_on<D: Device + Measure>(device: &Arc<D>, args: &DecodeBenchArgs) -> Resul
 }
 
 /// Bytes of the caches of all schemes at all depths.
-fn cache_bytes(pretrained: &Pretrained, schemes: &[Scheme], options: &DecodeOptions) -> Result<usize> {
+fn cache_bytes(pretrained: &Pretrained, schemes: &[CalibratedScheme], options: &DecodeOptions) -> Result<usize> {
     let (mut decoding, mut prompts) = (0, 0);
     for scheme in schemes {
         let layout = pretrained.config.cache_layout(scheme)?;

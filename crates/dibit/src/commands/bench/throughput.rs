@@ -6,6 +6,7 @@ use crate::device::on_device;
 use crate::output::{bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, memory, source};
 use anyhow::Result;
+use dibit_cache::CalibratedScheme;
 use dibit_device::{Device, Measure};
 use dibit_eval::bench::{ThroughputBench, ThroughputOptions, ThroughputPoint, ThroughputScheme, throughput};
 use dibit_eval::report::{throughput_html, throughput_svg};
@@ -24,7 +25,7 @@ fn run_on<D: Device + Measure>(device: &Arc<D>, args: &ThroughputBenchArgs, page
     let pretrained = source::load(device, &args.run.model)?;
     let made_up = args.run.model.load_format == LoadFormat::Dummy && args.calibration.calibration.is_empty();
     let schemes = if made_up {
-        schemes(&args.kv)?
+        schemes(&args.kv)?.into_iter().map(CalibratedScheme::from).collect()
     } else {
         let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
         schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;

@@ -1,6 +1,6 @@
 use super::*;
 use crate::study::tests::{layer, normal, shape};
-use dibit_cache::{CacheShape, Schedule};
+use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, Schedule};
 use dibit_cpu::Cpu;
 use dibit_device::{Arithmetic, Batch, DeviceError, KvCache, Mode, Pass};
 use dibit_quant::{Affine, Bits, Hadamard};
@@ -136,9 +136,9 @@ fn values_miss_what_their_own_quantiser_loses() {
     let hadamard = Hadamard::new(d).unwrap();
     let cpu = Cpu::new(Some(1)).unwrap();
     for (name, rotated) in [("kivi", false), ("kvlinc", true)] {
-        let scheme = values_as_keys(&Scheme::load(name).unwrap());
+        let scheme = values_as_keys(&CalibratedScheme::load(name).unwrap());
         let cache = CacheShape { num_layers: 1, num_key_value_heads: heads, head_dim: d };
-        let layout = CacheLayout::new(&scheme, cache).unwrap().with_tables(vec![1.0; d / 2]).unwrap();
+        let layout = scheme.layout(&CacheModel::of_shape(cache)).unwrap();
         let found = missed(&cpu, &layout, 0, &sample.v).unwrap();
         assert!(found[128 * heads * d..].iter().all(|x| *x == 0.0), "behind the last complete group");
         let mut moved = 0;
@@ -187,11 +187,11 @@ fn outputs_are_those_of_the_cache() {
                 "name = \"x\"\ncorrection = {correction}\n[keys]\nbits = 2\n[values]\nbits = 2\n[window]\ntokens = 128\n\
                  schedule = \"{schedule}\"\n{sinks}"
             );
-            let mut scheme = Scheme::parse(&text, "x").unwrap();
+            let mut scheme = CalibratedScheme::parse(&text, "x").unwrap();
             let layers = vec![LayerCalibration { adapters: Some(own.clone()), ..LayerCalibration::default() }];
             scheme.calibration = Some(Arc::new(Calibration { layers }));
             let cache = CacheShape { num_layers: 1, num_key_value_heads: 2, head_dim: 64 };
-            let layout = |scheme: &Scheme| CacheLayout::new(scheme, cache).unwrap().with_tables(vec![1.0; 32]).unwrap();
+            let layout = |scheme: &CalibratedScheme| scheme.layout(&CacheModel::of_shape(cache)).unwrap();
             let (keys, values) = (layout(&scheme), layout(&values_as_keys(&scheme)));
             let both = [missed(&cpu, &keys, 0, &sample.k).unwrap(), missed(&cpu, &values, 0, &sample.v).unwrap()];
             let sinks = if let Sinks::First(count) = scheme.sinks { count } else { 0 };
@@ -241,7 +241,7 @@ fn schemes_whose_values_are_more_than_codes_are_left_out() {
             "name = \"x\"\ncorrection = \"linear\"\n[keys]\nbits = 2\n[values]\nbits = 2\n{text}\n[window]\ntokens = 128\n\
              schedule = \"guaranteed\"\n"
         );
-        is_studied(&Scheme::parse(&text, "x").unwrap())
+        is_studied(&CalibratedScheme::parse(&text, "x").unwrap())
     };
     assert!(with("") && with("transform = \"hadamard\"") && with("[sinks]\nkind = \"first\"\ncount = 4"));
     for left_out in [
@@ -253,5 +253,5 @@ fn schemes_whose_values_are_more_than_codes_are_left_out() {
     ] {
         assert!(!with(left_out), "{left_out}");
     }
-    assert!(!is_studied(&Scheme::load("kivi").unwrap()));
+    assert!(!is_studied(&CalibratedScheme::load("kivi").unwrap()));
 }
