@@ -138,3 +138,14 @@ impl Batch {
         self.spans.iter().flat_map(|span| (0..span.rows.len()).map(|i| (span.cached + i) as u32))
     }
 }
+
+impl CacheManager {
+    /// Notes what a pass has stored, before the sequences advance.
+    pub fn note(&mut self, batch: &Batch) {
+        let (plan, states) = self.split_states();
+        let stepwise = batch.is_stepwise(plan);
+        for span in &batch.spans {
+            states[span.slot as usize].fill(plan, span.cached..span.len(), stepwise);
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! A scheme with what was calibrated for it.
 
-use crate::{CacheLayout, CacheModel, CachePlan, Calibration, Scheme, SchemeError};
+use crate::{Calibration, Scheme, SchemeError};
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
@@ -58,22 +58,6 @@ impl CalibratedScheme {
         let reference = Scheme::load("fp16")?;
         let others = schemes.iter().filter(|own| own.scheme != reference).cloned();
         Ok(std::iter::once(reference.clone().into()).chain(others).collect())
-    }
-
-    /// Its cache in a model.
-    ///
-    /// # Errors
-    /// Those of [`CacheLayout::new`].
-    pub fn layout(&self, model: &CacheModel) -> Result<CacheLayout, SchemeError> {
-        CacheLayout::new(self, model)
-    }
-
-    /// Its cache in a model, as far as planning goes.
-    ///
-    /// # Errors
-    /// Those of [`CachePlan::new`].
-    pub fn plan(&self, model: &CacheModel) -> Result<CachePlan, SchemeError> {
-        CachePlan::new(&self.scheme, self.calibration.as_deref(), model)
     }
 
     /// What the scheme asks for and goes without, as a sentence; `None` where nothing is missing.

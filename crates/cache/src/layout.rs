@@ -4,17 +4,13 @@
 //! same 128 tokens form a **block**, the unit that the pool hands out, so that one block table serves
 //! the whole model. Order within a block: layer, then KV head.
 
-use crate::PAGE_TOKENS;
 use crate::page_sinks::PageSinks;
+use crate::shape::CacheShape;
 use crate::{
-    AutoSinks, CacheModel, CachePlan, CacheShape, CalibratedScheme, Correction, LayerCalibration, Linear, PackedSide,
-    Permutation, PreRope, SchemeError, Sees, Side, Sinks, StateLayout, Tables, Transform,
+    AutoSinks, Correction, HALF_BYTES, LayerCalibration, Linear, PAGE_TOKENS, PackedSide, Permutation, PreRope, Side,
+    Sinks, StateLayout, Transform,
 };
 use dibit_quant::Hadamard;
-use std::ops::Deref;
-use std::sync::Arc;
-
-pub(crate) const HALF_BYTES: usize = 2;
 
 /// Bytes to a multiple of which pages, and the values in them, begin.
 const ALIGNMENT: usize = 64;
@@ -215,43 +211,5 @@ impl LayerLayout {
     /// Bytes of the pages of all KV heads.
     pub fn bytes(&self) -> usize {
         self.pages.last().map_or(0, |page| page.offset + page.bytes)
-    }
-}
-
-/// The layout of a whole cache: a plan, with the numbers that its transforms need.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CacheLayout {
-    plan: CachePlan,
-    tables: Arc<Tables>,
-}
-
-impl Deref for CacheLayout {
-    type Target = CachePlan;
-
-    fn deref(&self) -> &CachePlan {
-        &self.plan
-    }
-}
-
-impl CacheLayout {
-    /// Compiles a scheme and its calibration for a model.
-    ///
-    /// # Errors
-    /// Those of [`CachePlan::new`]; [`SchemeError::Uncalibrated`], [`SchemeError::Calibration`].
-    pub fn new(scheme: &CalibratedScheme, model: &CacheModel) -> Result<Self, SchemeError> {
-        let plan = scheme.plan(model)?;
-        let tables = Arc::new(Tables::new(&plan, model.inv_freq.clone(), scheme.calibration.clone())?);
-        Ok(CacheLayout { plan, tables })
-    }
-
-    /// The numbers that transforms need.
-    pub fn tables(&self) -> &Tables {
-        &self.tables
-    }
-
-    /// The same cache, whose passes see each other's tokens exactly.
-    pub fn seen_exactly(mut self) -> Self {
-        self.plan.sees = Sees::Exact;
-        self
     }
 }

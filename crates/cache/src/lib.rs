@@ -7,7 +7,9 @@
 
 mod basis;
 mod batch;
+mod cache_layout;
 mod calibrated_scheme;
+mod calibration;
 mod error;
 mod flush;
 mod layout;
@@ -16,7 +18,9 @@ mod notes;
 mod page_sinks;
 mod plan;
 mod scheme;
+mod sequence;
 mod sequence_state;
+mod shape;
 mod side;
 mod sink_tokens;
 mod states;
@@ -28,22 +32,26 @@ mod window;
 
 pub use basis::Basis;
 pub use batch::{Batch, Mode, Phase, Span};
+pub use cache_layout::CacheLayout;
 pub use calibrated_scheme::CalibratedScheme;
+pub use calibration::{Adapters, Calibration, KeyFeedback, LayerCalibration};
 pub use error::{CacheError, SchemeError};
 pub use flush::Run;
-pub use layout::{CacheLayout, LayerLayout, PageLayout, SideLayout};
-pub use manager::{CacheManager, ClassTokens, Sequence};
+pub use layout::{LayerLayout, PageLayout, SideLayout};
+pub use manager::CacheManager;
 pub use page_sinks::PageSinks;
-pub use plan::{CacheModel, CachePlan, CacheShape};
+pub use plan::CachePlan;
 pub use scheme::{
     AutoSinks, Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope,
     Scheme, Sees, Side, Sinks, StateType, Statistic, Transform,
 };
+pub use sequence::{ClassTokens, Sequence};
 pub use sequence_state::SequenceState;
+pub use shape::{CacheModel, CacheShape};
 pub use side::{Along, Factors, GroupSpan, High, Outliers, PackedSide, Planes};
 pub use sink_tokens::SinkTokens;
 pub use states::StateLayout;
-pub use tables::{Adapters, Calibration, KeyFeedback, LayerCalibration, Tables};
+pub use tables::Tables;
 pub use transforms::{CodingOrder, FeatureMaps, HeadTransform, LayerTransforms, PreRopeTransform};
 pub use usage::{Extras, Usage};
 pub use value_transform::{TransformedValues, ValueTransform};
@@ -51,3 +59,6 @@ pub use window::{Schedule, Window};
 
 /// Token slots of a page, and the spacing of the absolute grid on which pages begin.
 pub const PAGE_TOKENS: usize = 128;
+
+/// Bytes of a number in 16 bit.
+pub(crate) const HALF_BYTES: usize = 2;

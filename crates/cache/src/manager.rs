@@ -1,92 +1,7 @@
 //! Who holds which block: the pool, its sequences and their block tables.
 
-use crate::{Batch, CacheError, CachePlan, SequenceState, Usage};
-
-/// One sequence of tokens in the cache.
-///
-/// It must be given back to its manager by [`CacheManager::close`]; dropped, its blocks stay taken.
-#[derive(Debug)]
-pub struct Sequence {
-    slot: u32,
-    len: usize,
-    blocks: Vec<u32>,
-    classes: Option<Classes>,
-}
-
-/// The tokens of a sequence by their classes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Classes {
-    /// Class of each token from the first on; the others have class 0.
-    of_tokens: Vec<u8>,
-    /// Block table of each class.
-    blocks: Vec<Vec<u32>>,
-}
-
-/// The tokens of one class in a sequence.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClassTokens {
-    /// Positions of the tokens; the `i`-th packed one lies in slot `i % 128` of block `i / 128`.
-    pub tokens: Vec<u32>,
-    /// Its block table.
-    pub blocks: Vec<u32>,
-}
-
-impl ClassTokens {
-    /// How many of them are among the first `packed` tokens of the sequence.
-    pub fn packed(&self, packed: usize) -> usize {
-        self.tokens.partition_point(|token| (*token as usize) < packed)
-    }
-}
-
-impl Classes {
-    /// Class of a token.
-    fn of(&self, token: usize) -> usize {
-        self.of_tokens.get(token).map_or(0, |class| usize::from(*class))
-    }
-
-    /// Blocks that each class needs where the first `packed` tokens lie in pages.
-    fn blocks(&self, packed: usize) -> Vec<usize> {
-        let mut counts = vec![0usize; self.blocks.len()];
-        (0..packed).for_each(|token| counts[self.of(token)] += 1);
-        counts.into_iter().map(|count| count.div_ceil(crate::PAGE_TOKENS)).collect()
-    }
-}
-
-impl Sequence {
-    /// Number of the sequence's window rings.
-    pub fn slot(&self) -> u32 {
-        self.slot
-    }
-
-    /// Cached tokens.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// True before the first token.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The block table: block `i` holds tokens `128 i .. 128 (i + 1)`. Empty where the scheme has classes.
-    pub fn blocks(&self) -> &[u32] {
-        &self.blocks
-    }
-
-    /// The first `len` tokens by their classes; empty where the scheme has none.
-    pub fn class_tokens(&self, len: usize) -> Vec<ClassTokens> {
-        let Some(classes) = &self.classes else { return Vec::new() };
-        let empty = |blocks: &Vec<u32>| ClassTokens { tokens: Vec::new(), blocks: blocks.clone() };
-        let mut all: Vec<ClassTokens> = classes.blocks.iter().map(empty).collect();
-        (0..len).for_each(|token| all[classes.of(token)].tokens.push(token as u32));
-        all
-    }
-
-    /// Blocks that the sequence holds, of all classes.
-    pub fn num_blocks(&self) -> usize {
-        self.blocks.len() + self.classes.iter().flat_map(|classes| &classes.blocks).map(Vec::len).sum::<usize>()
-    }
-}
+use crate::sequence::{Classes, Sequence, tables};
+use crate::{CacheError, CachePlan, SequenceState, Usage};
 
 /// Hands out blocks and sequence slots of one cache.
 #[derive(Debug)]
@@ -135,14 +50,6 @@ impl CacheManager {
     /// For each block of a sequence the first one of its chunk, by their places in the block table.
     pub(crate) fn chunks(&self, sequence: &Sequence) -> Vec<u32> {
         self.states[sequence.slot as usize].chunks().to_vec()
-    }
-
-    /// Notes what a pass has stored, before the sequences advance.
-    pub fn note(&mut self, batch: &Batch) {
-        let stepwise = batch.is_stepwise(&self.plan);
-        for span in &batch.spans {
-            self.states[span.slot as usize].fill(&self.plan, span.cached..span.len(), stepwise);
-        }
     }
 
     /// What a sequence takes.
@@ -239,11 +146,6 @@ impl CacheManager {
         self.clear(&mut sequence);
         self.free_slots.push(sequence.slot);
     }
-}
-
-/// The block tables of a sequence: that of tokens without classes, and one for each class.
-fn tables(sequence: &mut Sequence) -> impl Iterator<Item = &mut Vec<u32>> {
-    std::iter::once(&mut sequence.blocks).chain(sequence.classes.iter_mut().flat_map(|classes| &mut classes.blocks))
 }
 
 #[cfg(test)]

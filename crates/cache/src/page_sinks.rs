@@ -1,7 +1,7 @@
 //! Places inside a page for tokens that its codes would spoil.
 
 use crate::AutoSinks;
-use crate::layout::HALF_BYTES;
+use crate::HALF_BYTES;
 use dibit_quant::{Bits, packed_len};
 
 /// Places of protected tokens in a page. All offsets are bytes from the page's start.

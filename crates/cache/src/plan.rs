@@ -1,60 +1,10 @@
 //! Planning: what a scheme is in a model, and how many bytes it takes.
 
-use crate::layout::HALF_BYTES;
-use crate::{Calibration, Correction, LayerLayout, PAGE_TOKENS, Scheme, SchemeError, Sees, Sinks, Window};
-
-/// Shape of the model's cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CacheShape {
-    /// Decoder layers.
-    pub num_layers: usize,
-    /// KV heads of a layer.
-    pub num_key_value_heads: usize,
-    /// Channels of a head.
-    pub head_dim: usize,
-}
-
-impl CacheShape {
-    /// Keys, or values, of one token in a layer, in scalars: `KV heads * head_dim`.
-    pub fn row(&self) -> usize {
-        self.num_key_value_heads * self.head_dim
-    }
-
-    /// Keys and values of one token, in scalars: `2 * layers * KV heads * head_dim`.
-    pub fn scalars_per_token(&self) -> usize {
-        2 * self.num_layers * self.num_key_value_heads * self.head_dim
-    }
-}
-
-/// What a cache needs to know of a model.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CacheModel {
-    /// Its shape.
-    pub shape: CacheShape,
-    /// Rotary frequencies, `head_dim / 2`.
-    pub inv_freq: Vec<f32>,
-    /// For each layer, whether the transform of values is fused into its projections: its cache takes values as they are
-    /// stored, and leaves outputs so. A layer that is not there has none fused.
-    pub fuses_values: Vec<bool>,
-}
-
-impl CacheModel {
-    /// A model whose caches transform values themselves.
-    pub fn new(shape: CacheShape, inv_freq: Vec<f32>) -> Self {
-        CacheModel { shape, inv_freq, fuses_values: Vec::new() }
-    }
-
-    /// A model of this shape with the rotary frequencies of base 10,000.
-    pub fn of_shape(shape: CacheShape) -> Self {
-        let frequency = |pair: usize| 10_000f32.powf(-2.0 * pair as f32 / shape.head_dim as f32);
-        Self::new(shape, (0..shape.head_dim / 2).map(frequency).collect())
-    }
-
-    /// The same model with the transform of values fused into the projections of these layers.
-    pub fn fusing(self, layers: impl Fn(usize) -> bool) -> Self {
-        CacheModel { fuses_values: (0..self.shape.num_layers).map(layers).collect(), ..self }
-    }
-}
+use crate::shape::{CacheModel, CacheShape};
+use crate::{
+    CalibratedScheme, Calibration, Correction, HALF_BYTES, LayerLayout, PAGE_TOKENS, Scheme, SchemeError, Sees, Sinks,
+    Window,
+};
 
 /// Where every byte of a cache lies, and how many there are: a scheme compiled for a model, without the numbers that
 /// transforms need. It can be planned with, but holds nothing.
@@ -203,6 +153,26 @@ impl CachePlan {
     /// Bytes allocated for one sequence of `len` tokens.
     pub fn planned_bytes(&self, len: usize) -> usize {
         self.allocated_bytes(self.blocks(len))
+    }
+}
+
+impl Scheme {
+    /// The scheme in a model, without a calibration, as far as planning goes.
+    ///
+    /// # Errors
+    /// Those of [`CachePlan::new`].
+    pub fn plan(&self, model: &CacheModel) -> Result<CachePlan, SchemeError> {
+        CachePlan::new(self, None, model)
+    }
+}
+
+impl CalibratedScheme {
+    /// Its cache in a model, as far as planning goes.
+    ///
+    /// # Errors
+    /// Those of [`CachePlan::new`].
+    pub fn plan(&self, model: &CacheModel) -> Result<CachePlan, SchemeError> {
+        CachePlan::new(&self.scheme, self.calibration.as_deref(), model)
     }
 }
 

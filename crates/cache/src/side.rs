@@ -1,6 +1,6 @@
 //! Codes and parameters of one packed side of a page.
 
-use crate::layout::HALF_BYTES;
+use crate::HALF_BYTES;
 use crate::{Axis, PAGE_TOKENS, Packed, Transform};
 use dibit_quant::{Bits, Clip, Quantizer, packed_len};
 use std::ops::Range;

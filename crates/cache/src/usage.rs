@@ -1,7 +1,6 @@
 //! Honest bits: what cached tokens take, counted from real bytes.
 
-use crate::manager::ClassTokens;
-use crate::{CachePlan, LayerLayout, PAGE_TOKENS, PageLayout, Sequence};
+use crate::{CachePlan, ClassTokens, LayerLayout, PAGE_TOKENS, PageLayout, Sequence};
 
 /// Bytes taken by the tokens of one or more sequences.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use dibit_calibrate::Artefact;
 use dibit_cpu::Cpu;
 use dibit_device::{DType, Mode};
 use dibit_model::{Model, ModelFiles, Pretrained, WeightSource};
-use dibit_runner::{Capacity, Runner};
+use dibit_runner::{Capacity, Executor, Runner};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +32,8 @@ fn of_layout(pretrained: &Pretrained, layout: CacheLayout, ids: &[u32]) -> Vec<V
     let mut runner = Runner::new(Arc::new(model), layout, capacity).unwrap();
     let mut sequence = runner.open().unwrap();
     let (rows, mut all): (Vec<usize>, _) = ((0..ids.len()).collect(), Vec::new());
-    runner.step(Mode::Streaming, &mut [(&mut sequence, ids)]).unwrap().logits(&rows, &mut all).unwrap();
+    runner.step(Mode::Streaming, &mut [(&mut sequence, ids)]).unwrap();
+    runner.logits(&rows, &mut all).unwrap();
     all.chunks_exact(config.vocab_size).map(<[f32]>::to_vec).collect()
 }
 

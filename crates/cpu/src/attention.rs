@@ -11,10 +11,8 @@
 
 use super::adapters;
 use super::block::{Block, Tokens};
-use super::page::{Folding, Page};
-use super::page_sinks;
-use super::simd::Isa;
-use super::store::CpuStore;
+use super::call::{Call, Scratch};
+use super::page::Page;
 use dibit_cache::{PAGE_TOKENS, SideLayout};
 use dibit_device::Span;
 use rayon::prelude::*;
@@ -23,24 +21,6 @@ use std::ops::Range;
 
 /// Query rows of a task, counted over the heads that share a KV head.
 const TASK_QUERIES: usize = 48;
-
-/// Shape of the queries.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Heads {
-    /// Query heads.
-    pub num: usize,
-    /// KV heads.
-    pub num_key_value: usize,
-    /// Channels of a head.
-    pub dim: usize,
-}
-
-impl Heads {
-    /// Query heads that share a KV head.
-    fn per_key_value(&self) -> usize {
-        self.num / self.num_key_value
-    }
-}
 
 /// Some query rows of the KV heads of one frame against one split of their history.
 struct Item {
@@ -65,51 +45,8 @@ pub(super) struct Buffers {
     corrections: Vec<f32>,
 }
 
-/// Buffers of one thread.
-#[derive(Default)]
-pub(super) struct Scratch {
-    /// `[kv head of the frame][query][head_dim]`, scaled by `1 / sqrt(head_dim)`.
-    pub queries: Vec<f32>,
-    /// `[query][128]`, logits and then weights.
-    pub logits: Vec<f32>,
-    pub folding: Folding,
-    /// Keys of a page of a frame, `[channel][128]`, turned by the angles within the page.
-    pub expanded: Vec<f32>,
-    /// Queries as keys in pages see them: turned back by the angle of the page, or in the order of its channels.
-    pub turned: Vec<f32>,
-    pub row: Vec<f32>,
-    /// Protected tokens of the block: token within the block, and slot.
-    pub sinks: Vec<(usize, usize)>,
-    /// Tokens of the block that its page protects.
-    pub page_sinks: Vec<usize>,
-    /// Their keys, and then their values.
-    pub rows: page_sinks::Rows,
-    correction: adapters::Buffers,
-}
-
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// What an attention call reads.
-#[derive(Clone, Copy)]
-pub(super) struct Call<'a> {
-    pub isa: Isa,
-    pub store: &'a CpuStore,
-    pub layer: usize,
-    pub spans: &'a [Span],
-    pub heads: Heads,
-    /// Tokens of a split.
-    pub split_tokens: usize,
-    /// Whether the pass in flight is seen exactly. Where it is not, its tokens are stored already.
-    pub incoming: bool,
-}
-
-impl Call<'_> {
-    /// KV heads that are read together.
-    fn frame(&self) -> usize {
-        self.store.layout().layers[self.layer].frame
-    }
 }
 
 /// Attends rows `rows` of the batch; `q` and `out` begin at the first of them.

@@ -1,6 +1,6 @@
 //! Up to 128 tokens as the queries of one KV head see them: logits, weights, weighted values.
 
-use super::attention::{Call, Scratch};
+use super::call::{Call, Scratch};
 use super::dot::{self, dot_rows};
 use super::element::Element;
 use super::mix::{self, mix_rows};

@@ -1,12 +1,9 @@
 //! The part of each group's range that misses least, many groups at a time: what
 //! [`dibit_quant::Quantizer::fit_clipped`] says, exactly.
 
-use super::quantise::{self, RowParameters};
+use super::quantise::{self, PLACES, RowParameters};
 use super::simd::Isa;
 use dibit_quant::{Bits, Clip, Parameters, Quantizer};
-
-/// The shares in the places of a row, the last one twice.
-pub(super) const PLACES: usize = 8;
 
 /// A group on its way to its parameters.
 #[derive(Debug, Clone, Copy)]

@@ -4,7 +4,7 @@
 //! any number of rows, so a batch computes exactly what each of its rows computes alone.
 
 use super::dot::Shape;
-use super::linear::{Shared, each_tile, store};
+use super::shared_output::{Shared, each_tile, store};
 use candle_core::quantized::GgmlType;
 use dibit_device::Block;
 use dibit_device::Output;

@@ -6,6 +6,7 @@ mod amx;
 mod append;
 mod attention;
 mod block;
+mod call;
 mod clip;
 mod codes;
 mod dot;
@@ -27,8 +28,10 @@ mod paths;
 mod quantise;
 #[cfg(test)]
 mod reference;
+mod ring;
 mod rotate;
 mod scales;
+mod shared_output;
 mod simd;
 mod softmax;
 mod store;
@@ -37,7 +40,8 @@ mod tests;
 mod train;
 
 pub use append::LayerRows;
-use attention::{Buffers, Call, Heads};
+use attention::Buffers;
+use call::{Call, Heads};
 use dibit_cache::CacheLayout;
 use dibit_device::{
     Attention, Batch, Dense, DeviceError, KvStorage, Measure, Memory, Output, Phase, Span, Sweep, Tensor, Values,

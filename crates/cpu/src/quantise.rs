@@ -1,12 +1,14 @@
 //! Groups of numbers as codes, many at a time: what [`dibit_quant::Quantizer`] and [`dibit_quant::pack`] say, exactly.
 
-use super::clip::PLACES;
 use super::element::Element;
 use super::exp::ROUND;
 use super::scales::offset;
 use super::simd::{WIDTH, dispatch};
 use dibit_quant::{Bits, Parameters, Plane, Quantizer};
 use std::ops::Range;
+
+/// The shares in the places of a row, the last one twice.
+pub(super) const PLACES: usize = 8;
 
 #[inline(always)]
 fn smaller(a: f32, b: f32) -> f32 {

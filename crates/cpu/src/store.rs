@@ -4,6 +4,7 @@ use super::adapters::State;
 use super::append::{LayerBytes, LayerRows, PARALLEL_TOKENS, Scratch, append, parts};
 use super::frames::{Frames, HeadRotation};
 use super::quantise::largest_magnitude;
+use super::ring::{Which, runs};
 use super::simd::Isa;
 use dibit_cache::{CacheLayout, CacheShape, StateType};
 use dibit_device::{Batch, DeviceError, Span};
@@ -45,12 +46,6 @@ struct Slots {
     sequences: usize,
     count: usize,
     numbers: MmapMut,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Which {
-    Keys,
-    Values,
 }
 
 fn map(what: &'static str, bytes: usize) -> Result<MmapMut, DeviceError> {
@@ -223,15 +218,6 @@ impl CpuStore {
         };
         append(*isa, layout, layer, &frames[layer], span, bytes, scratch)
     }
-}
-
-/// Rows of consecutive tokens in the ring of a head, token `t` in slot `t % slots`, as up to two runs.
-pub(super) fn runs(ring: &[f16], head_dim: usize, tokens: Range<usize>) -> [&[f16]; 2] {
-    let count = ring.len() / head_dim;
-    debug_assert!(tokens.len() <= count);
-    let first = tokens.start % count;
-    let until_wrap = tokens.len().min(count - first);
-    [&ring[first * head_dim..(first + until_wrap) * head_dim], &ring[..(tokens.len() - until_wrap) * head_dim]]
 }
 
 impl Slots {

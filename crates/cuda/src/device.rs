@@ -1,14 +1,15 @@
 //! The trait of devices on a GPU.
 
 use crate::blas::Blas;
+use crate::cuda::{Buffer, Cuda, Ids};
 use crate::gpu::Gpu;
 use crate::linear;
 use crate::matrix::Matrix;
 use crate::memory::Memory;
+use crate::partial_sums::PartialSums;
 use crate::rows;
-use crate::store::CudaStore;
+use crate::store::{CudaStore, Recording};
 use crate::timing::{self, CudaSweep};
-use crate::train::Scratch;
 use crate::{CudaError, attention};
 use dibit_cache::CacheLayout;
 use dibit_device::{
@@ -16,30 +17,26 @@ use dibit_device::{
     Projection, Span, Sweep, Tensor,
 };
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
-/// An NVIDIA GPU.
-///
-/// Operations that cannot return an error leave it to whoever waits next, so use a `Cuda` from one thread at a time where it
-/// matters whose failure it was.
-pub struct Cuda {
-    pub(crate) gpu: Arc<Gpu>,
-    pub(crate) blas: Blas,
-    pub(crate) scratch: Scratch,
-    /// Whether passes of single tokens are recorded and done again.
-    pub(crate) records: bool,
+/// A cache on a GPU, with the kernels of its attention.
+pub struct CudaCache {
+    store: CudaStore,
+    attention: attention::Kernels,
 }
 
-/// Activations on a GPU.
-pub struct Buffer {
-    pub(crate) memory: Memory,
-    pub(crate) len: usize,
-}
+impl CudaCache {
+    /// Passes that have been recorded, for tests.
+    #[doc(hidden)]
+    pub fn recorded(&self) -> usize {
+        self.store.recorded()
+    }
 
-/// Ids on a GPU.
-pub struct Ids {
-    pub(crate) memory: Memory,
+    /// Bytes of a page, for tests.
+    #[doc(hidden)]
+    pub fn page_bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
+        self.store.page_bytes(class, block, layer, kv_head)
+    }
 }
 
 impl Cuda {
@@ -50,23 +47,10 @@ impl Cuda {
     pub fn new(ordinal: usize) -> Result<Self, CudaError> {
         let gpu = Gpu::new(ordinal)?;
         let blas = Blas::new(&gpu)?;
-        let cuda = Cuda { gpu, blas, scratch: Scratch::default(), records: true };
+        let cuda = Cuda { gpu, blas, partial_sums: PartialSums::default(), records: true };
         // What cannot be compiled is said now, and not in the middle of a pass.
         rows::check(&cuda)?;
         Ok(cuda)
-    }
-
-    /// The same, doing each pass anew, for tests.
-    #[doc(hidden)]
-    pub fn without_graphs(self) -> Self {
-        Cuda { records: false, ..self }
-    }
-
-    /// Keeps a failure that an operation cannot return.
-    pub(crate) fn keep(&self, result: Result<(), CudaError>) {
-        if let Err(error) = result {
-            self.gpu.fail(error);
-        }
     }
 }
 
@@ -201,7 +185,7 @@ impl Dense for Cuda {
 }
 
 impl KvStorage for Cuda {
-    type Store = CudaStore;
+    type Store = CudaCache;
 
     fn new_store(
         &self,
@@ -209,55 +193,61 @@ impl KvStorage for Cuda {
         num_blocks: usize,
         num_sequences: usize,
         max_rows: usize,
-    ) -> Result<CudaStore, DeviceError> {
-        CudaStore::new(self, layout, num_blocks, num_sequences, max_rows)
+    ) -> Result<CudaCache, DeviceError> {
+        let store = CudaStore::new(self, layout, num_blocks, num_sequences, max_rows)?;
+        let attention = attention::Kernels::new(&self.gpu, &store)?;
+        Ok(CudaCache { store, attention })
     }
 
-    fn set_sinks(&self, store: &mut CudaStore, layer: usize, slot: u32, positions: &[u32]) -> Result<(), DeviceError> {
-        Ok(store.set_sinks(layer, slot as usize, positions)?)
+    fn set_sinks(&self, cache: &mut CudaCache, layer: usize, slot: u32, positions: &[u32]) -> Result<(), DeviceError> {
+        Ok(cache.store.set_sinks(layer, slot as usize, positions)?)
     }
 
-    fn place(&self, store: &mut CudaStore, spans: &[Span], appends: bool) -> Result<(), DeviceError> {
-        store.place(spans, appends)
+    fn place(&self, cache: &mut CudaCache, spans: &[Span], appends: bool) -> Result<(), DeviceError> {
+        cache.store.place(spans, appends)
     }
 
     fn stage_kv(
         &self,
-        store: &mut CudaStore,
+        cache: &mut CudaCache,
         layer: usize,
         _: &Batch,
         rows: Range<usize>,
         k: &Buffer,
         v: &Buffer,
     ) -> Result<(), DeviceError> {
-        store.stage_kv(self, layer, rows, k, v);
+        cache.store.stage_kv(self, layer, rows, k, v);
         Ok(())
     }
 
     fn attend(
         &self,
-        store: &mut CudaStore,
+        cache: &mut CudaCache,
         attention: Attention,
         q: &Buffer,
         out: &mut Buffer,
     ) -> Result<(), DeviceError> {
-        attention::attend(self, store, attention, q, out)
+        attention::attend(self, &mut cache.store, &mut cache.attention, attention, q, out)
     }
 
-    fn append(&self, store: &mut CudaStore, layer: usize, spans: &[Span]) -> Result<(), DeviceError> {
-        store.append(self, layer, spans)
+    fn append(&self, cache: &mut CudaCache, layer: usize, spans: &[Span]) -> Result<(), DeviceError> {
+        cache.store.append(self, layer, spans)
     }
 
     fn record<E: From<DeviceError> + Send>(
         &self,
-        store: &mut CudaStore,
-        work: impl FnMut(&mut CudaStore) -> Result<(), E> + Send,
+        cache: &mut CudaCache,
+        mut work: impl FnMut(&mut CudaCache) -> Result<(), E> + Send,
     ) -> Result<(), E> {
-        store.record(self, work)
+        let Some(recording) = cache.store.recording(self) else { return work(cache) };
+        let Recording { mut graphs, shape, addresses } = recording;
+        let result = graphs.run(&self.gpu, shape, addresses, || work(cache));
+        cache.store.keep(graphs);
+        result
     }
 
-    fn finish(&self, store: &mut CudaStore, batch: &Batch) -> Result<(), DeviceError> {
-        store.finish(batch)
+    fn finish(&self, cache: &mut CudaCache, batch: &Batch) -> Result<(), DeviceError> {
+        cache.store.finish(batch)
     }
 }
 

@@ -1,8 +1,7 @@
 //! One GPU: its context, the stream that orders everything, and what has gone wrong on it.
 
 use crate::CudaError;
-use crate::kernel::Modules;
-use crate::memory::Memory;
+use crate::modules::Modules;
 use crate::turn::{Alone, Turn, Turns};
 use cudarc::driver::sys;
 use std::ffi::CStr;
@@ -227,9 +226,4 @@ impl Drop for Gpu {
             }
         }
     }
-}
-
-/// A kernel's argument.
-pub(crate) fn at(memory: &Memory, numbers: usize) -> u64 {
-    memory.at(numbers * size_of::<f32>())
 }

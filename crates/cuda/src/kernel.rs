@@ -2,6 +2,8 @@
 
 use crate::CudaError;
 use crate::gpu::{Gpu, check};
+pub(crate) use crate::modules::Kernel;
+use crate::modules::Loaded;
 use crate::source::Source;
 use cudarc::driver::sys;
 use cudarc::nvrtc::sys as nvrtc;
@@ -9,24 +11,9 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 pub(crate) const NVRTC: &str = if cfg!(windows) { "nvrtc64_130_0.dll" } else { "libnvrtc.so.13" };
-
-/// A function on a GPU.
-#[derive(Clone, Copy)]
-pub(crate) struct Kernel {
-    function: sys::CUfunction,
-    name: &'static str,
-    /// Dynamic shared memory that a block of it can have.
-    pub most_shared: usize,
-}
-
-// SAFETY: a handle that the driver's functions take from any thread; modules are never unloaded before the GPU is.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
 
 /// How many threads run a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -67,29 +54,6 @@ macro_rules! launch {
     };
 }
 pub(crate) use launch;
-
-/// What tells modules apart: the file's name, and its macros.
-type Key = (&'static str, Vec<(&'static str, i64)>);
-
-/// The modules that have been loaded.
-pub(crate) struct Modules {
-    capability: u32,
-    loaded: Mutex<HashMap<Key, Loaded>>,
-}
-
-struct Loaded {
-    module: sys::CUmodule,
-    functions: HashMap<&'static str, Kernel>,
-}
-
-// SAFETY: handles of the driver, used under the mutex.
-unsafe impl Send for Loaded {}
-
-impl Modules {
-    pub(crate) fn new(capability: u32) -> Self {
-        Modules { capability, loaded: Mutex::default() }
-    }
-}
 
 impl Gpu {
     /// A kernel of a file compiled with these macros.

@@ -9,6 +9,7 @@
 mod abi;
 mod attention;
 mod blas;
+mod cuda;
 mod device;
 mod embedded;
 mod error;
@@ -19,6 +20,8 @@ mod kernel;
 mod linear;
 mod matrix;
 mod memory;
+mod modules;
+mod partial_sums;
 mod paths;
 mod probe;
 mod rows;
@@ -28,8 +31,8 @@ mod timing;
 mod train;
 mod turn;
 
-pub use device::Cuda;
+pub use cuda::Cuda;
+pub use device::CudaCache;
 pub use error::CudaError;
 pub use files::{KernelFile, Resources, kernel_files};
 pub use probe::{DeviceInfo, Probe, probe};
-pub use store::CudaStore;

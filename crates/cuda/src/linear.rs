@@ -5,14 +5,14 @@
 //! cuBLASLt, for which activations are rounded to the type of the weights; a row's result then depends on the others within
 //! the rounding of f32 sums.
 
+use crate::CudaError;
 use crate::blas::Product;
-use crate::device::Buffer;
-use crate::gpu::at;
+use crate::cuda::{Buffer, Cuda};
 use crate::kernel::{Grid, launch};
 use crate::matrix::{Matrix, Stored};
+use crate::memory::at;
 use crate::rows;
 use crate::source::LINEAR;
-use crate::{Cuda, CudaError};
 use bytemuck::{Pod, Zeroable};
 use dibit_device::{Norm, Output, Phase, Projection};
 use std::ops::Range;

@@ -163,3 +163,22 @@ impl Drop for Pinned {
         }
     }
 }
+
+/// A kernel's argument.
+pub(crate) fn at(memory: &Memory, numbers: usize) -> u64 {
+    memory.at(numbers * size_of::<f32>())
+}
+
+/// Makes sure that a buffer has so many bytes; returns its address.
+pub(crate) fn room(
+    gpu: &Arc<Gpu>,
+    buffer: &mut Option<Memory>,
+    what: &'static str,
+    bytes: usize,
+) -> Result<u64, DeviceError> {
+    if buffer.as_ref().is_none_or(|own| own.bytes() < bytes) {
+        *buffer = None;
+        *buffer = Some(Memory::new(gpu, what, bytes)?);
+    }
+    Ok(buffer.as_ref().expect("a buffer").at(0))
+}

@@ -1,11 +1,11 @@
 //! Operations on rows of activations.
 
-use crate::device::{Buffer, Ids};
-use crate::gpu::at;
+use crate::CudaError;
+use crate::cuda::{Buffer, Cuda, Ids};
 use crate::kernel::{Grid, Kernel, launch};
 use crate::matrix::{Matrix, Stored};
+use crate::memory::at;
 use crate::source::ROWS;
-use crate::{Cuda, CudaError};
 use bytemuck::{Pod, Zeroable};
 use dibit_device::Heads;
 use std::ops::Range;

@@ -1,23 +1,18 @@
 //! The trait of training on a GPU.
 
-use crate::device::Buffer;
-use crate::gpu::{Gpu, at};
+use crate::CudaError;
+use crate::cuda::Buffer;
+use crate::cuda::Cuda;
 use crate::kernel::{Grid, Kernel, launch};
-use crate::memory::Memory;
+use crate::memory::at;
+use crate::partial_sums::{PRODUCT_BLOCKS, TILE};
 use crate::source::TRAIN;
-use crate::{Cuda, CudaError};
 use dibit_cache::CacheLayout;
 use dibit_device::{AdamStep, DeviceError, Place, ROW_STATISTICS, RowStatistic, Rows, Train};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
 
-/// Rows and columns of a product that one block computes, and its threads, as the kernel has them.
-const TILE: usize = 64;
+/// Threads of a product's blocks.
 const PRODUCT_THREADS: usize = 128;
-
-/// Blocks that a product is to have, by parting its sums where it has few tiles: a constant, as the order of sums must
-/// not depend on the GPU.
-const PRODUCT_BLOCKS: usize = 256;
 
 /// Terms of a part of a product's sums, at least; parts are whole multiples of `PART_STEP`.
 const PART: usize = 128;
@@ -34,25 +29,6 @@ const WARPS: usize = THREADS / 32;
 /// Numbers of a part of a sum of squares, about, and how many parts there are at most.
 const SQUARES: usize = 1 << 13;
 const SQUARE_PARTS: usize = 1 << 10;
-
-/// Memory for sums in parts, allocated when it is first needed.
-#[derive(Default)]
-pub(crate) struct Scratch(Mutex<Option<Memory>>);
-
-impl Scratch {
-    /// What the parts of any product take, and more than those of a sum.
-    const BYTES: usize = PRODUCT_BLOCKS * TILE * TILE * size_of::<f32>();
-
-    /// Runs what uses the memory. Others that use it come behind all that this asks for.
-    fn with<R>(&self, gpu: &Arc<Gpu>, run: impl FnOnce(&Memory) -> Result<R, CudaError>) -> Result<R, CudaError> {
-        let _turn = gpu.bind()?;
-        let mut own = self.0.lock().expect("no panic while it is held");
-        if own.is_none() {
-            *own = Some(Memory::new(gpu, "sums in parts", Self::BYTES)?);
-        }
-        run(own.as_ref().expect("it was just allocated"))
-    }
-}
 
 /// The twin of the kernels' `Queries`.
 #[repr(C)]
@@ -126,7 +102,7 @@ impl Cuda {
             return Ok(());
         }
         let join = self.training("join_products")?;
-        self.scratch.with(&self.gpu, |scratch| {
+        self.partial_sums.with(&self.gpu, |scratch| {
             let (parts, all) = (scratch.at(0), m as usize * n as usize);
             run(1.0, parts, i64::from(n), all as i64, 0);
             launch!(self.gpu, join, Grid::each(all, THREADS), m, n, int(count), scale, parts, out, out_row, add);
@@ -233,7 +209,7 @@ impl Cuda {
         let part = range.len().div_ceil(SQUARE_PARTS).max(SQUARES);
         let parts = range.len().div_ceil(part);
         let (squares, join) = (self.training("sum_squares")?, self.training("join_sums")?);
-        self.scratch.with(&self.gpu, |scratch| {
+        self.partial_sums.with(&self.gpu, |scratch| {
             let (sum, sums) = (scratch.at(0), scratch.at(size_of::<f64>()));
             let grid = Grid::new([parts, 1, 1], THREADS);
             launch!(self.gpu, squares, grid, x, range.len() as i64, part as i64, sums);

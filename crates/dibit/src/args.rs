@@ -15,13 +15,18 @@ pub use generate::GenerateArgs;
 pub use prefill::{CellArgs, PrefillArgs, PrefillMode};
 pub use sampling::{SamplingArgs, Seed};
 
-use crate::commands::schemes::{BEST, UNCALIBRATED};
 use crate::device::{self, AnyDevice, DeviceChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dibit_cache::Scheme;
 use dibit_cpu::Isa;
 use dibit_device::DType;
 use std::path::PathBuf;
+
+/// The scheme that is used where the user names none: it costs least accuracy at its bits, and needs a calibration.
+pub const BEST: &str = "dibit";
+
+/// The one in its place where there is no calibration.
+pub const UNCALIBRATED: &str = "k3v2";
 
 /// LLM inference with a key-value cache of two bits
 #[derive(Parser)]
@@ -151,7 +156,7 @@ pub struct RunArgs {
 impl RunArgs {
     /// The device that the command runs on.
     pub fn open_device(&self) -> anyhow::Result<AnyDevice> {
-        device::open(self.device.device, self.threads, &self.device.isa)
+        device::open(self.device.device, self.threads, self.device.isa.isa)
     }
 }
 

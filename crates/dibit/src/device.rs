@@ -1,8 +1,7 @@
 //! From `--device` to a device.
 
-use crate::args::IsaArgs;
 use anyhow::{Context, Result, bail};
-use dibit_cpu::Cpu;
+use dibit_cpu::{Cpu, Isa};
 use dibit_cuda::Cuda;
 use dibit_device::Memory;
 use std::str::FromStr;
@@ -53,20 +52,20 @@ macro_rules! on_device {
 pub(crate) use on_device;
 
 /// The device that was asked for. `threads` and `isa` are the CPU's: `auto` takes it where they are given.
-pub fn open(choice: DeviceChoice, threads: Option<u16>, isa: &IsaArgs) -> Result<AnyDevice> {
+pub fn open(choice: DeviceChoice, threads: Option<u16>, isa: Option<Isa>) -> Result<AnyDevice> {
     match choice {
         DeviceChoice::Cpu => Ok(AnyDevice::Cpu(cpu(threads, isa)?)),
         DeviceChoice::Cuda(_) if threads.is_some() => {
             bail!("--threads is for the CPU; leave it out, or choose --device cpu")
         }
-        DeviceChoice::Cuda(_) if isa.isa.is_some() => {
+        DeviceChoice::Cuda(_) if isa.is_some() => {
             bail!("--isa (or DIBIT_ISA) is for the CPU; leave it out, or choose --device cpu")
         }
         DeviceChoice::Cuda(ordinal) => {
             let cuda = Cuda::new(ordinal).with_context(|| format!("--device cuda:{ordinal}"))?;
             Ok(AnyDevice::Cuda(Arc::new(cuda)))
         }
-        DeviceChoice::Auto if threads.is_some() || isa.isa.is_some() => {
+        DeviceChoice::Auto if threads.is_some() || isa.is_some() => {
             let given = if threads.is_some() { "--threads" } else { "--isa" };
             let cpu = cpu(threads, isa)?;
             tracing::info!("device: {} ({given} is for the CPU)", cpu.describe());
@@ -89,9 +88,9 @@ pub fn open(choice: DeviceChoice, threads: Option<u16>, isa: &IsaArgs) -> Result
     }
 }
 
-fn cpu(threads: Option<u16>, isa: &IsaArgs) -> Result<Arc<Cpu>> {
+fn cpu(threads: Option<u16>, isa: Option<Isa>) -> Result<Arc<Cpu>> {
     let cpu = Cpu::new(threads.map(usize::from))?;
-    Ok(Arc::new(match isa.isa {
+    Ok(Arc::new(match isa {
         Some(isa) => cpu.with_isa(isa)?,
         None => cpu,
     }))

@@ -115,15 +115,15 @@ impl Executor for Faulty {
             rows.iter_mut().for_each(|(sequence, _)| self.runner.clear(sequence));
             return Err(DeviceError::Failed("a fault".into()).into());
         }
-        self.runner.step(mode, rows).map(drop)
+        self.runner.step(mode, rows)
     }
 
     fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.runner.outputs().logits(rows, out)
+        self.runner.logits(rows, out)
     }
 
     fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
-        self.runner.outputs().most_likely(rows)
+        self.runner.most_likely(rows)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::EvalError;
 use dibit_cache::{CacheLayout, CalibratedScheme, PAGE_TOKENS, Sequence, Usage};
 use dibit_device::Device;
 use dibit_model::{Distribution, Pretrained, windows};
-use dibit_runner::{Capacity, Models, Prefill, Runner};
+use dibit_runner::{Capacity, Executor, Models, Prefill, Runner};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::ops::{ControlFlow, Range};
@@ -284,7 +284,7 @@ impl<D: Device> Contender<D> {
         for own in contenders.iter_mut() {
             own.read_to(window, rows.start)?;
             let in_pass: Vec<usize> = rows.clone().map(|row| row - own.pass.start).collect();
-            own.runner.outputs().logits(&in_pass, &mut own.logits)?;
+            own.runner.logits(&in_pass, &mut own.logits)?;
         }
         let (reference, others) = contenders.split_first_mut().expect("the reference is there");
         reference.score(device, None, targets, vocab_size)?;

@@ -1,4 +1,4 @@
-use crate::{Capacity, Runner};
+use crate::{Capacity, Executor, Runner};
 use dibit_cache::{CalibratedScheme, Mode};
 use dibit_device::Device;
 use dibit_model::{Model, ModelConfig, ModelError, Observer, Weights};

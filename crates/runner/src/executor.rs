@@ -1,77 +1,44 @@
-use crate::Runner;
 use dibit_cache::{CacheError, CacheLayout, Mode, Sequence, Usage};
-use dibit_device::Device;
 use dibit_model::ModelError;
 
-/// What runs the passes of a model, on whatever device: a [`Runner`] behind an object.
+/// What runs the passes of a model with its cache and its workspace, on whatever device.
 pub trait Executor: Send {
     /// The layout of the cache.
     fn layout(&self) -> &CacheLayout;
 
-    /// [`Runner::open`].
+    /// Begins an empty sequence.
     ///
     /// # Errors
-    /// As there.
+    /// [`CacheError::TooManySequences`].
     fn open(&mut self) -> Result<Sequence, CacheError>;
 
-    /// [`Runner::clear`].
+    /// Empties a sequence, which stays open.
     fn clear(&mut self, sequence: &mut Sequence);
 
-    /// [`Runner::close`].
+    /// Ends a sequence.
     fn close(&mut self, sequence: Sequence);
 
-    /// [`Runner::usage`].
+    /// What a sequence takes in the cache.
     fn usage(&self, sequence: &Sequence) -> Usage;
 
-    /// [`Runner::step`].
+    /// One pass of the next tokens of some sequences, which are cached afterwards; rows are in the order of the sequences.
+    /// Where blocks are short nothing has happened. A pass that fails empties its sequences, for it has overwritten parts of
+    /// their windows.
     ///
     /// # Errors
-    /// As there.
+    /// [`ModelError::Cache`] where blocks are short, and those of [`dibit_model::Model::forward`].
     fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), ModelError>;
 
-    /// [`crate::Outputs::logits`] of the last pass.
+    /// Logits of some rows of the last pass: `vocab_size` numbers for each, in the order of `rows`.
     ///
     /// # Errors
-    /// As there.
+    /// [`ModelError::TooManyRows`].
     fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError>;
 
-    /// [`crate::Outputs::most_likely`] of the last pass.
+    /// The most likely token after each of some rows of the last pass, the first of equals; `None` for a row of which not all
+    /// logits are finite.
     ///
     /// # Errors
-    /// As there.
+    /// [`ModelError::TooManyRows`], [`ModelError::Device`].
     fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError>;
-}
-
-impl<D: Device> Executor for Runner<D> {
-    fn layout(&self) -> &CacheLayout {
-        self.layout()
-    }
-
-    fn open(&mut self) -> Result<Sequence, CacheError> {
-        self.open()
-    }
-
-    fn clear(&mut self, sequence: &mut Sequence) {
-        self.clear(sequence);
-    }
-
-    fn close(&mut self, sequence: Sequence) {
-        self.close(sequence);
-    }
-
-    fn usage(&self, sequence: &Sequence) -> Usage {
-        self.usage(sequence)
-    }
-
-    fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), ModelError> {
-        self.step(mode, rows).map(drop)
-    }
-
-    fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.outputs().logits(rows, out)
-    }
-
-    fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
-        self.outputs().most_likely(rows)
-    }
 }

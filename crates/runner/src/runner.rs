@@ -1,3 +1,4 @@
+use crate::Executor;
 use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Mode, Sequence, Usage};
 use dibit_device::{Device, KvCache};
 use dibit_model::{Model, ModelError, Observer, Workspace};
@@ -22,12 +23,6 @@ pub struct Runner<D: Device> {
     model: Arc<Model<D>>,
     cache: KvCache<D>,
     workspace: Workspace<D>,
-}
-
-/// What a pass has computed: logits of its rows, as long as no other pass runs.
-pub struct Outputs<'a, D: Device> {
-    model: &'a Model<D>,
-    workspace: &'a mut Workspace<D>,
 }
 
 impl Capacity {
@@ -58,63 +53,15 @@ impl<D: Device> Runner<D> {
         &self.model
     }
 
-    /// The layout of the cache.
-    pub fn layout(&self) -> &CacheLayout {
-        self.cache.layout()
-    }
-
     /// Who holds which block of the cache.
     pub fn manager(&self) -> &CacheManager {
         self.cache.manager()
     }
 
-    /// Begins an empty sequence.
+    /// [`Executor::step`] of one sequence, showing queries, keys and values of every layer and row to `observer`.
     ///
     /// # Errors
-    /// [`CacheError::TooManySequences`].
-    pub fn open(&mut self) -> Result<Sequence, CacheError> {
-        self.cache.open()
-    }
-
-    /// Empties a sequence, which stays open.
-    pub fn clear(&mut self, sequence: &mut Sequence) {
-        self.cache.clear(sequence);
-    }
-
-    /// Ends a sequence.
-    pub fn close(&mut self, sequence: Sequence) {
-        self.cache.close(sequence);
-    }
-
-    /// What a sequence takes in the cache.
-    pub fn usage(&self, sequence: &Sequence) -> Usage {
-        self.cache.usage(sequence)
-    }
-
-    /// Makes sure that a sequence has the blocks that `len` tokens need.
-    ///
-    /// # Errors
-    /// [`CacheError::PoolExhausted`]; the sequence keeps what it had.
-    pub fn reserve(&mut self, sequence: &mut Sequence, len: usize) -> Result<(), CacheError> {
-        self.cache.reserve(sequence, len)
-    }
-
-    /// One pass of the next tokens of some sequences, which are cached afterwards; rows are in the order of the sequences.
-    /// Where blocks are short nothing has happened. A pass that fails empties its sequences, for it has overwritten parts of
-    /// their windows.
-    ///
-    /// # Errors
-    /// [`ModelError::Cache`] where blocks are short, and those of [`Model::forward`].
-    pub fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<Outputs<'_, D>, ModelError> {
-        let Runner { model, cache, workspace } = self;
-        run(cache, mode, rows, |cache, batch, ids| model.forward(workspace, cache, batch, ids))?;
-        Ok(self.outputs())
-    }
-
-    /// [`Runner::step`] of one sequence, showing queries, keys and values of every layer and row to `observer`.
-    ///
-    /// # Errors
-    /// Those of [`Runner::step`].
+    /// Those of [`Executor::step`].
     pub fn observe(
         &mut self,
         mode: Mode,
@@ -132,7 +79,7 @@ impl<D: Device> Runner<D> {
     /// of them, `[row][hidden_size]`. Returns what leaves the last one.
     ///
     /// # Errors
-    /// Those of [`Runner::step`].
+    /// Those of [`Executor::step`].
     pub fn resume(
         &mut self,
         sequence: &mut Sequence,
@@ -164,10 +111,40 @@ impl<D: Device> Runner<D> {
         self.workspace.residual(&**self.model.device(), ids.len(), &mut residual)?;
         Ok(residual)
     }
+}
 
-    /// The outputs of the last pass.
-    pub fn outputs(&mut self) -> Outputs<'_, D> {
-        Outputs { model: &self.model, workspace: &mut self.workspace }
+impl<D: Device> Executor for Runner<D> {
+    fn layout(&self) -> &CacheLayout {
+        self.cache.layout()
+    }
+
+    fn open(&mut self) -> Result<Sequence, CacheError> {
+        self.cache.open()
+    }
+
+    fn clear(&mut self, sequence: &mut Sequence) {
+        self.cache.clear(sequence);
+    }
+
+    fn close(&mut self, sequence: Sequence) {
+        self.cache.close(sequence);
+    }
+
+    fn usage(&self, sequence: &Sequence) -> Usage {
+        self.cache.usage(sequence)
+    }
+
+    fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), ModelError> {
+        let Runner { model, cache, workspace } = self;
+        run(cache, mode, rows, |cache, batch, ids| model.forward(workspace, cache, batch, ids))
+    }
+
+    fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
+        self.model.logits(&mut self.workspace, rows, out)
+    }
+
+    fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
+        self.model.most_likely(&mut self.workspace, rows)
     }
 }
 
@@ -192,23 +169,4 @@ fn run<D: Device>(
         }
     }
     result
-}
-
-impl<D: Device> Outputs<'_, D> {
-    /// Logits of some rows: `vocab_size` numbers for each, in the order of `rows`.
-    ///
-    /// # Errors
-    /// [`ModelError::TooManyRows`].
-    pub fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.model.logits(self.workspace, rows, out)
-    }
-
-    /// The most likely token after each of some rows, the first of equals; `None` for a row of which not all logits are
-    /// finite.
-    ///
-    /// # Errors
-    /// [`ModelError::TooManyRows`], [`ModelError::Device`].
-    pub fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
-        self.model.most_likely(self.workspace, rows)
-    }
 }

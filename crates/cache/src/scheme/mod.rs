@@ -15,7 +15,7 @@ pub use choices::{
     Sees, Side, Sinks, StateType, Statistic, Transform,
 };
 
-use crate::{CacheModel, CachePlan, SchemeError, Window};
+use crate::{SchemeError, Window};
 use std::path::Path;
 
 macro_rules! built_in {
@@ -99,14 +99,6 @@ impl Scheme {
             Some((_, text)) => Self::parse(text, name),
             None => Err(unknown(name)),
         }
-    }
-
-    /// The scheme in a model, without a calibration, as far as planning goes.
-    ///
-    /// # Errors
-    /// Those of [`CachePlan::new`].
-    pub fn plan(&self, model: &CacheModel) -> Result<CachePlan, SchemeError> {
-        CachePlan::new(self, None, model)
     }
 
     /// A scheme from the text of its file; `origin` names it in errors.

@@ -9,7 +9,7 @@ use dibit_cache::{
 };
 use dibit_device::Device;
 use dibit_model::{Distribution, Model, Pretrained};
-use dibit_runner::{Capacity, Runner};
+use dibit_runner::{Capacity, Executor, Runner};
 use rayon::prelude::*;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -213,7 +213,7 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         let all: Vec<usize> = (0..rows).skip(EVERY - 1).step_by(EVERY).collect();
         let mut logits = Vec::new();
         for (index, rows) in all.chunks(LOGIT_ROWS).enumerate() {
-            self.exact.outputs().logits(rows, &mut logits)?;
+            self.exact.logits(rows, &mut logits)?;
             seen(index * LOGIT_ROWS, &logits);
         }
         Ok(())

@@ -10,13 +10,13 @@ mod panel;
 mod tile;
 
 use super::dot::Shape;
-use super::linear::{Shared, store};
+use super::shared_output::{Shared, store};
+use super::simd::amx_state;
 use dibit_device::Output;
 use half::bf16;
 use panel::Panel;
 use rayon::prelude::*;
 use std::cell::Cell;
-use std::sync::OnceLock;
 use tile::NEXT_ROWS;
 
 /// Numbers of `k` in a row of a tile.
@@ -29,43 +29,13 @@ thread_local! {
     static PANEL: Cell<Panel> = Cell::default();
 }
 
-/// Whether the processor has the instructions and the system lets this process use them. Asks for that once.
-pub(super) fn is_available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| has_instructions() && is_permitted())
-}
-
-fn has_instructions() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    const BF16: u32 = 1 << 22;
-    const TILE: u32 = 1 << 24;
-    if __cpuid(0).eax < 7 {
-        return false;
-    }
-    __cpuid_count(7, 0).edx & (BF16 | TILE) == BF16 | TILE
-}
-
-/// Linux keeps the state of tiles for processes that ask for it.
-#[cfg(target_os = "linux")]
-fn is_permitted() -> bool {
-    const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
-    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
-    // SAFETY: this call takes two numbers and changes nothing but what the process may use.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn is_permitted() -> bool {
-    false
-}
-
 /// The first columns of `x w^T + bias`, as many as consist of whole tiles: their number. It is 0 where `k` does not
 /// consist of whole steps.
 ///
 /// # Panics
-/// If the processor lacks AMX ([`is_available`]).
+/// If the processor lacks AMX ([`amx_state::is_available`]).
 pub(super) fn linear(x: &[f32], w: &[bf16], shape: Shape, bias: Option<&[f32]>, out: &Shared, output: Output) -> usize {
-    assert!(is_available(), "AMX");
+    assert!(amx_state::is_available(), "AMX");
     let Shape { m, n, k } = shape;
     if k == 0 || !k.is_multiple_of(STEP) {
         return 0;
@@ -123,7 +93,7 @@ mod tests {
             adds in any::<bool>(),
             has_bias in any::<bool>(),
         ) {
-            if !is_available() {
+            if !amx_state::is_available() {
                 return Ok(());
             }
             let k = steps * STEP;
@@ -152,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_others() {
-        if !is_available() {
+        if !amx_state::is_available() {
             return;
         }
         let (m, n, k) = (45, 48, 4128);

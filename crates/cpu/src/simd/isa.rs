@@ -52,7 +52,7 @@ impl Isa {
                     all.push(Isa::Avx512);
                     if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi") {
                         all.push(Isa::Avx512Vnni);
-                        if crate::amx::is_available() {
+                        if super::amx_state::is_available() {
                             all.push(Isa::Amx);
                         }
                     }

@@ -4,6 +4,8 @@
 //! the portable implementation fuses multiplication and addition only where the target does.
 
 #[cfg(target_arch = "x86_64")]
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx_state;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;

@@ -1,6 +1,6 @@
 //! Products of matrices that lie in any order.
 
-use crate::linear::Shared;
+use crate::shared_output::Shared;
 use dibit_device::Place;
 use rayon::prelude::*;
 

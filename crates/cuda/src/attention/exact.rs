@@ -1,9 +1,10 @@
 //! Attention in f32, whatever the pages hold.
 
-use super::Parts;
+use super::parts::Parts;
+use crate::abi;
+use crate::cuda::Cuda;
 use crate::kernel::{Grid, launch};
 use crate::store::{CudaStore, Layer};
-use crate::{Cuda, abi};
 use dibit_cache::PAGE_TOKENS;
 
 /// Queries of a block, and threads; tokens that are expanded at a time, and of keys before RoPE.

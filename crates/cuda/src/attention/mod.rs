@@ -4,20 +4,21 @@
 //! `tiles` takes tiles of tokens of nearly any form to tensor cores; `exact` computes in f32 whatever the form. A part is
 //! a largest logit, a normaliser and weighted values; one kernel joins them.
 
-pub(crate) mod exact;
+mod exact;
 mod packed;
+mod parts;
 mod tiles;
 
-use crate::device::Buffer;
+use crate::cuda::{Buffer, Cuda};
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, launch};
-use crate::memory::Memory;
+use crate::memory::room;
 use crate::store::{CudaStore, ROWS};
-use crate::{Cuda, CudaError, abi};
-use dibit_cache::{CachePlan, LayerLayout};
+use crate::{CudaError, abi};
+use dibit_cache::CachePlan;
 use dibit_device::{Arithmetic, Attention, DeviceError, Phase};
 use packed::Packed;
-use std::ops::Range;
+use parts::Parts;
 use std::sync::Arc;
 use tiles::Tiles;
 
@@ -26,15 +27,45 @@ const CORRECTED_ROWS: usize = 8;
 const ROW_THREADS: usize = 512;
 
 /// The kernels that suit a layer, besides the one that suits all.
-pub(crate) struct Kernels {
+struct LayerKernels {
     packed: Option<Packed>,
     tiles: Option<Tiles>,
 }
 
+/// The kernels of attention of a cache: those of each layer, once they were asked for.
+pub(crate) struct Kernels {
+    layers: Vec<Option<Arc<LayerKernels>>>,
+}
+
 impl Kernels {
+    /// None yet.
+    ///
+    /// # Errors
+    /// What attention over this cache needs and the GPU lacks.
+    pub(crate) fn new(gpu: &Gpu, store: &CudaStore) -> Result<Self, DeviceError> {
+        let d = store.layout.shape.head_dim;
+        let needed = store.layers.iter().map(|layer| exact::shared_bytes(layer, d)).max().unwrap_or(0);
+        let most = store.kernels.attend_exact.most_shared;
+        if needed > most {
+            return Err(DeviceError::Unsupported(format!(
+                "attention under scheme {} takes {needed} bytes of shared memory, and {} has {most}; take another scheme or \
+                 --device cpu",
+                store.layout.scheme_name(),
+                gpu.name,
+            )));
+        }
+        Ok(Kernels { layers: store.layers.iter().map(|_| None).collect() })
+    }
+
     /// Those of a layer, compiled where that has not been done.
-    pub(crate) fn new(c: &Cuda, layout: &CachePlan, index: usize) -> Result<Self, CudaError> {
-        Ok(Kernels { packed: Packed::new(&c.gpu, layout, index)?, tiles: Tiles::new(&c.gpu, layout, index)? })
+    fn layer(&mut self, gpu: &Gpu, layout: &CachePlan, index: usize) -> Result<Arc<LayerKernels>, CudaError> {
+        if let Some(own) = &self.layers[index] {
+            return Ok(own.clone());
+        }
+        let (packed, tiles) = (Packed::new(gpu, layout, index)?, Tiles::new(gpu, layout, index)?);
+        let own = Arc::new(LayerKernels { packed, tiles });
+        self.layers[index] = Some(own.clone());
+        Ok(own)
     }
 }
 
@@ -73,27 +104,11 @@ pub(crate) fn describe(layout: &CachePlan, arithmetic: Arithmetic, phase: Phase)
     paths.join("; in other layers: ")
 }
 
-/// What a kernel that computes parts needs to know.
-struct Parts {
-    layer: usize,
-    rows: Range<usize>,
-    heads: usize,
-    spans: usize,
-    splits: usize,
-    for_kernels: abi::Attention,
-}
-
-impl Parts {
-    /// Tiles of so many rows, at most: one more than whole ones for each span.
-    fn tiles(&self, tile_rows: usize) -> usize {
-        self.rows.len().div_ceil(tile_rows) + self.spans - 1
-    }
-}
-
 /// Rows of the spans in place attend.
 pub(crate) fn attend(
     c: &Cuda,
     store: &mut CudaStore,
+    kernels: &mut Kernels,
     call: Attention,
     q: &Buffer,
     out: &mut Buffer,
@@ -114,10 +129,14 @@ pub(crate) fn attend(
         launch!(gpu, store.kernels.rotate_rows, grid, q, rotated, rotation, rows as i32, d as i32, shared as i32);
         q = rotated;
     }
-    let own = if call.arithmetic == Arithmetic::Exact { None } else { Some(store.attention(c, call.layer)?) };
+    let own = if call.arithmetic == Arithmetic::Exact {
+        None
+    } else {
+        Some(kernels.layer(gpu, &store.layout, call.layer)?)
+    };
     let path = match own.as_deref() {
-        Some(Kernels { packed: Some(packed), .. }) if call.phase == Phase::Decode => Path::Packed(packed),
-        Some(Kernels { tiles: Some(tiles), .. }) => Path::Tiles(tiles),
+        Some(LayerKernels { packed: Some(packed), .. }) if call.phase == Phase::Decode => Path::Packed(packed),
+        Some(LayerKernels { tiles: Some(tiles), .. }) => Path::Tiles(tiles),
         _ => Path::Exact,
     };
     let longest = store.staged.shape.longest;
@@ -218,23 +237,4 @@ fn correct(c: &Cuda, store: &mut CudaStore, parts: &Parts, queries: u64) -> Resu
         corrections,
     );
     Ok(corrections)
-}
-
-/// Whether pages of a layer protect tokens.
-pub(crate) fn protects_in_pages(layer: &LayerLayout) -> bool {
-    layer.pages.iter().any(|page| page.sinks.is_some())
-}
-
-/// Makes sure that a buffer has so many bytes; returns its address.
-pub(crate) fn room(
-    gpu: &Arc<Gpu>,
-    buffer: &mut Option<Memory>,
-    what: &'static str,
-    bytes: usize,
-) -> Result<u64, DeviceError> {
-    if buffer.as_ref().is_none_or(|own| own.bytes() < bytes) {
-        *buffer = None;
-        *buffer = Some(Memory::new(gpu, what, bytes)?);
-    }
-    Ok(buffer.as_ref().expect("a buffer").at(0))
 }

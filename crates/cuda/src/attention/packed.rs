@@ -1,11 +1,12 @@
 //! Attention of single tokens on two-bit codes as they lie.
 
-use super::{Parts, protects_in_pages};
+use super::parts::Parts;
+use crate::CudaError;
+use crate::cuda::Cuda;
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, Kernel, launch};
 use crate::source::PACKED;
-use crate::store::CudaStore;
-use crate::{Cuda, CudaError};
+use crate::store::{CudaStore, protects_in_pages};
 use dibit_cache::{Along, CachePlan, PAGE_TOKENS, PackedSide, PageLayout, Schedule, SideLayout, Transform};
 use dibit_quant::{Bits, Quantizer};
 

@@ -1,11 +1,13 @@
 //! Attention by tiles of tokens on tensor cores, for prompts and for caches of nearly any form.
 
-use super::{Parts, protects_in_pages, room};
+use super::parts::Parts;
+use crate::CudaError;
+use crate::cuda::Cuda;
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, Kernel, launch};
+use crate::memory::room;
 use crate::source::TILES;
-use crate::store::CudaStore;
-use crate::{Cuda, CudaError};
+use crate::store::{CudaStore, protects_in_pages};
 use dibit_cache::{CachePlan, PAGE_TOKENS, PageLayout, SideLayout, Transform};
 use dibit_device::DeviceError;
 

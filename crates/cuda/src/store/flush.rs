@@ -1,9 +1,10 @@
 //! Packing what leaves the window.
 
-use super::CudaStore;
-use crate::attention::{protects_in_pages, room};
+use super::{CudaStore, protects_in_pages};
+use crate::abi;
+use crate::cuda::Cuda;
 use crate::kernel::{Grid, launch};
-use crate::{Cuda, abi};
+use crate::memory::room;
 use dibit_cache::PAGE_TOKENS;
 use dibit_device::DeviceError;
 

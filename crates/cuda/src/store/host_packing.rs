@@ -1,7 +1,7 @@
 //! Packing on the host, for pages that hold low-rank factors or outliers: what a sequence has in a layer is read from the GPU
 //! when tokens leave its window, and written back.
 
-use super::Side;
+use super::side::Side;
 use crate::CudaError;
 use crate::memory::Memory;
 use bytemuck::Zeroable;

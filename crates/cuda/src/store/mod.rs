@@ -7,36 +7,34 @@ mod kernels;
 mod layer;
 mod rotation;
 mod runs;
+mod side;
 mod staged;
 
+use crate::CudaError;
 use crate::abi;
-use crate::attention;
-use crate::device::Buffer;
+use crate::cuda::{Buffer, Cuda};
 use crate::graph::Graphs;
 use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
-use crate::{Cuda, CudaError};
-use dibit_cache::{CacheLayout, CachePlan, Sees, SideLayout};
+use dibit_cache::{CacheLayout, CachePlan, LayerLayout, Sees, SideLayout};
 use dibit_cpu::Isa;
 use dibit_device::{Batch, DeviceError, Span};
 use errors::ErrorRecord;
 use host_packing::HostPacking;
 pub(crate) use kernels::Kernels;
 pub(crate) use layer::Layer;
+use side::Side;
 pub(crate) use staged::{Staged, StagedShape};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Rows that a block of `write_rows` and `rotate_rows` has.
 pub(crate) const ROWS: usize = 4;
 
 /// A cache on a GPU.
-pub struct CudaStore {
+pub(crate) struct CudaStore {
     pub(crate) layout: CacheLayout,
     pub(crate) kernels: Kernels,
     pub(crate) layers: Vec<Layer>,
-    /// Kernels of attention of each layer, once they were asked for.
-    attention: Vec<Option<Arc<attention::Kernels>>>,
     /// `[block][layer][kv head][page]`
     pool: Memory,
     keys: Side,
@@ -62,15 +60,11 @@ pub struct CudaStore {
     host_packing: Option<HostPacking>,
 }
 
-/// Keys, or values, outside of pages.
-struct Side {
-    /// fp16 `[layer][sequence][kv head][slot][head_dim]`; token `t` lies in slot `t % slots`.
-    ring: Memory,
-    slots: usize,
-    /// fp16 `[layer][sequence][kv head][sink][head_dim]`
-    sinks: Memory,
-    /// f32 `[kv head][row of the batch][head_dim]`
-    incoming: Memory,
+/// What was recorded for a cache, and what it depends on.
+pub(crate) struct Recording {
+    pub graphs: Graphs<StagedShape>,
+    pub shape: StagedShape,
+    pub addresses: Vec<u64>,
 }
 
 /// Buffers of attention, which grow.
@@ -121,20 +115,9 @@ impl CudaStore {
         let host_packing = packs_on_host(layout).then(|| HostPacking::new(layout));
         let first: Vec<u32> = (0..layout.sinks.first() as u32).collect();
         let kernels = Kernels::new(gpu, shape.head_dim)?;
-        let needed =
-            layers.iter().map(|layer| attention::exact::shared_bytes(layer, shape.head_dim)).max().unwrap_or(0);
-        if needed > kernels.attend_exact.most_shared {
-            return Err(DeviceError::Unsupported(format!(
-                "attention under scheme {} takes {needed} bytes of shared memory, and {} has {}; take another scheme or --device cpu",
-                layout.scheme_name(),
-                gpu.name,
-                kernels.attend_exact.most_shared
-            )));
-        }
         let store = CudaStore {
             kernels,
             layers,
-            attention: vec![None; shape.num_layers],
             pool: Memory::zeros(gpu, "cache blocks", num_blocks * layout.block_bytes())?,
             keys: side(layout.window.key_slots())?,
             values: side(layout.window.value_slots())?,
@@ -157,20 +140,19 @@ impl CudaStore {
         Ok(store)
     }
 
-    /// Runs a pass that may be recorded.
-    pub(crate) fn record<E: From<DeviceError> + Send>(
-        &mut self,
-        c: &Cuda,
-        mut work: impl FnMut(&mut Self) -> Result<(), E> + Send,
-    ) -> Result<(), E> {
-        if !c.records || refuses_graphs(&self.layout).is_some() {
-            return work(self);
-        }
-        let shape = self.staged.shape;
-        let mut graphs = std::mem::replace(&mut self.graphs, Graphs::new());
-        let result = graphs.run(&c.gpu, shape, self.scratch.addresses(), || work(self));
+    /// What recording a pass of the spans in place takes; `None` where it is not recorded.
+    pub(crate) fn recording(&mut self, c: &Cuda) -> Option<Recording> {
+        let records = c.records && refuses_graphs(&self.layout).is_none();
+        records.then(|| Recording {
+            graphs: std::mem::replace(&mut self.graphs, Graphs::new()),
+            shape: self.staged.shape,
+            addresses: self.scratch.addresses(),
+        })
+    }
+
+    /// Keeps what was recorded.
+    pub(crate) fn keep(&mut self, graphs: Graphs<StagedShape>) {
         self.graphs = graphs;
-        result
     }
 
     /// Tells the GPU of some tokens of sequences, and of what leaves the window once they are stored.
@@ -181,16 +163,6 @@ impl CudaStore {
     /// Says what went wrong on the GPU, once all is done.
     pub(crate) fn finish(&mut self, batch: &Batch) -> Result<(), DeviceError> {
         self.errors.take(batch)
-    }
-
-    /// The kernels of attention that suit a layer.
-    pub(crate) fn attention(&mut self, c: &Cuda, layer: usize) -> Result<Arc<attention::Kernels>, CudaError> {
-        if let Some(own) = &self.attention[layer] {
-            return Ok(own.clone());
-        }
-        let own = Arc::new(attention::Kernels::new(c, &self.layout, layer)?);
-        self.attention[layer] = Some(own.clone());
-        Ok(own)
     }
 
     /// A layer as kernels see it.
@@ -311,19 +283,22 @@ impl CudaStore {
     }
 
     /// Passes that have been recorded, for tests.
-    #[doc(hidden)]
-    pub fn recorded(&self) -> usize {
+    pub(crate) fn recorded(&self) -> usize {
         self.graphs.len()
     }
 
     /// Bytes of a page, for tests.
-    #[doc(hidden)]
-    pub fn page_bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
+    pub(crate) fn page_bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
         let mut bytes = vec![0; self.layout.layer(class, layer).pages[kv_head].bytes];
         let read = self.pool.read(self.layout.page_offset(class, block, layer, kv_head), &mut bytes);
         read.expect("a page");
         bytes
     }
+}
+
+/// Whether pages of a layer protect tokens.
+pub(crate) fn protects_in_pages(layer: &LayerLayout) -> bool {
+    layer.pages.iter().any(|page| page.sinks.is_some())
 }
 
 /// Whether pages hold what is computed on the host.

@@ -15,7 +15,7 @@ mod sequences;
 use common::cuda;
 use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, Calibration, Pivots, Sequence, Sinks};
 use dibit_cpu::{Cpu, CpuCache};
-use dibit_cuda::{Cuda, CudaStore};
+use dibit_cuda::{Cuda, CudaCache};
 use dibit_device::{Arithmetic, Batch, Device, DeviceError, KvCache, Memory, Mode, Pass};
 use half::f16;
 use made_up::{calibration, noise};
@@ -56,7 +56,7 @@ impl Pages for CpuCache {
     }
 }
 
-impl Pages for CudaStore {
+impl Pages for CudaCache {
     fn bytes(&self, class: usize, block: u32, layer: usize, kv_head: usize) -> Vec<u8> {
         self.page_bytes(class, block, layer, kv_head)
     }

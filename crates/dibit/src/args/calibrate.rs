@@ -1,7 +1,7 @@
 //! Options of `dibit calibrate`.
 
+use super::BEST;
 use super::{RunArgs, WindowArgs};
-use crate::commands::schemes::BEST;
 use clap::{Args, ValueEnum};
 use dibit_cache::Scheme;
 use dibit_calibrate::{RateSchedule, Start};

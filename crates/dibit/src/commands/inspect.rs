@@ -1,6 +1,6 @@
 use super::schemes;
 use super::schemes::{Found as Calibration, command, find};
-use crate::args::{InspectArgs, IsaArgs, LoadFormat};
+use crate::args::{InspectArgs, LoadFormat};
 use crate::device::{self, AnyDevice, DeviceChoice, on_device};
 use crate::output::{STDOUT, bytes, columns, table};
 use crate::{Outcome, memory, source};
@@ -93,7 +93,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
     let Stored { bytes: weights, formats, arithmetic, takes_fused_values } = Stored::of(args, &files, &config)?;
-    let device = device::open(args.device.unwrap_or(DeviceChoice::Auto), None, &IsaArgs::default())?;
+    let device = device::open(args.device.unwrap_or(DeviceChoice::Auto), None, None)?;
     let Machine { name, available, budget } = on_device!(&device, |device| Machine::of(device));
     let options = Options {
         context: args.context.map_or(config.max_position_embeddings, |context| context as usize),

@@ -2,7 +2,7 @@
 
 use super::by_itself::{self, Made};
 use super::schemes;
-use crate::args::{CacheArgs, Calibrate};
+use crate::args::{BEST, CacheArgs, Calibrate, UNCALIBRATED};
 use crate::{bundled, calibration_folder};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use dibit_cache::{CalibratedScheme, Scheme};
@@ -13,12 +13,6 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-
-/// The scheme that is used where the user names none: it costs least accuracy at its bits, and needs a calibration.
-pub const BEST: &str = "dibit";
-
-/// The one in its place where there is no calibration.
-pub const UNCALIBRATED: &str = "k3v2";
 
 /// Where a model's directory holds calibrations.
 const DIRECTORY: &str = "calibration";

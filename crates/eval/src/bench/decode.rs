@@ -5,7 +5,7 @@ use crate::random_cache::RandomCache;
 use dibit_cache::{CacheLayout, CalibratedScheme};
 use dibit_device::{Device, Measure, Sweep};
 use dibit_model::{Model, Pretrained, Workspace, argmax};
-use dibit_runner::{Capacity, Models, Prefill, Runner};
+use dibit_runner::{Capacity, Executor, Models, Prefill, Runner};
 use dibit_timing::{Samples, Spread, rounds};
 use serde::Serialize;
 use std::sync::Arc;
@@ -262,7 +262,7 @@ impl<D: Device + Measure> Run<'_, D> {
                 rows = pass.len();
                 runner.step(options.prefill.mode(), &mut [(&mut sequence, &ids[pass])])?;
             }
-            runner.outputs().logits(&[rows - 1], &mut self.logits)?;
+            runner.logits(&[rows - 1], &mut self.logits)?;
             let time = start.elapsed();
             runner.close(sequence);
             Ok::<_, EvalError>(time)

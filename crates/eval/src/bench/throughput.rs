@@ -5,7 +5,7 @@ use crate::made_up::calibrated;
 use dibit_cache::{CacheLayout, CalibratedScheme, Sequence};
 use dibit_device::{Device, DeviceError, Measure, Mode};
 use dibit_model::{Model, ModelError, Pretrained, pass_bytes};
-use dibit_runner::{Capacity, Prefill, Runner};
+use dibit_runner::{Capacity, Executor, Prefill, Runner};
 use serde::Serialize;
 use std::ops::Range;
 use std::str::FromStr;
@@ -406,7 +406,7 @@ impl<'a, D: Device + Measure> Run<'a, D> {
     }
 
     fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<u32>, EvalError> {
-        let tokens = self.runner.outputs().most_likely(rows)?;
+        let tokens = self.runner.most_likely(rows)?;
         let scheme = || self.runner.layout().scheme_name().to_owned();
         tokens.into_iter().map(|token| token.ok_or_else(|| EvalError::NotFinite { scheme: scheme() })).collect()
     }

@@ -4,7 +4,7 @@ use dibit_cache::{CacheLayout, Sequence};
 use dibit_cpu::Cpu;
 use dibit_device::Mode;
 use dibit_model::Model;
-use dibit_runner::{Capacity, Runner};
+use dibit_runner::{Capacity, Executor, Runner};
 use std::sync::Arc;
 
 /// Logits of all `ids`, fed in passes of these lengths.
@@ -23,7 +23,8 @@ pub fn logits(
         let new = &ids[sequence.len()..sequence.len() + rows];
         let mut logits = Vec::new();
         let outputs: Vec<usize> = (0..rows).collect();
-        runner.step(mode, &mut [(&mut sequence, new)]).unwrap().logits(&outputs, &mut logits).unwrap();
+        runner.step(mode, &mut [(&mut sequence, new)]).unwrap();
+        runner.logits(&outputs, &mut logits).unwrap();
         all.extend(logits.chunks_exact(model.config().vocab_size).map(<[f32]>::to_vec));
     }
     all

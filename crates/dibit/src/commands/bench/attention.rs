@@ -23,7 +23,7 @@ pub fn run(args: &AttentionBenchArgs) -> Result<Outcome> {
 
 /// One for each number of threads.
 fn devices(args: &AttentionBenchArgs) -> Result<Vec<AnyDevice>> {
-    let open = |threads| device::open(args.device.device, threads, &args.device.isa);
+    let open = |threads| device::open(args.device.device, threads, args.device.isa.isa);
     match args.threads.as_slice() {
         [] => Ok(vec![open(None)?]),
         all => all.iter().map(|threads| open(Some(*threads))).collect(),
