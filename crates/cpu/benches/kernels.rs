@@ -115,11 +115,11 @@ fn attention(cpu: &Cpu) -> Result<(), DeviceError> {
         let mut batch = Batch::new(Mode::Chunk);
         batch.push(cache.cache.manager(), &cache.sequence, 1);
         let (q, row, mut out) = (&q, &row, cpu.buffer(HEADS * SHAPE.head_dim)?);
-        kernels = kernels.add(scheme, 10.0, move || {
+        kernels = kernels.add(scheme, 100.0, move || {
             let attend = |pass: &mut Pass<Cpu>| {
                 let mut layer = pass.layer(row, 1)?;
                 let mut rows = layer.stage(1, row, row)?;
-                (0..10).try_for_each(|_| rows.attend(HEADS, q, &mut out))
+                (0..100).try_for_each(|_| rows.attend(HEADS, q, &mut out))
             };
             cache.cache.pass::<DeviceError>(cpu, &batch, attend).expect("nothing is stored here");
         });
