@@ -57,13 +57,13 @@ pub struct Extras {
 }
 
 impl CachePlan {
-    /// What a sequence of `len` tokens may hold beside pages and window, where its tokens came in as one prompt.
-    pub fn planned_extras(&self, len: usize) -> Extras {
-        let packed = self.window.packed_keys(len);
-        Extras {
-            sinks: self.shape.num_layers * self.sinks.capacity().min(packed),
-            chunks: usize::from(self.chunk_bytes() > 0 && packed > 0),
-        }
+    /// What a sequence of `len` tokens may hold beside pages and window, where its tokens came in by passes that end at the
+    /// multiples of `pass` tokens.
+    pub fn planned_extras(&self, len: usize, pass: usize) -> Extras {
+        let filled = |len: usize| self.window.packed_keys(len) / PAGE_TOKENS;
+        let fills = |start: &usize| filled(*start) < filled(len.min(start + pass));
+        let chunks = if self.chunk_bytes() > 0 { (0..len).step_by(pass).filter(fills).count() } else { 0 };
+        Extras { sinks: self.shape.num_layers * self.sinks.capacity().min(self.window.packed_keys(len)), chunks }
     }
 
     /// What `len` tokens of one sequence take while it holds `blocks` blocks.
@@ -106,9 +106,10 @@ impl CachePlan {
         self.usage_of(sequence.len(), sequence.num_blocks(), extras, packed)
     }
 
-    /// What a prompt of `len` tokens will take, as far as its length tells.
-    pub fn planned_usage(&self, len: usize) -> Usage {
-        self.usage(len, self.blocks(len), self.planned_extras(len))
+    /// What a prompt of `len` tokens will take that is read by passes that end at the multiples of `pass` tokens, as far as its
+    /// length tells.
+    pub fn planned_usage(&self, len: usize, pass: usize) -> Usage {
+        self.usage(len, self.blocks(len), self.planned_extras(len, pass))
     }
 }
 
@@ -140,7 +141,7 @@ mod tests {
         manager.reserve(&mut sequence, len).unwrap();
         manager.advance(&mut sequence, len);
         let layout = manager.plan();
-        layout.sequence_usage(&sequence, layout.planned_extras(len))
+        layout.sequence_usage(&sequence, layout.planned_extras(len, len))
     }
 
     #[test]
@@ -172,7 +173,16 @@ mod tests {
 
     #[test]
     fn before_the_first_token_there_are_no_bits() {
-        assert_eq!(layout("kivi", 64).planned_usage(0).bits(), 0.0);
+        assert_eq!(layout("kivi", 64).planned_usage(0, 256).bits(), 0.0);
+    }
+
+    #[test]
+    fn every_pass_that_fills_pages_takes_a_chunk() {
+        let chunks = |scheme: &str, len, pass| layout(scheme, 128).planned_extras(len, pass).chunks;
+        // Of 2048 tokens 15 pages leave the window: one by one, by passes of two pages, and all at once.
+        assert_eq!([128, 256, 2048].map(|pass| chunks("gear-l", 2048, pass)), [15, 8, 1]);
+        assert_eq!([0, 255, 256].map(|len| chunks("gear-l", len, 256)), [0, 0, 1]);
+        assert_eq!(chunks("kivi", 2048, 256), 0);
     }
 
     #[test]

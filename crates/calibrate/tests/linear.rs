@@ -237,7 +237,7 @@ fn bundled() -> Pretrained {
 #[test]
 fn training_lowers_the_divergence_of_text_it_has_not_seen() {
     let pretrained = bundled();
-    let words = include_str!("../../../docs/schemes.md").to_owned() + include_str!("../../../ARCHITECTURE.md");
+    let words = include_str!("../../../docs/schemes.md").to_owned() + include_str!("../../../docs/internals.md");
     let ids = pretrained.tokenizer.encode(&words, false).unwrap();
     let scheme = CalibratedScheme::load("kvlinc").unwrap();
     let recipe = Recipe { steps: 30, batch_tokens: 1024, rows: 0.25, ..Recipe::default() };

@@ -443,6 +443,8 @@ pub struct InspectArgs {
     /// Cache schemes, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "fp16,kivi,kvlinc,dibit", value_name = "SCHEMES")]
     pub kv: Vec<String>,
+    #[command(flatten)]
+    pub prefill: PrefillArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -247,8 +247,8 @@ fn a_closed_stderr_is_no_reason_to_fail() {
 
 #[test]
 fn cells_that_nothing_reads_are_refused() {
-    for command in [&["generate", "--prefill", "exact", "Hello"][..], &["perplexity", "--text", "none", "--kv", "kivi"]]
-    {
+    let exact: [&[&str]; 2] = [&["generate", "--prefill", "exact", "Hello"], &["inspect", "--prefill", "exact"]];
+    for command in exact.into_iter().chain([&["perplexity", "--text", "none", "--kv", "kivi"][..]]) {
         run(&[command, &["--cell", "256"]].concat())
             .fails_with(&["--cell is for --prefill cells", "leave one of the two out"]);
     }

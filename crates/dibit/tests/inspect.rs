@@ -19,6 +19,17 @@ fn number(value: &Value) -> f64 {
 }
 
 #[test]
+fn a_pass_is_planned_as_prompts_are_read() {
+    let rows = |own: &[&str]| {
+        let report = inspect(&[&["--device", "cpu", "--context", "3000", "--kv", "kivi"], own].concat());
+        [&scheme(&report, "kivi")["pass_rows"], &scheme(&report, "kivi")["pass_bytes"]].map(number)
+    };
+    let [cells, small, exact] = [rows(&[]), rows(&["--cell", "128"]), rows(&["--prefill", "exact"])];
+    assert_eq!([cells[0], small[0], exact[0]], [256.0, 128.0, 3000.0]);
+    assert!(small[1] < cells[1] && cells[1] < exact[1]);
+}
+
+#[test]
 fn the_table_tells_weights_and_every_scheme() {
     let table = run(&["inspect", "--kv", &SCHEMES.join(",")]).succeeds().stdout;
     assert!(table.starts_with("tiny (bundled): LlamaForCausalLM, 6 layers"), "{table}");

@@ -76,7 +76,7 @@ impl LinearChoice {
             layers,
             of_layers: layout.layers.len(),
             state_bits_at: CONTEXTS.map(|tokens| (tokens, state_bits(tokens))).to_vec(),
-            bits_at: CONTEXTS.map(|tokens| (tokens, layout.planned_usage(tokens).bits())).to_vec(),
+            bits_at: CONTEXTS.map(|tokens| (tokens, layout.planned_usage(tokens, PAGE_TOKENS).bits())).to_vec(),
         })
     }
 

@@ -44,6 +44,14 @@ impl Prefill {
         }
     }
 
+    /// Tokens of a context that come in at once, at most: its pages share what a scheme stores for a chunk.
+    pub fn chunk(self, context: usize) -> usize {
+        match self {
+            Prefill::Streaming(_) => PAGE_TOKENS,
+            Prefill::Cells(_) | Prefill::Exact => self.rows(context),
+        }
+    }
+
     /// Where the pass ends that begins with token `tokens.start` of a sequence, of a prompt that ends at `tokens.end`.
     pub fn end(self, tokens: Range<usize>) -> usize {
         match self {

@@ -106,14 +106,14 @@ fn states_are_counted_from_the_first_packed_token_on() {
     let layout = case.layout();
     // 64 features of 64 channels and 1 in fp32, for 2 KV heads in 2 layers.
     assert_eq!(layout.state_bytes(), 2 * 2 * 64 * 65 * 4);
-    let (before, after) = (layout.planned_usage(255), layout.planned_usage(256));
+    let (before, after) = (layout.planned_usage(255, 255), layout.planned_usage(256, 256));
     let more = |usage: dibit_cache::Usage| usage.used_bytes - layout.usage(0, 0, Default::default()).used_bytes;
     assert!(more(after) - more(before) > layout.state_bytes() / 2);
     let half = Case::new(linear(", states = \"fp16\""), 4, 2, 64).layout();
     assert_eq!(half.state_bytes() * 2, layout.state_bytes());
     let kvlinc = Case::new(scheme("kvlinc"), 2, 1, 128).layout();
     // 8192 tokens of head_dim 128: 2.72 bit with states in 16 bit, as the paper counts, and 2.97 in 32.
-    let bits = kvlinc.planned_usage(8192).bits();
+    let bits = kvlinc.planned_usage(8192, 8192).bits();
     assert!(
         (bits - (2.25 * 63.0 / 64.0 + 0.25 + 32.0 * 256.0 * 129.0 / (2.0 * 8192.0 * 128.0))).abs() < 1e-3,
         "{bits}"

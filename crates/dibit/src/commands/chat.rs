@@ -66,7 +66,7 @@ fn run_on<D: Train + 'static>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcom
             "/stats" => {
                 let usage = chat.usage(&engine);
                 let (turns, context) = (chat.messages().len(), engine.options().context);
-                let cache = cache_line(&chosen, &usage, engine.layout());
+                let cache = cache_line(&chosen, &usage, &engine);
                 note(&format!("{turns} messages, {} of {context} tokens\n{cache}", usage.tokens));
             }
             _ => match answer(&mut chat, &mut engine, &line, args.max_tokens, &sampling, &interrupted) {

@@ -7,7 +7,7 @@ use crate::device::on_device;
 use crate::output::{STDOUT, bar, bytes, check_writable, note, table, write_complete};
 use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
-use dibit_cache::{CalibratedScheme, Scheme};
+use dibit_cache::{CalibratedScheme, PAGE_TOKENS, Scheme};
 use dibit_device::{Device, Measure, Train};
 use dibit_engine::{Engine, EngineError, Options, Prefill};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
@@ -149,7 +149,7 @@ fn measure<D: Device + Measure>(
             bits_at: LONGER
                 .into_iter()
                 .filter(|context| *context > args.context)
-                .map(|context| (context, layout.planned_usage(context).bits()))
+                .map(|context| (context, layout.planned_usage(context, PAGE_TOKENS).bits()))
                 .collect(),
             perplexity: own.perplexity,
             kl_mean: own.kl_mean,

@@ -75,7 +75,7 @@ fn run_on<D: Train + 'static>(device: &Arc<D>, args: &GenerateArgs, prompts: &[S
             writeln!(stdout, "[{}] {prompt}{separator}{}\n", index + 1, completion.text).context(STDOUT)?;
         }
     }
-    let cache = cache_line(&chosen, &used(&completions), engine.layout());
+    let cache = cache_line(&chosen, &used(&completions), &engine);
     summary(&pretrained, &device.describe(), &cache, options, &sampling, &completions, elapsed);
     let cancelled = completions.iter().any(|c| c.finish == FinishReason::Cancelled);
     Ok(if cancelled { Outcome::Interrupted } else { Outcome::Done })

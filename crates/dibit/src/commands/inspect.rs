@@ -7,7 +7,7 @@ use crate::{Outcome, memory, source};
 use anyhow::{Context, Result};
 use dibit_cache::{CachePlan, Scheme, TransformedValues};
 use dibit_device::{Arithmetic, Budget, DType, Device};
-use dibit_engine::{MemoryPlan, Options, Prefill};
+use dibit_engine::{MemoryPlan, Options};
 use dibit_model::{Checkpoint, ModelConfig, ModelFiles, Pretrained, WeightSource};
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -89,6 +89,7 @@ impl Machine {
 }
 
 pub fn run(args: &InspectArgs) -> Result<Outcome> {
+    args.prefill.check()?;
     let schemes = schemes(&args.kv)?;
     let files = source::describe(&args.model)?;
     let config = source::config(&files)?;
@@ -98,7 +99,7 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     let options = Options {
         context: args.context.map_or(config.max_position_embeddings, |context| context as usize),
         sequences: args.batch as usize,
-        prefill: Prefill::Cells(budget.cell),
+        prefill: args.prefill.on(&budget),
     };
     let free = available.saturating_sub(weights);
     let row = |scheme: &Scheme| {
@@ -200,7 +201,7 @@ impl Stored {
 
 fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Row {
     let plan = MemoryPlan::new(config, &layout, options, budget);
-    let usage = layout.planned_usage(options.context);
+    let usage = layout.planned_usage(options.context, options.prefill.chunk(options.context));
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
     let fixed = layout.allocated_bytes(layout.blocks(0)) + plan.pass_bytes;
     Row {

@@ -16,8 +16,8 @@ use self::schemes::Chosen;
 use crate::args::{SamplingArgs, Seed, WindowArgs, WindowBos};
 use crate::output::{self, check_writable};
 use anyhow::{Context, Result};
-use dibit_cache::{CachePlan, CalibratedScheme, Scheme, Usage};
-use dibit_engine::{Dry, Sampling};
+use dibit_cache::{CalibratedScheme, Scheme, Usage};
+use dibit_engine::{Dry, Engine, Sampling};
 use dibit_model::{GenerationConfig, ModelConfig, Pretrained};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
@@ -160,10 +160,11 @@ fn model_line(pretrained: &Pretrained, device: &str) -> String {
 const LONG: [usize; 2] = [8192, 32_768];
 
 /// The cache in a line: what it holds now, what the scheme takes at a long context, and its calibration.
-fn cache_line(chosen: &Chosen, usage: &Usage, layout: &CachePlan) -> String {
+fn cache_line(chosen: &Chosen, usage: &Usage, engine: &Engine) -> String {
+    let (layout, prefill) = (engine.layout(), engine.options().prefill);
     let planned = |context: usize| {
         let fp16 = context * layout.shape.scalars_per_token() * size_of::<u16>();
-        let scheme = layout.planned_usage(context).used_bytes;
+        let scheme = layout.planned_usage(context, prefill.chunk(context)).used_bytes;
         format!("{context} tokens take {} ({} in 16 bit)", output::bytes(scheme), output::bytes(fp16))
     };
     format!(
