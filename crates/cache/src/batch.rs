@@ -31,7 +31,7 @@ pub struct Span {
     pub slot: u32,
     /// Its block table, long enough for the new tokens; empty where the scheme has classes.
     pub blocks: Vec<u32>,
-    /// For each of these blocks the place in the table of the first one of its chunk; empty where the scheme has no chunks.
+    /// For each packed block the place in the table of the first one of its chunk; empty where the scheme has no chunks.
     pub chunks: Vec<u32>,
     /// Its tokens by their classes, the new ones included; empty where the scheme has none.
     pub classes: Vec<ClassTokens>,
@@ -51,11 +51,6 @@ pub struct Batch {
 }
 
 impl Span {
-    /// A row of the span, as a span that has it alone and the rows before it cached.
-    pub fn step(&self, row: usize) -> Span {
-        Span { rows: row..row + 1, cached: self.cached + row - self.rows.start, ..self.clone() }
-    }
-
     /// The place in the block table of the first block of the chunk that block number `index` belongs to.
     pub fn chunk_start(&self, index: usize) -> usize {
         self.chunks.get(index).map_or(index, |first| *first as usize)

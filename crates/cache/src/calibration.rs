@@ -4,7 +4,7 @@
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LayerCalibration {
     /// Order of the rotated key channels: channel `j` after it was channel `permutation[j]` before it. A permutation of
-    /// all channels of the layer, which keeps those of each [`LayerLayout::frame`] together.
+    /// all channels of the layer, which keeps those of each [`crate::LayerLayout::frame`] together.
     pub permutation: Option<Vec<u32>>,
     /// Orthogonal matrices `[kv head][head_dim][head_dim]`, applied to row vectors: `k U`.
     pub key_basis: Option<Vec<f32>>,

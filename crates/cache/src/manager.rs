@@ -151,7 +151,7 @@ impl CacheManager {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheModel, CacheShape, CalibratedScheme};
+    use crate::{Batch, CacheModel, CacheShape, CalibratedScheme, Mode, Phase};
     use proptest::prelude::*;
     use std::collections::HashSet;
 
@@ -187,6 +187,58 @@ mod tests {
         assert_eq!(sequence.blocks().len(), 0);
         manager.reserve(&mut sequence, 256).unwrap();
         assert_eq!(sequence.blocks(), [0]);
+    }
+
+    /// A pass of so many tokens.
+    fn pass(manager: &mut CacheManager, sequence: &mut Sequence, mode: Mode, tokens: usize) -> Batch {
+        manager.reserve(sequence, sequence.len() + tokens).unwrap();
+        let mut batch = Batch::new(mode);
+        batch.push(manager, sequence, tokens);
+        manager.note(&batch);
+        manager.advance(sequence, sequence.len() + tokens);
+        batch
+    }
+
+    #[test]
+    fn pages_of_a_pass_are_a_chunk_and_rows_that_come_one_by_one_are_not() {
+        let mut manager = manager("gear-l", 20, 1);
+        let mut sequence = manager.open().unwrap();
+        let before = manager.usage(&sequence);
+        pass(&mut manager, &mut sequence, Mode::Chunk, 600);
+        assert_eq!(manager.chunks(&sequence), [0, 0, 0]);
+        pass(&mut manager, &mut sequence, Mode::Streaming, 300);
+        assert_eq!(manager.chunks(&sequence), [0, 0, 0, 3, 4, 5]);
+        let used = manager.usage(&sequence).used_bytes;
+        // What a pass sees are the chunks of those before it.
+        assert_eq!(pass(&mut manager, &mut sequence, Mode::Chunk, 1).spans[0].chunks, [0, 0, 0, 3, 4, 5]);
+        manager.clear(&mut sequence);
+        assert_eq!(manager.chunks(&sequence), [0u32; 0]);
+        assert_eq!(manager.usage(&sequence).used_bytes, before.used_bytes);
+        pass(&mut manager, &mut sequence, Mode::Chunk, 900);
+        assert_eq!(manager.chunks(&sequence), [0; 6]);
+        let chunk = manager.plan().chunk_bytes();
+        assert_eq!(used - manager.usage(&sequence).used_bytes, 3 * chunk);
+    }
+
+    #[test]
+    fn what_a_pass_is_follows_from_its_rows_and_its_scheme() {
+        let of = |scheme: &str, mode: Mode, passes: &[usize]| {
+            let mut manager = manager(scheme, 20, 1);
+            let mut sequence = manager.open().unwrap();
+            let mut own = |tokens: &usize| pass(&mut manager, &mut sequence, mode, *tokens);
+            let batch = passes.iter().map(&mut own).last().unwrap();
+            (batch.phase(), batch.is_stepwise(manager.plan()), batch.repeats(manager.plan()))
+        };
+        let (prefill, decode) = (Phase::Prefill, Phase::Decode);
+        assert_eq!(of("kivi", Mode::Chunk, &[5]), (prefill, false, false));
+        assert_eq!(of("kivi", Mode::Chunk, &[5, 1]), (decode, false, true));
+        assert_eq!(of("kivi", Mode::Streaming, &[5]), (decode, true, false));
+        assert_eq!(of("kivi", Mode::Streaming, &[5, 1]), (decode, true, false));
+        // Stored before it attends, but read as a prompt.
+        assert_eq!(of("quarot-official", Mode::Chunk, &[5]), (prefill, true, false));
+        // The first token is looked at for its activations.
+        assert_eq!(of("akvq-vl", Mode::Chunk, &[1]), (decode, false, false));
+        assert_eq!(of("akvq-vl", Mode::Chunk, &[1, 1]), (decode, false, true));
     }
 
     proptest! {

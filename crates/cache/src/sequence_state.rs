@@ -28,10 +28,9 @@ impl SequenceState {
         if plan.chunk_bytes() == 0 {
             return;
         }
-        let filled = [cached.start, cached.end].map(|len| plan.window.packed_keys(len) / PAGE_TOKENS);
-        self.chunks.truncate(filled[0]);
-        let first = |block: usize| if stepwise { block } else { filled[0] };
-        self.chunks.extend((filled[0]..filled[1]).map(|block| first(block) as u32));
+        let filled = plan.window.filled_pages(cached);
+        self.chunks.truncate(filled.start);
+        self.chunks.extend(filled.clone().map(|block| if stepwise { block } else { filled.start } as u32));
     }
 
     /// What a sequence of `len` tokens holds beside pages and window: of each layer the protected tokens that are packed,

@@ -19,9 +19,13 @@ pub struct SinkTokens {
 
 impl SinkTokens {
     /// Those of an empty sequence.
-    pub fn new(sinks: Sinks, num_layers: usize) -> Self {
-        let first = sinks.first() as u32;
-        SinkTokens { layers: vec![(0..first).collect(); num_layers], pivots: None }
+    pub(crate) fn new(sinks: Sinks, num_layers: usize) -> Self {
+        SinkTokens { layers: vec![sinks.first_positions(); num_layers], pivots: None }
+    }
+
+    /// Forgets what layers of an earlier pass found.
+    pub fn begin_pass(&mut self) {
+        self.pivots = None;
     }
 
     /// Positions that a layer protects.
@@ -45,7 +49,7 @@ impl SinkTokens {
                 if begins {
                     self.layers[layer].clear();
                 }
-                if layer == 0 || pivots.per_layer {
+                if pivots.per_layer {
                     self.pivots = None;
                 }
                 // The residual stream that enters layer 0 has passed no layer.

@@ -59,9 +59,8 @@ pub struct Extras {
 impl CachePlan {
     /// What a sequence of `len` tokens may hold beside pages and window, where its tokens came in by passes that end at the
     /// multiples of `pass` tokens.
-    pub fn planned_extras(&self, len: usize, pass: usize) -> Extras {
-        let filled = |len: usize| self.window.packed_keys(len) / PAGE_TOKENS;
-        let fills = |start: &usize| filled(*start) < filled(len.min(start + pass));
+    fn planned_extras(&self, len: usize, pass: usize) -> Extras {
+        let fills = |start: &usize| !self.window.filled_pages(*start..len.min(start + pass)).is_empty();
         let chunks = if self.chunk_bytes() > 0 { (0..len).step_by(pass).filter(fills).count() } else { 0 };
         Extras { sinks: self.shape.num_layers * self.sinks.capacity().min(self.window.packed_keys(len)), chunks }
     }
@@ -108,6 +107,9 @@ impl CachePlan {
 
     /// What a prompt of `len` tokens will take that is read by passes that end at the multiples of `pass` tokens, as far as its
     /// length tells.
+    ///
+    /// # Panics
+    /// If `pass` is 0.
     pub fn planned_usage(&self, len: usize, pass: usize) -> Usage {
         self.usage(len, self.blocks(len), self.planned_extras(len, pass))
     }

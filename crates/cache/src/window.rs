@@ -70,6 +70,11 @@ impl Window {
         ]
     }
 
+    /// Blocks whose keys are complete once a sequence grows from `cached.start` to `cached.end` tokens.
+    pub fn filled_pages(self, cached: Range<usize>) -> Range<usize> {
+        self.packed_keys(cached.start) / PAGE_TOKENS..self.packed_keys(cached.end) / PAGE_TOKENS
+    }
+
     /// Keys that leave together, in a page. A state in 16 bit is rounded once for these.
     pub fn flush_tokens(self) -> usize {
         match self.schedule {

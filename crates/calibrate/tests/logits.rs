@@ -4,10 +4,10 @@
 mod common;
 
 use common::{FIXTURES, dummy, fixture, make, options, parse, resq, rotatekv, text};
-use dibit_cache::{CacheLayout, CalibratedScheme};
+use dibit_cache::{CacheLayout, CalibratedScheme, Mode};
 use dibit_calibrate::Artefact;
 use dibit_cpu::Cpu;
-use dibit_device::{DType, Mode};
+use dibit_device::DType;
 use dibit_model::{Model, ModelFiles, Pretrained, WeightSource};
 use dibit_runner::{Capacity, Executor, Runner};
 use serde_json::json;

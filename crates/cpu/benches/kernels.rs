@@ -1,9 +1,9 @@
 //! The operations that cost most, on one thread, through the public trait: products with weights against the speed of
 //! memory, and each scheme's cache against that of fp16.
 
-use dibit_cache::{CacheModel, CacheShape, CalibratedScheme, PAGE_TOKENS, Sequence};
+use dibit_cache::{Batch, CacheModel, CacheShape, CalibratedScheme, Mode, PAGE_TOKENS, Phase, Sequence};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, Batch, DType, Dense, DeviceError, KvCache, Memory, Mode, Output, Pass, Phase, Tensor};
+use dibit_device::{Arithmetic, DType, Dense, DeviceError, KvCache, Memory, Output, Pass, Tensor};
 use dibit_timing::{Kernels, Sweep};
 
 /// More than the processor's caches hold, so that every matrix comes from memory.
@@ -81,7 +81,7 @@ impl Cache {
             layer.stage(rows, k, v)?;
             layer.pack()
         };
-        self.cache.pass::<DeviceError>(cpu, &batch, store)?;
+        self.cache.pass_once::<DeviceError>(cpu, &batch, store)?;
         self.cache.advance(&mut self.sequence, rows);
         Ok(())
     }
@@ -121,7 +121,7 @@ fn attention(cpu: &Cpu) -> Result<(), DeviceError> {
                 let mut rows = layer.stage(1, row, row)?;
                 (0..100).try_for_each(|_| rows.attend(HEADS, q, &mut out))
             };
-            cache.cache.pass::<DeviceError>(cpu, &batch, attend).expect("nothing is stored here");
+            cache.cache.pass_once::<DeviceError>(cpu, &batch, attend).expect("nothing is stored here");
         });
     }
     println!("{}", kernels.table());

@@ -8,8 +8,8 @@ use super::frames::Frames;
 use super::page_sinks;
 use super::ring::{Which, runs};
 use super::simd::Isa;
-use dibit_cache::{CacheLayout, PAGE_TOKENS, PageLayout, Run, SideLayout, StateType};
-use dibit_device::{DeviceError, Span};
+use dibit_cache::{CacheLayout, PageLayout, Run, SideLayout, Span, StateType};
+use dibit_device::DeviceError;
 use dibit_quant::{QuantError, low_rank};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -201,8 +201,8 @@ impl Frame<'_> {
             self.values.append(heads, d, token, row);
             span.try_each_run(window, token..token + 1, |run| self.pack(run))?;
         }
-        let filled = [span.cached, span.len()].map(|len| window.packed_keys(len) / PAGE_TOKENS);
-        (0..self.heads()).try_for_each(|head| self.finish_chunk(head, filled[0]..filled[1]))
+        let filled = window.filled_pages(span.cached..span.len());
+        (0..self.heads()).try_for_each(|head| self.finish_chunk(head, filled.clone()))
     }
 
     /// Packs a run of tokens.

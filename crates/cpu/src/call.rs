@@ -5,7 +5,7 @@ use super::page::Folding;
 use super::page_sinks;
 use super::simd::Isa;
 use super::store::CpuStore;
-use dibit_device::Span;
+use dibit_cache::Span;
 
 /// Shape of the queries.
 #[derive(Debug, Clone, Copy)]

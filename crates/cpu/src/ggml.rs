@@ -6,8 +6,7 @@
 use super::dot::Shape;
 use super::shared_output::{Shared, each_tile, store};
 use candle_core::quantized::GgmlType;
-use dibit_device::Block;
-use dibit_device::Output;
+use dibit_device::{Block, Output};
 use rayon::prelude::*;
 
 /// `out = x w^T + bias`, or added to `out`.
@@ -49,7 +48,8 @@ fn round<T: GgmlType>(x: &[f32], k: usize) -> Vec<T> {
 mod tests {
     use crate::Cpu;
     use candle_core::quantized::{GgmlDType, QTensor};
-    use dibit_device::{Bytes, DType, Dense, Memory, Output, Phase, Tensor};
+    use dibit_cache::Phase;
+    use dibit_device::{Bytes, DType, Dense, Memory, Output, Tensor};
     use std::sync::Arc;
 
     const KINDS: [(dibit_device::BlockType, GgmlDType); 11] = [

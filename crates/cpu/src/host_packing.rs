@@ -3,8 +3,9 @@
 use super::append::{LayerBytes, LayerRows, Scratch, append};
 use super::frames::Frames;
 use super::simd::Isa;
-use dibit_cache::CacheLayout;
-use dibit_device::{DeviceError, Span};
+use bytemuck::cast_slice_mut;
+use dibit_cache::{CacheLayout, Span};
+use dibit_device::DeviceError;
 
 /// Packs tokens of caches of one layout. It holds no bytes of them.
 pub struct HostPacker {
@@ -25,7 +26,7 @@ impl HostPacker {
     ///
     /// - `rows`: keys and values of the sequence outside of pages; `incoming` holds the rows of the span as the batch does.
     /// - `pages`: blocks that tokens enter ([`Span::filled_blocks`]): number, class, and the layer's pages of all heads.
-    /// - `states`: those of the layer, as bytes; empty where it has none.
+    /// - `states`: those of the layer; empty where it has none.
     /// - `sinks`: positions that the layer protects, in the order of their slots.
     ///
     /// # Errors
@@ -35,12 +36,12 @@ impl HostPacker {
         layer: usize,
         span: &Span,
         [keys, values]: [LayerRows; 2],
-        pages: &mut [(u32, usize, Vec<u8>)],
-        states: &mut [u8],
+        pages: &mut [(u32, usize, Vec<u64>)],
+        states: &mut [u64],
         sinks: &[u32],
     ) -> Result<(), DeviceError> {
-        let pages = pages.iter_mut().map(|(block, class, bytes)| (*block, *class, &mut bytes[..])).collect();
-        let bytes = LayerBytes { keys, values, pages, states, sinks };
+        let pages = pages.iter_mut().map(|(block, class, bytes)| (*block, *class, cast_slice_mut(bytes))).collect();
+        let bytes = LayerBytes { keys, values, pages, states: cast_slice_mut(states), sinks };
         append(self.isa, &self.layout, layer, &self.frames[layer], span, bytes, &mut self.scratch)
     }
 }

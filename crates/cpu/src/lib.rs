@@ -42,10 +42,9 @@ mod train;
 pub use append::LayerRows;
 use attention::Buffers;
 use call::{Call, Heads};
-use dibit_cache::CacheLayout;
+use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use dibit_device::{
-    Attention, Batch, Dense, DeviceError, KvStorage, Measure, Memory, Output, Phase, Span, Sweep, Tensor, Values,
-    with_blocks,
+    Attention, Dense, DeviceError, KvStorage, Measure, Memory, Output, Sweep, Tensor, Values, with_blocks,
 };
 use element::Element;
 pub use host_packing::HostPacker;

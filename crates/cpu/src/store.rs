@@ -6,8 +6,8 @@ use super::frames::{Frames, HeadRotation};
 use super::quantise::largest_magnitude;
 use super::ring::{Which, runs};
 use super::simd::Isa;
-use dibit_cache::{CacheLayout, CacheShape, StateType};
-use dibit_device::{Batch, DeviceError, Span};
+use dibit_cache::{Batch, CacheLayout, CacheShape, Span, StateType};
+use dibit_device::DeviceError;
 use half::f16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -83,7 +83,7 @@ impl CpuStore {
         // Advice: a kernel without huge pages is slower and nothing else.
         #[cfg(target_os = "linux")]
         pages.advise(memmap2::Advice::HugePage).ok();
-        let first: Vec<u32> = (0..layout.sinks.first() as u32).collect();
+        let first = layout.sinks.first_positions();
         Ok(CpuStore {
             isa,
             frames,

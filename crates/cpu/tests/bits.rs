@@ -1,8 +1,8 @@
 //! Bits in use, counted from what a cache holds after a prompt of 8192 tokens.
 
-use dibit_cache::{CacheModel, CacheShape, CalibratedScheme, Calibration, LayerCalibration};
+use dibit_cache::{Batch, CacheModel, CacheShape, CalibratedScheme, Calibration, LayerCalibration, Mode};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, Batch, DType, DeviceError, KvCache, Mode, Tensor};
+use dibit_device::{Arithmetic, DType, DeviceError, KvCache, Tensor};
 use std::sync::Arc;
 
 const TOKENS: usize = 8192;

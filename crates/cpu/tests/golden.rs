@@ -1,8 +1,8 @@
 //! Decode attention over a packed cache against values computed by NumPy (tools/golden_quant.py).
 
-use dibit_cache::{CacheModel, CacheShape, CalibratedScheme};
+use dibit_cache::{Batch, CacheModel, CacheShape, CalibratedScheme, Mode};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, Batch, DeviceError, KvCache, Memory, Mode, Pass};
+use dibit_device::{Arithmetic, DeviceError, KvCache, Memory, Pass};
 use serde_json::Value;
 
 fn rows(value: &Value) -> Vec<Vec<f32>> {
@@ -34,7 +34,7 @@ fn decode_attention_is_that_of_numpy() {
             let attend = |pass: &mut Pass<Cpu>| {
                 pass.whole_layer((&Vec::new(), 1), q.len(), [&queries, &keys, &values], &mut out)
             };
-            cache.pass::<DeviceError>(&cpu, &batch, attend).unwrap();
+            cache.pass_once::<DeviceError>(&cpu, &batch, attend).unwrap();
             cache.advance(&mut sequence, tokens.len());
         }
         for (head, expected) in rows(&golden["out"]).into_iter().enumerate() {

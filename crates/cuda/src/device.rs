@@ -1,4 +1,4 @@
-//! The trait of devices on a GPU.
+//! The traits of a device on a GPU.
 
 use crate::blas::Blas;
 use crate::cuda::{Buffer, Cuda, Ids};
@@ -8,13 +8,13 @@ use crate::matrix::Matrix;
 use crate::memory::Memory;
 use crate::partial_sums::PartialSums;
 use crate::rows;
-use crate::store::{CudaStore, Recording};
+use crate::store::{CudaStore, Kernels, Layer, Recording};
 use crate::timing::{self, CudaSweep};
 use crate::{CudaError, attention};
-use dibit_cache::CacheLayout;
+use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use dibit_device::{
-    Attention, Batch, Budget, Dense, DeviceError, DeviceMemory, Heads, KvStorage, Measure, Norm, Output, Phase,
-    Projection, Span, Sweep, Tensor,
+    Attention, Budget, Dense, DeviceError, DeviceMemory, Heads, KvStorage, Measure, Norm, Output, Projection, Sweep,
+    Tensor,
 };
 use std::ops::Range;
 use std::time::Duration;
@@ -194,8 +194,12 @@ impl KvStorage for Cuda {
         num_sequences: usize,
         max_rows: usize,
     ) -> Result<CudaCache, DeviceError> {
-        let store = CudaStore::new(self, layout, num_blocks, num_sequences, max_rows)?;
-        let attention = attention::Kernels::new(&self.gpu, &store)?;
+        let kernels = Kernels::new(&self.gpu, layout.shape.head_dim)?;
+        let layer = |index| Layer::new(&self.gpu, layout, index, num_blocks);
+        let layers = (0..layout.layers.len()).map(layer).collect::<Result<Vec<_>, DeviceError>>()?;
+        let most_shared = kernels.attend_exact.most_shared;
+        let attention = attention::Kernels::new(&self.gpu, layout, &layers, most_shared)?;
+        let store = CudaStore::new(self, layout, kernels, layers, num_blocks, num_sequences, max_rows)?;
         Ok(CudaCache { store, attention })
     }
 

@@ -14,7 +14,8 @@ use crate::memory::at;
 use crate::rows;
 use crate::source::LINEAR;
 use bytemuck::{Pod, Zeroable};
-use dibit_device::{Norm, Output, Phase, Projection};
+use dibit_cache::Phase;
+use dibit_device::{Norm, Output, Projection};
 use std::ops::Range;
 
 /// Rows of a decode batch that are computed alike, whatever their number.

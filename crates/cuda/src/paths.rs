@@ -4,8 +4,8 @@ use crate::Cuda;
 use crate::attention;
 use crate::linear::FEW_ROWS;
 use crate::store::{packs_on_host, refuses_graphs};
-use dibit_cache::CachePlan;
-use dibit_device::{Arithmetic, Phase};
+use dibit_cache::{CachePlan, Phase};
+use dibit_device::Arithmetic;
 
 impl Cuda {
     /// Operations of a model with so many query heads over a cache, and how each of them runs.

@@ -1,8 +1,7 @@
 //! The trait of training on a GPU.
 
 use crate::CudaError;
-use crate::cuda::Buffer;
-use crate::cuda::Cuda;
+use crate::cuda::{Buffer, Cuda};
 use crate::kernel::{Grid, Kernel, launch};
 use crate::memory::at;
 use crate::partial_sums::{PRODUCT_BLOCKS, TILE};
@@ -329,7 +328,6 @@ impl Train for Cuda {
         ));
     }
 
-    /// Not a number where the GPU has failed; [`crate::CudaError`] comes with what is asked for next.
     fn missed_keys(
         &self,
         layout: &CacheLayout,
@@ -341,6 +339,7 @@ impl Train for Cuda {
         crate::store::missed_keys(layout, layer, k, rows, out)
     }
 
+    /// Not a number where the GPU has failed; [`crate::CudaError`] comes with what is asked for next.
     fn sum_of_squares(&self, x: &Buffer, range: Range<usize>) -> f64 {
         self.try_sum_of_squares(x, range).unwrap_or_else(|error| {
             self.gpu.fail(error);

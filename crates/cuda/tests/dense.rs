@@ -3,9 +3,10 @@
 
 mod common;
 
+use dibit_cache::Phase;
 use dibit_cpu::Cpu;
 use dibit_cuda::Cuda;
-use dibit_device::{BlockType, Bytes, DType, Dense, Heads, Memory, Norm, Output, Phase, Projection, Tensor};
+use dibit_device::{BlockType, Bytes, DType, Dense, Heads, Memory, Norm, Output, Projection, Tensor};
 use std::sync::{Arc, OnceLock};
 
 type Buffer = <Cuda as Memory>::Buffer;

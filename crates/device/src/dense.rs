@@ -1,4 +1,5 @@
-use crate::{DeviceError, Memory, Phase, Tensor};
+use crate::{DeviceError, Memory, Tensor};
+use dibit_cache::Phase;
 use std::ops::Range;
 
 /// A root mean square normalisation: its weight, and what is added to the mean square.
@@ -56,8 +57,7 @@ pub trait Dense: Memory {
     /// `out[i] = x[rows[i]]` for the first `count` rows, rows of `width` numbers.
     fn copy_rows(&self, x: &Self::Buffer, rows: &Self::Ids, count: usize, width: usize, out: &mut Self::Buffer);
 
-    /// Root mean square normalisation of `rows` rows of `width` numbers from row `first` of `x`, into the
-    /// first rows of `out`: `x / sqrt(mean(x^2) + eps) * weight`.
+    /// Root mean square normalisation of the rows `rows` of `x`, of `width` numbers each, into the first rows of `out`: `x / sqrt(mean(x^2) + eps) * weight`.
     fn rms_norm(
         &self,
         x: &Self::Buffer,

@@ -14,6 +14,9 @@ pub struct KvCache<D: KvStorage> {
     owner: Option<u64>,
 }
 
+/// A cache in the hands of its owner.
+pub struct OwnedCache<'a, D: KvStorage>(&'a mut KvCache<D>);
+
 impl<D: KvStorage> KvCache<D> {
     /// A cache of `num_blocks` blocks for up to `num_sequences` sequences at once, and passes of up to `max_rows` rows.
     ///
@@ -94,35 +97,24 @@ impl<D: KvStorage> KvCache<D> {
         self.manager.usage(sequence)
     }
 
-    /// Makes the cache that of an owner, a model with its buffers, for good: passes that a device has recorded name these.
-    /// False where it belongs to another one.
-    #[must_use]
-    pub fn claim(&mut self, owner: u64) -> bool {
-        *self.owner.get_or_insert(owner) == owner
+    /// In what it was made to compute.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
     }
 
-    /// Runs a pass. Where it repeats ([`Batch::repeats`]), the device may record `work` and do it again without asking, as
-    /// [`KvStorage::record`] says.
+    /// Makes the cache that of an owner, a model with its buffers, for good: passes that a device has recorded name these.
+    /// `None` where it belongs to another one.
+    pub fn claim(&mut self, owner: u64) -> Option<OwnedCache<'_, D>> {
+        (*self.owner.get_or_insert(owner) == owner).then_some(OwnedCache(self))
+    }
+
+    /// Runs a pass that is never recorded.
     ///
     /// On an error the sequences of the batch must be cleared or closed: a pass that fails half-way has overwritten parts of
     /// their windows.
     ///
     /// # Errors
     /// Those of `work`, and of the device.
-    pub fn pass<E: From<DeviceError> + Send>(
-        &mut self,
-        device: &D,
-        batch: &Batch,
-        work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
-    ) -> Result<(), E> {
-        let records = batch.repeats(self.manager.plan());
-        self.run(device, batch, records, work)
-    }
-
-    /// The same for work that does more than call operations, and is never recorded.
-    ///
-    /// # Errors
-    /// As of [`KvCache::pass`].
     pub fn pass_once<E: From<DeviceError> + Send>(
         &mut self,
         device: &D,
@@ -145,6 +137,7 @@ impl<D: KvStorage> KvCache<D> {
     ) -> Result<(), E> {
         let KvCache { manager, store, arithmetic, .. } = self;
         let (plan, states) = manager.split_states();
+        batch.spans.iter().for_each(|span| states[span.slot as usize].sinks.begin_pass());
         let mut on = |store: &mut D::Store| {
             let states = &mut *states;
             work(&mut Pass { device, plan, batch, arithmetic: *arithmetic, store, states, next_layer: 0 })
@@ -159,9 +152,27 @@ impl<D: KvStorage> KvCache<D> {
             false => device.scope(|| on(store)),
         });
         let finished = device.finish(store, batch);
-        result?;
+        // What a GPU's kernels noted comes before what the host found later.
         finished?;
+        result?;
         self.manager.note(batch);
         Ok(())
+    }
+}
+
+impl<D: KvStorage> OwnedCache<'_, D> {
+    /// Runs a pass of the owner. Where it repeats ([`Batch::repeats`]), the device may record `work` and do it again without
+    /// asking, as [`KvStorage::record`] says.
+    ///
+    /// # Errors
+    /// As of [`KvCache::pass_once`].
+    pub fn pass<E: From<DeviceError> + Send>(
+        self,
+        device: &D,
+        batch: &Batch,
+        work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        let records = batch.repeats(self.0.manager.plan());
+        self.0.run(device, batch, records, work)
     }
 }

@@ -1,5 +1,5 @@
-use crate::{DeviceError, Memory, Phase, Span};
-use dibit_cache::{Batch, CacheLayout};
+use crate::{DeviceError, Memory};
+use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use std::ops::Range;
 
 /// In what a model computes where a device has a choice.
@@ -45,7 +45,7 @@ pub trait KvStorage: Memory {
     /// that the layout protects are sinks of every sequence. A CPU takes memory as blocks are first written, a GPU at once.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`].
+    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Unsupported`] for a layout that the device cannot attend to.
     fn new_store(
         &self,
         layout: &CacheLayout,

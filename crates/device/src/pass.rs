@@ -15,14 +15,16 @@ pub struct Pass<'a, D: KvStorage> {
     pub(crate) next_layer: usize,
 }
 
-/// A layer of a pass, whose sinks are chosen. Its rows are staged and attend, and then it is packed. Dropped before that,
-/// it has stored nothing.
+/// A layer of a pass, whose sinks are chosen. Its rows are staged and attend, and then it is packed. Dropped before that, it
+/// has stored nothing; of a stepwise batch ([`Batch::is_stepwise`]), whose rows are stored as they attend, no more than these.
 #[must_use = "a layer stores its tokens when it is packed"]
 pub struct LayerPass<'p, 'a, D: KvStorage> {
     pass: &'p mut Pass<'a, D>,
     layer: usize,
     /// Rows of the batch whose keys and values are there.
     staged: usize,
+    /// Those of a stepwise batch that are stored.
+    stored: usize,
 }
 
 /// Rows whose keys and values are there, and that can attend.
@@ -58,7 +60,7 @@ impl<'a, D: KvStorage> Pass<'a, D> {
                 self.device.set_sinks(self.store, layer, span.slot, sinks.layer(layer))?;
             }
         }
-        Ok(LayerPass { pass: self, layer, staged: 0 })
+        Ok(LayerPass { pass: self, layer, staged: 0, stored: 0 })
     }
 
     /// Attention of the rows that were staged last, in every layer of the model one after the other: what benchmarks time.
@@ -66,6 +68,9 @@ impl<'a, D: KvStorage> Pass<'a, D> {
     ///
     /// # Errors
     /// Those of the device.
+    ///
+    /// # Panics
+    /// If the batch is stepwise.
     pub fn attend_in_all_layers(
         &mut self,
         num_heads: usize,
@@ -73,6 +78,7 @@ impl<'a, D: KvStorage> Pass<'a, D> {
         out: &mut D::Buffer,
     ) -> Result<(), DeviceError> {
         let Pass { device, plan, batch, arithmetic, store, .. } = self;
+        assert!(!batch.is_stepwise(plan), "rows of a stepwise batch are stored as they attend");
         let attend = |layer| {
             let rows = 0..batch.rows();
             let (spans, phase, arithmetic) = (&batch.spans[..], batch.phase(), *arithmetic);
@@ -124,11 +130,12 @@ impl<'p, 'a, D: KvStorage> LayerPass<'p, 'a, D> {
     /// [`DeviceError::Quantize`].
     ///
     /// # Panics
-    /// If not all rows of the batch were staged.
+    /// If not all rows of the batch were staged, or not all of a stepwise one have attended.
     pub fn pack(self) -> Result<(), DeviceError> {
         let Pass { device, plan, batch, store, .. } = self.pass;
-        assert_eq!(self.staged, batch.rows(), "rows that are packed");
-        match batch.is_stepwise(plan) {
+        let stepwise = batch.is_stepwise(plan);
+        assert_eq!(if stepwise { self.stored } else { self.staged }, batch.rows(), "rows that are packed");
+        match stepwise {
             true => Ok(()),
             false => device.append(store, self.layer, &batch.spans),
         }
@@ -141,8 +148,11 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
     ///
     /// # Errors
     /// Those of the device; of a stepwise batch those of [`LayerPass::pack`].
+    ///
+    /// # Panics
+    /// If rows of a stepwise batch attend twice, or out of their order.
     pub fn attend(&mut self, num_heads: usize, q: &D::Buffer, out: &mut D::Buffer) -> Result<(), DeviceError> {
-        let LayerPass { pass, layer, .. } = &mut *self.layer;
+        let LayerPass { pass, layer, stored: stored_rows, .. } = &mut *self.layer;
         let Pass { device, plan, batch, arithmetic, store, .. } = &mut **pass;
         let (rows, layer, arithmetic) = (self.rows.clone(), *layer, *arithmetic);
         if rows.is_empty() {
@@ -161,10 +171,14 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
         if !batch.is_stepwise(plan) {
             return device.attend(store, whole, q, out);
         }
+        assert_eq!(*stored_rows, rows.start, "rows of a stepwise batch attend once, in their order");
+        *stored_rows = rows.end;
         let stored = plan.sees == Sees::Stored;
         for span in &batch.spans {
+            let mut step = [span.clone()];
             for row in span.rows.start.max(rows.start)..span.rows.end.min(rows.end) {
-                let mut step = [span.step(row)];
+                step[0].rows = row..row + 1;
+                step[0].cached = span.cached + row - span.rows.start;
                 device.place(store, &step, true)?;
                 if stored {
                     device.append(store, layer, &step)?;

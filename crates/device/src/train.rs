@@ -87,7 +87,7 @@ pub struct AdamStep {
 
 /// What training the adapters of a linear correction takes, beside the operations of a model.
 ///
-/// The same conventions as for [`Device`] hold: numbers of f32 precision, shapes in numbers, panics on buffers that are
+/// The same conventions as for [`crate::Memory`] hold: numbers of f32 precision, shapes in numbers, panics on buffers that are
 /// too short. Sums have one order, whatever the number of threads.
 pub trait Train: Device {
     /// `out <- scale a b`, or `out <- out + scale a b` with `add`, for `a` of `[m, k]`, `b` of `[k, n]` and `out` of

@@ -1,8 +1,8 @@
 //! A cache of random keys and values, to measure with.
 
 use crate::EvalError;
-use dibit_cache::{CacheLayout, Sequence, Usage};
-use dibit_device::{Arithmetic, Batch, DType, Device, DeviceError, KvCache, Measure, Mode, Pass, Tensor};
+use dibit_cache::{Batch, CacheLayout, Mode, Sequence, Usage};
+use dibit_device::{Arithmetic, DType, Device, DeviceError, KvCache, Measure, Pass, Tensor};
 use std::time::Duration;
 
 /// Rows that are cached at once.

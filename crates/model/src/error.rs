@@ -158,6 +158,9 @@ pub enum ModelError {
         /// The scheme of the cache.
         scheme: String,
     },
+    /// A cache computes attention in another arithmetic than the model.
+    #[error("the cache computes in another arithmetic than this model; make it with the model's (Model::arithmetic)")]
+    OtherArithmetic,
     /// A cache, or a workspace, was used with another model before.
     #[error("the cache belongs to another model or workspace; make one for each")]
     OtherModel,

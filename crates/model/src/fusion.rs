@@ -6,8 +6,8 @@
 use crate::model::Linear;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelError};
-use dibit_cache::{Basis, CacheShape, ValueTransform};
-use dibit_device::{DType, Device, Output, Phase, Tensor};
+use dibit_cache::{Basis, CacheShape, Phase, ValueTransform};
+use dibit_device::{DType, Device, Output, Tensor};
 use dibit_quant::Hadamard;
 use nalgebra::{DMatrix, DMatrixView};
 use std::sync::Arc;

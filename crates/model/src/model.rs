@@ -3,10 +3,8 @@
 use crate::fusion::Fusion;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
-use dibit_cache::{CacheLayout, ValueTransform};
-use dibit_device::{
-    Arithmetic, Batch, Device, Heads, KvCache, LayerPass, Norm, Output, Pass, Phase, Projection, Tensor,
-};
+use dibit_cache::{Batch, CacheLayout, Phase, ValueTransform};
+use dibit_device::{Arithmetic, Device, Heads, KvCache, LayerPass, Norm, Output, OwnedCache, Pass, Projection, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -308,8 +306,8 @@ impl<D: Device> Model<D> {
     /// parts of their windows.
     ///
     /// # Errors
-    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::OtherModel`],
-    /// [`ModelError::Device`].
+    /// [`ModelError::TokenId`], [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::OtherArithmetic`],
+    /// [`ModelError::OtherModel`], [`ModelError::Device`].
     ///
     /// # Panics
     /// If the batch does not have one row for each id.
@@ -320,8 +318,8 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         ids: &[u32],
     ) -> Result<(), ModelError> {
-        self.begin(workspace, cache, batch, ids)?;
-        cache.pass(&*self.device, batch, |pass| self.run_all(workspace, pass, batch, None))
+        let own = self.begin(workspace, cache, batch, ids)?;
+        own.pass(&*self.device, batch, |pass| self.run_all(workspace, pass, batch, None))
     }
 
     /// [`Model::forward`], showing queries, keys and values of every layer and row to `observer`.
@@ -345,25 +343,24 @@ impl<D: Device> Model<D> {
     }
 
     /// Checks a pass, and tells the device of its tokens.
-    fn begin(
+    fn begin<'c>(
         &self,
         workspace: &mut Workspace<D>,
-        cache: &mut KvCache<D>,
+        cache: &'c mut KvCache<D>,
         batch: &Batch,
         ids: &[u32],
-    ) -> Result<(), ModelError> {
+    ) -> Result<OwnedCache<'c, D>, ModelError> {
         assert_eq!(ids.len(), batch.rows(), "one id for each row");
         self.check_ids(ids)?;
         workspace.check_rows(ids.len())?;
-        self.check_values(cache.layout())?;
+        self.check_cache(cache)?;
         // A model with other buffers is another pass.
-        if !cache.claim(u64::from(self.number) << 32 | u64::from(workspace.number)) {
-            return Err(ModelError::OtherModel);
-        }
+        let owner = u64::from(self.number) << 32 | u64::from(workspace.number);
+        let own = cache.claim(owner).ok_or(ModelError::OtherModel)?;
         let positions: Vec<u32> = batch.positions().collect();
         self.device.write_ids(&mut workspace.ids, ids);
         self.device.write_ids(&mut workspace.positions, &positions);
-        Ok(())
+        Ok(own)
     }
 
     fn run_all(
@@ -386,11 +383,15 @@ impl<D: Device> Model<D> {
         }
     }
 
-    /// Refuses a store that expects values in another frame than the model writes them in.
-    pub(crate) fn check_values(&self, layout: &CacheLayout) -> Result<(), ModelError> {
-        match self.suits(layout) {
-            true => Ok(()),
-            false => Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() }),
+    /// Refuses a cache that expects values in another frame than the model writes them in, or computes otherwise.
+    pub(crate) fn check_cache(&self, cache: &KvCache<D>) -> Result<(), ModelError> {
+        let layout = cache.layout();
+        if !self.suits(layout) {
+            Err(ModelError::OtherValues { scheme: layout.scheme_name().to_owned() })
+        } else if cache.arithmetic() != self.arithmetic {
+            Err(ModelError::OtherArithmetic)
+        } else {
+            Ok(())
         }
     }
 

@@ -1,7 +1,8 @@
 //! Parts of a forward pass, for measurements that begin in the middle of a model.
 
 use crate::{Model, ModelError, Workspace};
-use dibit_device::{Batch, Device, DeviceError, KvCache};
+use dibit_cache::Batch;
+use dibit_device::{Device, DeviceError, KvCache};
 use std::ops::Range;
 
 impl<D: Device> Model<D> {
@@ -37,7 +38,7 @@ impl<D: Device> Model<D> {
         let (device, rows, width) = (&**self.device(), batch.rows(), self.config().hidden_size);
         assert_eq!(residual.len(), rows * width, "one row of the residual stream for each row of the batch");
         workspace.check_rows(rows)?;
-        self.check_values(cache.layout())?;
+        self.check_cache(cache)?;
         let positions: Vec<u32> = batch.positions().collect();
         let all: Vec<u32> = (0..rows as u32).collect();
         device.write_ids(&mut workspace.positions, &positions);

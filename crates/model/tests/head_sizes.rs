@@ -2,9 +2,9 @@
 
 mod passes;
 
-use dibit_cache::CalibratedScheme;
+use dibit_cache::{CalibratedScheme, Mode};
 use dibit_cpu::Cpu;
-use dibit_device::{DType, Mode, Tensor};
+use dibit_device::{DType, Tensor};
 use dibit_model::{LinearWeights, Model, ModelConfig, ModelFiles, WeightSource, Weights};
 use serde_json::json;
 use std::sync::Arc;

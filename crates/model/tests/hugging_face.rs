@@ -2,9 +2,9 @@
 
 mod passes;
 
-use dibit_cache::CalibratedScheme;
+use dibit_cache::{CalibratedScheme, Mode};
 use dibit_cpu::Cpu;
-use dibit_device::{DType, Mode};
+use dibit_device::DType;
 use dibit_model::{ChatTemplate, Message, Model, ModelConfig, ModelFiles, Tokenizer, WeightSource, Weights};
 use serde_json::Value;
 use std::io::Write;

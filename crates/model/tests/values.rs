@@ -5,10 +5,10 @@ mod passes;
 
 use candle_core::quantized::GgmlDType;
 use common::{Gguf, fixture, made_up};
-use dibit_cache::{CacheLayout, CacheShape, CalibratedScheme, Calibration, LayerCalibration};
+use dibit_cache::{Batch, CacheLayout, CacheShape, CalibratedScheme, Calibration, LayerCalibration, Mode};
 use dibit_cpu::Cpu;
-use dibit_device::{DType, Mode, Tensor};
-use dibit_model::{Model, ModelError, ModelFiles, Pretrained, WeightSource};
+use dibit_device::{Arithmetic, DType, KvCache, Tensor};
+use dibit_model::{Model, ModelError, ModelFiles, Pretrained, WeightSource, Workspace};
 use dibit_runner::{Capacity, Runner};
 use std::path::Path;
 use std::sync::Arc;
@@ -230,4 +230,29 @@ fn a_cache_of_another_frame_is_refused() {
         assert!(matches!(refused, ModelError::OtherValues { .. }), "{refused}");
         assert!(refused.to_string().contains(layout.scheme_name()), "{refused}");
     }
+}
+
+#[test]
+fn a_cache_serves_one_model_and_one_workspace() {
+    let pretrained = load(&fixture("mistral-f32"), None);
+    let device = Arc::new(Cpu::new(Some(1)).unwrap());
+    let model = || Model::new(&device, &pretrained.config, &pretrained.weights).unwrap();
+    let layout = pretrained.config.cache_layout(&CalibratedScheme::load("fp16").unwrap()).unwrap();
+    let (first, second) = (model(), model());
+    let workspace = || Workspace::new(&*device, &pretrained.config, 4, 1).unwrap();
+    let (mut own, mut other) = (workspace(), workspace());
+    let cache = |arithmetic| KvCache::new(&*device, layout.clone(), 2, 1, 4, arithmetic).unwrap();
+    let mut used = cache(Arithmetic::Exact);
+    let mut sequence = used.open().unwrap();
+    let mut batch = Batch::new(Mode::Chunk);
+    used.reserve(&mut sequence, 4).unwrap();
+    batch.push(used.manager(), &sequence, 4);
+    let ids = [1, 2, 3, 4];
+    first.forward(&mut own, &mut used, &batch, &ids).unwrap();
+    first.forward(&mut own, &mut used, &batch, &ids).unwrap();
+    for (model, workspace) in [(&second, &mut own), (&first, &mut other)] {
+        assert!(matches!(model.forward(workspace, &mut used, &batch, &ids), Err(ModelError::OtherModel)));
+    }
+    let fast = &mut cache(Arithmetic::Fast);
+    assert!(matches!(first.forward(&mut own, fast, &batch, &ids), Err(ModelError::OtherArithmetic)));
 }

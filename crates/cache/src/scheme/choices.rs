@@ -201,6 +201,11 @@ impl Sinks {
             Sinks::None | Sinks::Massive(_) | Sinks::Pivots(_) => 0,
         }
     }
+
+    /// Positions that every layer of an empty sequence protects.
+    pub fn first_positions(self) -> Vec<u32> {
+        (0..self.first() as u32).collect()
+    }
 }
 
 impl AutoSinks {

@@ -13,10 +13,10 @@ use crate::cuda::{Buffer, Cuda};
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, launch};
 use crate::memory::room;
-use crate::store::{CudaStore, ROWS};
+use crate::store::{CudaStore, Layer, ROWS};
 use crate::{CudaError, abi};
-use dibit_cache::CachePlan;
-use dibit_device::{Arithmetic, Attention, DeviceError, Phase};
+use dibit_cache::{CachePlan, Phase};
+use dibit_device::{Arithmetic, Attention, DeviceError};
 use packed::Packed;
 use parts::Parts;
 use std::sync::Arc;
@@ -38,23 +38,21 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    /// None yet.
+    /// None yet, for a cache of these layers. `most` are the bytes of memory that the threads of a block share.
     ///
     /// # Errors
-    /// What attention over this cache needs and the GPU lacks.
-    pub(crate) fn new(gpu: &Gpu, store: &CudaStore) -> Result<Self, DeviceError> {
-        let d = store.layout.shape.head_dim;
-        let needed = store.layers.iter().map(|layer| exact::shared_bytes(layer, d)).max().unwrap_or(0);
-        let most = store.kernels.attend_exact.most_shared;
+    /// [`DeviceError::Unsupported`] where a layer needs more.
+    pub(crate) fn new(gpu: &Gpu, layout: &CachePlan, layers: &[Layer], most: usize) -> Result<Self, DeviceError> {
+        let needed = layers.iter().map(|layer| exact::shared_bytes(layer, layout.shape.head_dim)).max().unwrap_or(0);
         if needed > most {
             return Err(DeviceError::Unsupported(format!(
                 "attention under scheme {} takes {needed} bytes of shared memory, and {} has {most}; take another scheme or \
                  --device cpu",
-                store.layout.scheme_name(),
+                layout.scheme_name(),
                 gpu.name,
             )));
         }
-        Ok(Kernels { layers: store.layers.iter().map(|_| None).collect() })
+        Ok(Kernels { layers: layers.iter().map(|_| None).collect() })
     }
 
     /// Those of a layer, compiled where that has not been done.

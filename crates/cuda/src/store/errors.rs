@@ -4,7 +4,8 @@ use crate::CudaError;
 use crate::abi::Errors;
 use crate::gpu::Gpu;
 use crate::memory::{Memory, Pinned};
-use dibit_device::{Batch, DeviceError};
+use dibit_cache::Batch;
+use dibit_device::DeviceError;
 use dibit_quant::QuantError;
 use std::sync::Arc;
 

@@ -5,9 +5,9 @@ use super::side::Side;
 use crate::CudaError;
 use crate::memory::Memory;
 use bytemuck::Zeroable;
-use dibit_cache::CacheLayout;
+use dibit_cache::{CacheLayout, Span};
 use dibit_cpu::{HostPacker, LayerRows};
-use dibit_device::{DeviceError, Span};
+use dibit_device::DeviceError;
 use half::f16;
 use std::ops::Range;
 
@@ -64,14 +64,16 @@ impl HostPacking {
         }
         let mut pages = Vec::new();
         for (block, class) in blocks {
-            let mut bytes = vec![0; layout.layer(class, layer).bytes()];
-            of.pool.read(layout.page_offset(class, block, layer, 0), &mut bytes)?;
-            pages.push((block, class, bytes));
+            // Words, for pages hold numbers that must be aligned.
+            let mut words = vec![0; layout.layer(class, layer).bytes() / size_of::<u64>()];
+            of.pool.read(layout.page_offset(class, block, layer, 0), bytemuck::cast_slice_mut(&mut words))?;
+            pages.push((block, class, words));
         }
         let (mut states, mut states_at) = (Vec::new(), 0);
         if let Some(own) = &layout.layers[layer].states {
             states_at = span.slot as usize * layout.state_bytes() + own.offset;
-            read(of.states, states_at, own.bytes(), &mut states)?;
+            states.resize(own.bytes() / size_of::<u64>(), 0u64);
+            of.states.read(states_at, bytemuck::cast_slice_mut(&mut states))?;
         }
         let own = Span { rows: 0..span.rows.len(), ..span.clone() };
         let rows = self.sides.each_mut().map(|own| LayerRows {
@@ -80,13 +82,13 @@ impl HostPacking {
             incoming: &own.incoming,
         });
         self.packer.append(layer, &own, rows, &mut pages, &mut states, of.sinks)?;
-        for (block, class, bytes) in &pages {
-            of.pool.write(layout.page_offset(*class, *block, layer, 0), bytes)?;
+        for (block, class, words) in &pages {
+            of.pool.write(layout.page_offset(*class, *block, layer, 0), bytemuck::cast_slice(words))?;
         }
         for (own, side) in self.sides.iter().zip(of.sides) {
             side.sinks.write(of.sequence * sink_numbers * size_of::<f16>(), bytemuck::cast_slice(&own.sinks))?;
         }
-        Ok(of.states.write(states_at, &states)?)
+        Ok(of.states.write(states_at, bytemuck::cast_slice(&states))?)
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    pub(super) fn new(gpu: &Gpu, head_dim: usize) -> Result<Self, CudaError> {
+    pub(crate) fn new(gpu: &Gpu, head_dim: usize) -> Result<Self, CudaError> {
         let head_dim = [("HEAD_DIM", head_dim as i64)];
         Ok(Kernels {
             write_rows: gpu.kernel(STORE, &[], "write_rows")?,

@@ -55,7 +55,7 @@ pub(crate) struct Correction {
 }
 
 impl Layer {
-    pub(super) fn new(
+    pub(crate) fn new(
         gpu: &Arc<Gpu>,
         layout: &CacheLayout,
         index: usize,

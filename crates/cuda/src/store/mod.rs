@@ -16,9 +16,9 @@ use crate::cuda::{Buffer, Cuda};
 use crate::graph::Graphs;
 use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
-use dibit_cache::{CacheLayout, CachePlan, LayerLayout, Sees, SideLayout};
+use dibit_cache::{Batch, CacheLayout, CachePlan, LayerLayout, Sees, SideLayout, Span};
 use dibit_cpu::Isa;
-use dibit_device::{Batch, DeviceError, Span};
+use dibit_device::DeviceError;
 use errors::ErrorRecord;
 use host_packing::HostPacking;
 pub(crate) use kernels::Kernels;
@@ -89,6 +89,8 @@ impl CudaStore {
     pub(crate) fn new(
         c: &Cuda,
         layout: &CacheLayout,
+        kernels: Kernels,
+        layers: Vec<Layer>,
         num_blocks: usize,
         num_sequences: usize,
         max_rows: usize,
@@ -96,8 +98,6 @@ impl CudaStore {
         let gpu = &c.gpu;
         let shape = layout.shape;
         let staged = Staged::new(gpu, layout, num_blocks, num_sequences, max_rows)?;
-        let layer = |index| Layer::new(gpu, layout, index, num_blocks);
-        let layers = (0..shape.num_layers).map(layer).collect::<Result<Vec<_>, DeviceError>>()?;
         let row_bytes = shape.row() * size_of::<u16>();
         let rows = shape.num_layers * num_sequences;
         let side = |slots: usize| -> Result<Side, CudaError> {
@@ -113,8 +113,7 @@ impl CudaStore {
         let turned = if pre_rope { leaving_rows * shape.head_dim } else { 0 };
         let features = layers.iter().filter_map(|layer| layer.correction.as_ref()).map(|own| own.features).max();
         let host_packing = packs_on_host(layout).then(|| HostPacking::new(layout));
-        let first: Vec<u32> = (0..layout.sinks.first() as u32).collect();
-        let kernels = Kernels::new(gpu, shape.head_dim)?;
+        let first = layout.sinks.first_positions();
         let store = CudaStore {
             kernels,
             layers,

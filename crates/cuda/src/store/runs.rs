@@ -1,8 +1,7 @@
 //! What leaves the window in a pass, as kernels see it.
 
 use crate::abi::Run;
-use dibit_cache::CacheLayout;
-use dibit_device::Span;
+use dibit_cache::{CacheLayout, Span};
 
 /// The runs of some spans, and how many keys they hold.
 #[derive(Default)]

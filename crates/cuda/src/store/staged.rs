@@ -6,8 +6,7 @@ use crate::abi::{ClassSpan, Run, Span as DeviceSpan};
 use crate::gpu::Gpu;
 use crate::memory::Memory;
 use bytemuck::NoUninit;
-use dibit_cache::{CacheLayout, PAGE_TOKENS, PageLayout, SideLayout, Transform};
-use dibit_device::Span;
+use dibit_cache::{CacheLayout, PAGE_TOKENS, PageLayout, SideLayout, Span, Transform};
 use std::ops::Range;
 use std::sync::Arc;
 

@@ -50,7 +50,7 @@ fn decode(cuda: &Cuda, case: &Case) -> (Vec<f32>, usize) {
             let [q, k, v] = rows.each_ref();
             (0..=LAYER).try_for_each(|_| pass.whole_layer((&hidden, 1), case.heads, [q, k, v], &mut out))
         };
-        cache.pass::<DeviceError>(cuda, &batch, work).unwrap();
+        cache.claim(1).unwrap().pass::<DeviceError>(cuda, &batch, work).unwrap();
         for sequence in &mut sequences[..count] {
             cache.advance(sequence, 1);
         }

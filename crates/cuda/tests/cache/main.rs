@@ -13,10 +13,12 @@ mod schemes;
 mod sequences;
 
 use common::cuda;
-use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, Calibration, Pivots, Sequence, Sinks};
+use dibit_cache::{
+    Batch, CacheLayout, CacheModel, CacheShape, CalibratedScheme, Calibration, Mode, Pivots, Sequence, Sinks,
+};
 use dibit_cpu::{Cpu, CpuCache};
 use dibit_cuda::{Cuda, CudaCache};
-use dibit_device::{Arithmetic, Batch, Device, DeviceError, KvCache, Memory, Mode, Pass};
+use dibit_device::{Arithmetic, Device, DeviceError, KvCache, Memory, Pass};
 use half::f16;
 use made_up::{calibration, noise};
 use std::sync::Arc;
@@ -155,7 +157,7 @@ impl<'a, D: Device> Machine<'a, D> {
             (0..LAYER).try_for_each(|_| pass.layer(&hidden, 1).map(drop))?;
             pass.whole_layer((&hidden, 1), case.heads, [&q, &k, &v], &mut out)
         };
-        cache.pass::<DeviceError>(device, &batch, run)?;
+        cache.pass_once::<DeviceError>(device, &batch, run)?;
         for (sequence, rows, _) in sequences.iter_mut() {
             cache.advance(sequence, *rows);
         }

@@ -133,3 +133,20 @@ fn numbers_that_fp16_cannot_hold_are_refused_by_name() {
         }
     }
 }
+
+/// Where the host packs the pages of a pass, it meets the number before the GPU is asked what it noted.
+#[test]
+fn numbers_that_leave_the_window_in_their_own_pass_are_refused_by_name_too() {
+    let Some(cuda) = cuda() else { return };
+    for name in ["kivi", "gear"] {
+        let case = Case::new(scheme(name), 2, 1, 64);
+        let mut wrong = case.data(0, 300);
+        wrong[2][35 * 64 + 7] = f32::NAN;
+        let mut machine = Machine::new(cuda, &case, 300, 1, 300);
+        let mut sequence = machine.cache.open().unwrap();
+        match machine.pass(&mut [(&mut sequence, 300, &wrong)], Mode::Chunk).unwrap_err() {
+            DeviceError::NotFinite { side: "value", layer: LAYER, token: 35, .. } => {}
+            other => panic!("{name}: {other}"),
+        }
+    }
+}

@@ -2,8 +2,8 @@
 
 use crate::EvalError;
 use crate::made_up::calibrated;
-use dibit_cache::{CacheLayout, CalibratedScheme, Sequence};
-use dibit_device::{Device, DeviceError, Measure, Mode};
+use dibit_cache::{CacheLayout, CalibratedScheme, Mode, Sequence};
+use dibit_device::{Device, DeviceError, Measure};
 use dibit_model::{Model, ModelError, Pretrained, pass_bytes};
 use dibit_runner::{Capacity, Executor, Prefill, Runner};
 use serde::Serialize;

@@ -1,8 +1,7 @@
 //! Running a model over tokens.
 
-use dibit_cache::{CacheLayout, Sequence};
+use dibit_cache::{CacheLayout, Mode, Sequence};
 use dibit_cpu::Cpu;
-use dibit_device::Mode;
 use dibit_model::Model;
 use dibit_runner::{Capacity, Executor, Runner};
 use std::sync::Arc;

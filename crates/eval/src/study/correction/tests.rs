@@ -1,8 +1,8 @@
 use super::*;
 use crate::study::tests::{layer, normal, shape};
-use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, Schedule};
+use dibit_cache::{Batch, CacheLayout, CacheModel, CacheShape, CalibratedScheme, Mode, Schedule};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, Batch, DeviceError, KvCache, Mode, Pass};
+use dibit_device::{Arithmetic, DeviceError, KvCache, Pass};
 use dibit_quant::{Affine, Bits, Hadamard};
 
 const WINDOW: Window = Window { tokens: 128, schedule: Schedule::Guaranteed };
@@ -170,7 +170,7 @@ fn streamed(cpu: &Cpu, layout: &CacheLayout, shape: StudyShape, sample: &LayerSa
     let run = |pass: &mut Pass<Cpu>| {
         pass.whole_layer((&hidden, 1), shape.num_heads, [&sample.q, &sample.k, &sample.v], &mut out)
     };
-    cache.pass::<DeviceError>(cpu, &batch, run).unwrap();
+    cache.pass_once::<DeviceError>(cpu, &batch, run).unwrap();
     out
 }
 
