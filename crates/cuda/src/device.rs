@@ -68,10 +68,9 @@ impl dibit_device::Memory for Cuda {
         Budget {
             tile_rows: 64..4096,
             tile_bytes: 512 << 20,
-            pass_bytes: 512 << 20,
-            pass_rows: 512,
             cell: 1024,
-            prefill_rows: 2048,
+            // cuBLASLt takes another kernel for another number of rows.
+            prefill_rows: 0,
         }
     }
 

@@ -7,24 +7,14 @@ pub struct Budget {
     pub tile_rows: Range<usize>,
     /// Bytes that the activations inside a layer may take.
     pub tile_bytes: usize,
-    /// Bytes that the rows of a pass may take. Prompts are prefilled exactly in passes of as many tokens as fit.
-    pub pass_bytes: usize,
-    /// Rows of a pass at least, however wide the model is.
-    pub pass_rows: usize,
     /// Tokens of a cell, in which prompts are read where nothing else is asked for.
     pub cell: usize,
-    /// Prompt tokens of several sequences that are read in one pass.
+    /// Prompt tokens of several sequences that are read in one pass; 0 where each sequence has passes of its own, for rows
+    /// of a prompt would depend on what else is in their pass.
     pub prefill_rows: usize,
 }
 
 impl Budget {
     /// What suits the caches of a processor.
-    pub const HOST: Budget = Budget {
-        tile_rows: 16..128,
-        tile_bytes: 24 << 20,
-        pass_bytes: 20 << 20,
-        pass_rows: 256,
-        cell: 256,
-        prefill_rows: 256,
-    };
+    pub const HOST: Budget = Budget { tile_rows: 16..128, tile_bytes: 24 << 20, cell: 256, prefill_rows: 256 };
 }

@@ -338,7 +338,7 @@ pub struct CompareArgs {
     )]
     pub retrieval_context: Vec<u32>,
     #[command(flatten)]
-    pub cell: CellArgs,
+    pub prefill: PrefillArgs,
     /// Seed of the retrieval prompts
     #[arg(long, default_value = "42")]
     pub seed: u64,

@@ -2,11 +2,15 @@
 
 use crate::text;
 use anyhow::{Context, Result, bail};
-use dibit_engine::{Engine, FinishReason, Request, Sampling};
+use dibit_cache::CalibratedScheme;
+use dibit_device::Device;
+use dibit_engine::{Engine, FinishReason, Options, Request, Sampling};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task, score};
 use dibit_model::{ChatFormat, Message, ModelError, Pretrained};
+use dibit_runner::Models;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use tracing::subscriber::NoSubscriber;
 
 /// What a model answered.
@@ -61,6 +65,17 @@ fn encode(
     let message = Message { role: "user".to_owned(), content: input.to_owned() };
     let tokenizer = &pretrained.tokenizer;
     tokenizer.encode_rendered(&(format.render(tokenizer, &[message], true)? + prefix))
+}
+
+/// An engine for one scheme after the other.
+pub fn engine<D: Device + 'static>(
+    pretrained: &Arc<Pretrained>,
+    models: &mut Models<D>,
+    scheme: &CalibratedScheme,
+    options: Options,
+) -> Result<Engine> {
+    let layout = pretrained.cache_layout(scheme)?;
+    Ok(Engine::with_model(pretrained.clone(), models.get(&layout)?, layout, options)?)
 }
 
 /// Answers prompts by greedy decoding, several at once where the engine has room. `progress` gets the number of

@@ -252,4 +252,9 @@ fn cells_that_nothing_reads_are_refused() {
         run(&[command, &["--cell", "256"]].concat())
             .fails_with(&["--cell is for --prefill cells", "leave one of the two out"]);
     }
+    let without: [&[&str]; 2] =
+        [&["compare", "--text", "none", "--samples", "0"], &["bench", "decode", "--prompt", "0"]];
+    for (command, option) in without.into_iter().flat_map(|own| [(own, "--cell=256"), (own, "--prefill=exact")]) {
+        run(&[command, &[option]].concat()).fails_with(&["say how prompts are read", command[command.len() - 2]]);
+    }
 }

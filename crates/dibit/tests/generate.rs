@@ -278,10 +278,13 @@ fn a_long_prompt_is_read_in_several_passes_and_says_so() {
     let streamed = of(&["--prefill", "streaming"]).succeeds();
     assert_eq!(streamed.stdout, whole.stdout);
     // Where passes end is a choice of its own: a context or other prompts change nothing.
-    let packed = |more: &[&str]| {
-        run(&[&["generate", "--temperature=0", "-n", "16", "--kv=k2v2"], more, &[&prompt]].concat()).succeeds().stdout
-    };
-    assert_eq!(packed(&["--context", "1024"]), packed(&["--context", "2000"]));
+    let packed = |more: &[&str]| greedy(&[&["-n", "16", "--kv=k2v2"], more].concat());
+    let alone = packed(&["--context", "1024", &prompt]);
+    assert_eq!(alone["prefill"], "cells of 256");
+    assert_eq!(alone["tokens"], packed(&["--context", "2000", &prompt])["tokens"]);
+    let folder = Folder::new();
+    let file = folder.write("prompts.txt", [&words(500), &prompt, "One", &words(280)].join("\n\n"));
+    assert_eq!(alone["tokens"], packed(&["--prompts", &file])[1]["tokens"]);
 }
 
 #[test]

@@ -67,6 +67,28 @@ fn the_reference_comes_first_and_packing_costs_something() {
 }
 
 #[test]
+fn ways_to_read_a_text_are_compared_in_one_table() {
+    let folder = Folder::new();
+    let (text, json) = (folder.write("text.txt", english()), folder.file("out.json"));
+    let options = ["perplexity", "--text", &text, "--context", "512", "--windows", "1", "--kv", "kivi"];
+    let ways = ["--prefill", "streaming,cells,exact", "--cell", "128", "--json", &json];
+    let done = run(&[&options[..], &ways].concat()).succeeds();
+    let lines: Vec<&str> = done.stdout.lines().collect();
+    let header: Vec<&str> = lines[0].split_whitespace().collect();
+    assert_eq!(header[..3], ["scheme", "prefill", "perplexity"], "{}", done.stdout);
+    let named = ["one exact pass", "streaming mode", "cells of 128", "one exact pass"];
+    assert!(lines[1..5].iter().zip(named).all(|(line, way)| line.contains(way)), "{}", done.stdout);
+    let report: Value = serde_json::from_slice(&folder.read("out.json")).unwrap();
+    let kl: Vec<f64> =
+        report["schemes"].as_array().unwrap().iter().map(|own| own["kl_mean"].as_f64().unwrap()).collect();
+    assert!(kl[0] == 0.0 && kl[1] > 1e-3 && kl[2] > 1e-3 && kl[3] == 0.0, "{kl:?}");
+    // One way goes without saying.
+    let alone = run(&options).succeeds().stdout;
+    assert!(!alone.contains("streaming") && alone.contains(&format!("{:.5}", kl[1])), "{alone}");
+    run(&[&options[..], &["--prefill", "cells,exact,cells"]].concat()).fails_with(&["--prefill names cells twice"]);
+}
+
+#[test]
 fn schemes_are_evaluated_in_the_order_asked_for_and_fp16_only_once() {
     let folder = Folder::new();
     let text = folder.write("text.txt", english());

@@ -2,6 +2,7 @@
 
 use crate::logprobs::logprob;
 use crate::output::Output;
+use crate::scheduler::Kind;
 use crate::{Completion, EngineError, FinishReason, Request, Sampler, SequenceId, Timings};
 use dibit_cache::{Sequence, Usage};
 use dibit_model::Pretrained;
@@ -11,8 +12,8 @@ use std::sync::Arc;
 /// A sequence, and how its tokens came in.
 pub(crate) struct Held {
     pub sequence: Sequence,
-    /// Tokens that were read together, or generated one by one, which it says.
-    pub history: Vec<(bool, Vec<u32>)>,
+    /// Tokens of prompts, those of each pass, and tokens that were generated one by one.
+    pub history: Vec<(Kind, Vec<u32>)>,
 }
 
 /// A request that is not answered yet.
@@ -104,14 +105,14 @@ impl Active {
     }
 
     /// Records that a pass has cached these tokens.
-    pub(crate) fn advance(&mut self, is_generated: bool, rows: usize, ids: Vec<u32>) {
-        if !is_generated {
-            self.read += rows;
+    pub(crate) fn advance(&mut self, kind: Kind, ids: Vec<u32>) {
+        if kind == Kind::Prefill {
+            self.read += ids.len();
         }
         let history = &mut self.sequence.as_mut().expect("a sequence that is open").history;
         match history.last_mut() {
-            Some((last, all)) if *last == is_generated => all.extend(ids),
-            _ => history.push((is_generated, ids)),
+            Some((Kind::Decode, all)) if kind == Kind::Decode => all.extend(ids),
+            _ => history.push((kind, ids)),
         }
     }
 

@@ -6,13 +6,13 @@ use crate::{Completion, EngineError, Event, FinishReason, MemoryPlan, Options, R
 use dibit_cache::{CacheLayout, CalibratedScheme, Mode, Sequence, Usage};
 use dibit_device::Device;
 use dibit_model::{Model, Pretrained};
-use dibit_runner::{Capacity, Executor, Runner};
+use dibit_runner::{Executor, Runner};
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Runs requests of one model under one scheme. Each answer is what its request gets alone.
+/// Runs requests of one model under one scheme. Each answer is what its request gets alone: bit for bit on a CPU, and on a GPU
+/// as far as its linear layers compute rows alike (docs/internals.md, "What can be relied on").
 pub struct Engine {
     pretrained: Arc<Pretrained>,
     executor: Box<dyn Executor>,
@@ -20,13 +20,15 @@ pub struct Engine {
     options: Options,
     plan: MemoryPlan,
     /// Requests that are not answered yet.
-    active: BTreeMap<u64, Active>,
+    pub(crate) active: BTreeMap<u64, Active>,
     /// Sequences that are open; `None` where a request is on its way.
     held: BTreeMap<u64, Option<Held>>,
     /// What has happened and was not told yet.
-    events: VecDeque<Event>,
+    pub(crate) events: VecDeque<Event>,
     /// The next request, or sequence.
     next: u64,
+    /// Whether it was told how prompts are read.
+    noted: bool,
     logits: Vec<f32>,
 }
 
@@ -45,8 +47,9 @@ impl Engine {
         scheme: &CalibratedScheme,
         options: Options,
     ) -> Result<Self, EngineError> {
-        let layout = pretrained.cache_layout(scheme)?;
+        // Before the model is put on the device.
         options.check(&pretrained.config)?;
+        let layout = pretrained.cache_layout(scheme)?;
         let model = Model::for_cache(device, &pretrained.config, &pretrained.weights, &layout)?;
         Self::with_model(pretrained, Arc::new(model), layout, options)
     }
@@ -64,28 +67,24 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         options.check(&pretrained.config)?;
         let plan = MemoryPlan::new(&pretrained.config, &layout, options, &model.device().budget());
-        let capacity = Capacity {
-            blocks: plan.sequence_blocks * options.sequences,
-            sequences: options.sequences,
-            // A decoding step has a row for each sequence.
-            rows: plan.pass_rows.max(options.sequences),
-            outputs: options.sequences,
-        };
-        let executor = Box::new(Runner::new(model, layout, capacity)?);
-        Ok(Self::with_executor(pretrained, executor, plan, options))
+        let executor = Box::new(Runner::new(model, layout, plan.capacity(options))?);
+        Self::with_executor(pretrained, executor, plan, options)
     }
 
-    /// An engine on something that runs passes, which has the room that was planned.
+    /// An engine on something that runs passes, which has the room that was planned ([`MemoryPlan::capacity`]).
+    ///
+    /// # Errors
+    /// Those of [`Options::check`].
     pub fn with_executor(
         pretrained: Arc<Pretrained>,
         executor: Box<dyn Executor>,
         plan: MemoryPlan,
         options: Options,
-    ) -> Self {
+    ) -> Result<Self, EngineError> {
+        options.check(&pretrained.config)?;
         let Options { sequences, prefill, .. } = options;
-        let blocks = plan.sequence_blocks * sequences;
-        let limits = Limits { sequences, blocks, pass_rows: plan.pass_rows, prefill };
-        Engine {
+        let limits = Limits { sequences, blocks: plan.blocks, pass_rows: plan.shared_rows, prefill };
+        Ok(Engine {
             pretrained,
             executor,
             scheduler: Scheduler::new(limits),
@@ -95,8 +94,9 @@ impl Engine {
             held: BTreeMap::new(),
             events: VecDeque::new(),
             next: 0,
+            noted: false,
             logits: Vec::new(),
-        }
+        })
     }
 
     /// The model with what belongs to it.
@@ -128,7 +128,13 @@ impl Engine {
         if !self.scheduler.hold(self.plan.sequence_blocks) {
             return Err(dibit_cache::CacheError::TooManySequences { capacity: self.options.sequences }.into());
         }
-        let held = Held::new(self.executor.open()?);
+        let held = match self.executor.open() {
+            Ok(sequence) => Held::new(sequence),
+            Err(error) => {
+                self.scheduler.release(self.plan.sequence_blocks);
+                return Err(error.into());
+            }
+        };
         let id = self.number();
         self.held.insert(id, Some(held));
         Ok(SequenceId(id))
@@ -167,6 +173,11 @@ impl Engine {
     /// Whether all requests are answered.
     pub fn is_idle(&self) -> bool {
         self.active.is_empty() && self.events.is_empty()
+    }
+
+    /// Whether all requests that are left wait for sequences that are open: one of these must be closed.
+    pub fn is_stuck(&self) -> bool {
+        self.events.is_empty() && self.scheduler.is_stuck()
     }
 
     fn idle(&self, id: SequenceId) -> Option<&Held> {
@@ -218,10 +229,11 @@ impl Engine {
     /// cached: it belongs to the next prompt, unless it ended the text.
     ///
     /// # Errors
-    /// Those of [`Engine::check`], and [`EngineError::Busy`]; the sequence is then as it was. A request that fails later
-    /// empties it.
+    /// Those of [`Engine::check`], [`EngineError::Busy`] and [`EngineError::Closed`]; the sequence is then as it was. A
+    /// request that fails later empties it.
     pub fn submit_to(&mut self, id: SequenceId, request: Request) -> Result<RequestId, EngineError> {
-        let cached = self.idle(id).ok_or(EngineError::Busy)?.sequence.len();
+        let held = self.held.get(&id.0).ok_or(EngineError::Closed)?;
+        let cached = held.as_ref().ok_or(EngineError::Busy)?.sequence.len();
         self.check(&request, cached)?;
         Ok(self.begin(request, Some(id), 0))
     }
@@ -230,14 +242,10 @@ impl Engine {
         let id = self.number();
         let own = held.and_then(|held| self.held.get_mut(&held.0)?.take());
         let cached = own.as_ref().map_or(0, |own| own.sequence.len());
-        let (is_held, prefill) = (held.is_some(), self.options.prefill);
-        let passes = prefill.passes(cached..cached + request.prompt.len()).count();
-        if passes > 1 {
-            tracing::info!(
-                "a prompt of {} tokens is read in {passes} passes, {prefill}: each sees itself exactly, and those before it as they \
-                 are stored",
-                request.prompt.len()
-            );
+        let is_held = held.is_some();
+        if let Some(note) = self.options.prefill.note(cached..cached + request.prompt.len()).filter(|_| !self.noted) {
+            self.noted = true;
+            tracing::info!("{note}");
         }
         self.scheduler.submit(Job { id, cached, prompt: request.prompt.len(), blocks, is_held });
         self.active.insert(id, Active::new(&self.pretrained, request, held, own));
@@ -247,13 +255,17 @@ impl Engine {
     /// Takes a request out. What was answered so far, or `None` for one that is answered already.
     pub fn cancel(&mut self, id: RequestId) -> Option<Completion> {
         let own = self.active.get_mut(&id.0)?;
+        self.events.retain(|event| event.request() != id);
         // A text that cannot be decoded any more is not the caller's concern.
         own.output.end(&self.pretrained, FinishReason::Cancelled).ok();
         Some(self.end(id.0, FinishReason::Cancelled))
     }
 
-    /// Runs one pass, if any is due, and says what has happened. A failure ends the request that it belongs to.
+    /// Admits requests, or runs a pass, and says what has happened. A failure ends the request that it belongs to. Nothing
+    /// happens where all requests that are left wait for sequences that are open ([`Engine::is_stuck`]).
     pub fn step(&mut self) -> Vec<Event> {
+        let begin = |id| Event::Text { request: RequestId(id), text: String::new() };
+        self.events.extend(self.scheduler.admit().into_iter().map(begin));
         if self.events.is_empty()
             && let Some(pass) = self.scheduler.due()
         {
@@ -332,8 +344,8 @@ impl Engine {
             let rows = logits.chunks_exact(pretrained.config.vocab_size);
             ends.iter().zip(rows).map(|((index, _), logits)| own[*index].0.choose(logits)).collect()
         };
-        for ((own, part), new) in own.iter_mut().zip(new) {
-            own.advance(kind == Kind::Decode, part.rows, new);
+        for ((own, _), new) in own.iter_mut().zip(new) {
+            own.advance(kind, new);
         }
         let number = |((index, _), token): (&(usize, usize), Option<u32>)| {
             let (own, part) = &own[*index];
@@ -347,15 +359,13 @@ impl Engine {
         let Engine { executor, active, options, .. } = self;
         let Some(own) = active.get_mut(&id).and_then(|own| own.sequence.as_mut()) else { return Ok(()) };
         executor.clear(&mut own.sequence);
-        for (is_generated, ids) in &own.history {
-            let (mode, single) = if *is_generated { (Mode::Chunk, true) } else { (options.prefill.mode(), false) };
-            let mut rest = &ids[..];
-            while !rest.is_empty() {
-                let start = own.sequence.len();
-                let rows = if single { 1 } else { options.prefill.end(start..start + rest.len()) - start };
-                let (now, later) = rest.split_at(rows);
-                executor.step(mode, &mut [(&mut own.sequence, now)])?;
-                rest = later;
+        for (kind, ids) in &own.history {
+            let (mode, rows) = match kind {
+                Kind::Prefill => (options.prefill.mode(), ids.len()),
+                Kind::Decode => (Mode::Chunk, 1),
+            };
+            for ids in ids.chunks(rows) {
+                executor.step(mode, &mut [(&mut own.sequence, ids)])?;
             }
         }
         Ok(())
@@ -424,94 +434,5 @@ impl Engine {
         done.finish = reason;
         (done.text, done.tokens) = (output.text, output.tokens);
         done
-    }
-
-    /// Steps until a request is answered. `on_text` gets its text as it comes, which may be empty, and can end it; what
-    /// happens to other requests is told by the next [`Engine::step`].
-    ///
-    /// # Errors
-    /// Why the request failed.
-    pub fn finish(
-        &mut self,
-        request: RequestId,
-        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Completion, EngineError> {
-        let mut others = Vec::new();
-        let result = loop {
-            let mut result = None;
-            for event in self.step() {
-                match event {
-                    Event::Text { request: own, text } if own == request && result.is_none() => {
-                        if on_text(&text).is_break()
-                            && let Some(done) = self.cancel(request)
-                        {
-                            result = Some(Ok(done));
-                        }
-                    }
-                    Event::Done { request: own, completion } if own == request => {
-                        result.get_or_insert(Ok(completion));
-                    }
-                    Event::Failed { request: own, error } if own == request => {
-                        result.get_or_insert(Err(error));
-                    }
-                    other => others.push(other),
-                }
-            }
-            if let Some(result) = result {
-                break result;
-            }
-        };
-        self.events.extend(others);
-        result
-    }
-
-    /// Continues prompts, several at once where there is room and the rest as room comes free. `on_text` gets
-    /// the text of each request as it comes and can end that request. Each answer is what the request gets alone.
-    ///
-    /// # Errors
-    /// Those of [`Engine::check`] before anything runs, and the first failure of model or device, which ends the others.
-    pub fn generate(
-        &mut self,
-        requests: &[Request],
-        mut on_text: impl FnMut(usize, &str) -> ControlFlow<()>,
-    ) -> Result<Vec<Completion>, EngineError> {
-        for request in requests {
-            self.check(request, 0)?;
-        }
-        let mut finished: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
-        let mut indices = BTreeMap::new();
-        for (index, request) in requests.iter().enumerate() {
-            indices.insert(self.submit(request.clone())?, index);
-        }
-        let (mut failure, mut others) = (None, Vec::new());
-        while failure.is_none() && finished.iter().any(Option::is_none) {
-            for event in self.step() {
-                let Some(&index) = indices.get(&event.request()) else {
-                    others.push(event);
-                    continue;
-                };
-                match event {
-                    Event::Text { request, text } => {
-                        if finished[index].is_none() && on_text(index, &text).is_break() {
-                            finished[index] = self.cancel(request);
-                        }
-                    }
-                    Event::Done { completion, .. } => {
-                        finished[index].get_or_insert(completion);
-                    }
-                    Event::Failed { error, .. } => {
-                        failure.get_or_insert(error);
-                    }
-                }
-            }
-        }
-        self.events.extend(others);
-        match failure {
-            Some(error) => {
-                indices.into_keys().for_each(|request| drop(self.cancel(request)));
-                Err(error)
-            }
-            None => Ok(finished.into_iter().flatten().collect()),
-        }
     }
 }

@@ -76,6 +76,12 @@ pub enum EngineError {
     /// Cells are no whole pages.
     #[error(transparent)]
     Cell(#[from] dibit_runner::CellError),
+    /// A request is not there any more.
+    #[error("the request is answered or cancelled already")]
+    Answered,
+    /// A sequence was closed, or belongs to another engine.
+    #[error("the sequence is not open; open one for each conversation")]
+    Closed,
     /// A sequence has a request that is not answered yet.
     #[error("the sequence is busy with another request; wait for its answer, or cancel it")]
     Busy,

@@ -3,6 +3,7 @@
 
 mod active;
 mod chat;
+mod drive;
 mod engine;
 mod error;
 mod logprobs;
@@ -23,5 +24,4 @@ pub use plan::{MemoryPlan, Options};
 pub use request::{Completion, Event, FinishReason, Request, RequestId, SequenceId, Timings, TokenLogprob};
 pub use sampler::Sampler;
 pub use sampling::{Dry, Sampling};
-pub use scheduler::{Job, Kind, Limits, Part, Pass, Scheduler};
 pub use stop::StopFilter;

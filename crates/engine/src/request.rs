@@ -15,7 +15,7 @@ pub struct SequenceId(pub(crate) u64);
 /// What has happened to a request.
 #[derive(Debug)]
 pub enum Event {
-    /// A part of the prompt was read, or a token was generated.
+    /// The request was admitted, a part of its prompt was read, or a token was generated.
     Text {
         /// The request.
         request: RequestId,

@@ -5,12 +5,12 @@ use std::collections::VecDeque;
 
 /// What there is to be shared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Sequences at once.
     pub sequences: usize,
     /// Blocks of the cache.
     pub blocks: usize,
-    /// Prompt tokens of a pass, all sequences together; at least those of one sequence.
+    /// Prompt tokens of a pass of several sequences; one sequence may have more.
     pub pass_rows: usize,
     /// How prompts are cut into passes.
     pub prefill: Prefill,
@@ -18,7 +18,7 @@ pub struct Limits {
 
 /// A request as it is scheduled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Job {
+pub(crate) struct Job {
     /// Its number; those of later requests are larger.
     pub id: u64,
     /// Tokens that its sequence holds before the prompt.
@@ -33,7 +33,7 @@ pub struct Job {
 
 /// What a pass is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// Reading prompts.
     Prefill,
     /// One token for each sequence.
@@ -42,7 +42,7 @@ pub enum Kind {
 
 /// The tokens of one request in a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
+pub(crate) struct Part {
     /// The request.
     pub id: u64,
     /// Tokens.
@@ -53,7 +53,7 @@ pub struct Part {
 
 /// A pass that is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pass {
+pub(crate) struct Pass {
     /// What it is for.
     pub kind: Kind,
     /// Its parts, by rising numbers of the requests.
@@ -84,7 +84,7 @@ impl Running {
 /// anything decodes, a decoding pass comes between two prefill passes; prompts and single tokens never share a pass, for a
 /// device may compute them differently.
 #[derive(Debug)]
-pub struct Scheduler {
+pub(crate) struct Scheduler {
     limits: Limits,
     waiting: VecDeque<Job>,
     /// By rising numbers.
@@ -111,7 +111,7 @@ impl Scheduler {
 
     /// Takes a sequence with so many blocks out of what is shared; false where they are not free.
     pub fn hold(&mut self, blocks: usize) -> bool {
-        let fits = self.free_sequences > 0 && blocks <= self.free_blocks;
+        let fits = self.fits(blocks);
         if fits {
             self.free_sequences -= 1;
             self.free_blocks -= blocks;
@@ -145,25 +145,36 @@ impl Scheduler {
         }
     }
 
-    /// Requests that wait.
-    pub fn waiting(&self) -> usize {
-        self.waiting.len()
+    /// Admits what fits, in order; those that were admitted. Requests on sequences that are held need no room, and pass by
+    /// those that wait for some.
+    pub fn admit(&mut self) -> Vec<u64> {
+        let mut admitted = Vec::new();
+        let mut is_full = false;
+        for job in std::mem::take(&mut self.waiting) {
+            is_full |= !job.is_held && !is_full && !self.hold(job.blocks);
+            if is_full && !job.is_held {
+                self.waiting.push_back(job);
+                continue;
+            }
+            let place = self.running.partition_point(|own| own.job.id < job.id);
+            self.running.insert(place, Running { job, at: job.cached });
+            admitted.push(job.id);
+        }
+        admitted
     }
 
-    /// Requests that run.
-    pub fn running(&self) -> usize {
-        self.running.len()
+    /// Whether all that is left waits for room that only those who hold sequences can give.
+    pub fn is_stuck(&self) -> bool {
+        let first = self.waiting.front().filter(|_| self.waiting.iter().all(|job| !job.is_held));
+        self.running.is_empty() && first.is_some_and(|job| !self.fits(job.blocks))
     }
 
-    /// Blocks that nobody has asked for.
-    pub fn free_blocks(&self) -> usize {
-        self.free_blocks
+    fn fits(&self, blocks: usize) -> bool {
+        self.free_sequences > 0 && blocks <= self.free_blocks
     }
 
-    /// Admits what fits, and says what runs next; `None` where nothing is left to do. The same until it is
-    /// [`Scheduler::done`].
-    pub fn due(&mut self) -> Option<Pass> {
-        self.admit();
+    /// What runs next of what was admitted; `None` where nothing is left to do. The same until it is [`Scheduler::done`].
+    pub fn due(&self) -> Option<Pass> {
         let decoding: Vec<Part> = self
             .running
             .iter()
@@ -175,16 +186,6 @@ impl Scheduler {
             return Some(Pass { kind: Kind::Prefill, parts: self.prefill() });
         }
         (!decoding.is_empty()).then_some(Pass { kind: Kind::Decode, parts: decoding })
-    }
-
-    fn admit(&mut self) {
-        while let Some(job) = self.waiting.front().copied() {
-            if !job.is_held && !self.hold(job.blocks) {
-                break;
-            }
-            self.waiting.pop_front();
-            self.running.push(Running { job, at: job.cached });
-        }
     }
 
     /// The next tokens of prompts, as many as fit. Those of the oldest request are among them.
@@ -234,6 +235,7 @@ mod tests {
         let mut scheduler = Scheduler::new(limits(4, 100));
         scheduler.submit(job(0, 10, 1));
         scheduler.submit(job(1, 1000, 9));
+        assert_eq!(scheduler.admit(), [0, 1]);
         let mut kinds = Vec::new();
         for _ in 0..8 {
             let pass = scheduler.due().unwrap();
@@ -260,6 +262,7 @@ mod tests {
         let mut scheduler = Scheduler::new(limits(4, 100));
         [1, 300, 1].into_iter().zip(0..).for_each(|(prompt, id)| scheduler.submit(job(id, prompt, 1)));
         let ids = |pass: &Pass| pass.parts.iter().map(|part| part.id).collect::<Vec<_>>();
+        scheduler.admit();
         let first = scheduler.due().unwrap();
         assert_eq!(ids(&first), [0, 2]);
         scheduler.done(&first);
@@ -270,48 +273,77 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_several_prompts_share_no_pass_where_they_would_change_each_other() {
+        let mut scheduler = Scheduler::new(Limits { pass_rows: 0, ..limits(4, 100) });
+        [300, 20, 1, 1].into_iter().zip(0..).for_each(|(prompt, id)| scheduler.submit(job(id, prompt, 1)));
+        scheduler.admit();
+        let mut prefills = Vec::new();
+        while let Some(pass) = scheduler.due().filter(|_| prefills.len() < 5) {
+            scheduler.done(&pass);
+            if pass.kind == Kind::Prefill {
+                prefills.push(pass.parts.iter().map(|part| (part.id, part.rows)).collect::<Vec<_>>());
+            }
+        }
+        assert_eq!(prefills, [[(0, 256)], [(0, 44)], [(1, 20)], [(2, 1)], [(3, 1)]]);
+    }
+
+    #[test]
     fn what_does_not_fit_waits_in_order() {
         let mut scheduler = Scheduler::new(limits(2, 10));
         assert!(scheduler.hold(4) && !scheduler.hold(7));
         [(0, 5), (1, 3), (2, 1)].into_iter().for_each(|(id, blocks)| scheduler.submit(job(id, 5, blocks)));
-        scheduler.due();
         // There is a block for the last one, but no sequence; the second one lacks both.
-        assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.free_blocks()), (1, 2, 1));
+        assert_eq!((scheduler.admit(), scheduler.free_blocks), (vec![0], 1));
         scheduler.remove(0);
-        scheduler.due();
-        assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.free_blocks()), (1, 1, 3));
-        // A request on a sequence that is held asks for nothing.
+        assert_eq!((scheduler.admit(), scheduler.free_blocks), (vec![1], 3));
+        // A request on a sequence that is held asks for nothing, and need not wait.
         scheduler.submit(Job { is_held: true, blocks: 0, cached: 100, ..job(3, 5, 0) });
-        scheduler.remove(2);
-        scheduler.due();
-        assert_eq!((scheduler.running(), scheduler.waiting()), (2, 0));
+        assert_eq!((scheduler.admit(), scheduler.waiting.len()), (vec![3], 1));
         [1, 3].into_iter().for_each(|id| scheduler.remove(id));
+        assert!(scheduler.hold(1) && scheduler.is_stuck() && scheduler.admit().is_empty());
+        scheduler.release(1);
+        assert!(!scheduler.is_stuck());
+        assert_eq!(scheduler.admit(), [2]);
+        scheduler.remove(2);
         scheduler.release(4);
-        assert_eq!(scheduler.free_blocks(), 10);
+        assert_eq!((scheduler.free_blocks, scheduler.due()), (10, None));
     }
 
     proptest! {
-        /// Whatever comes and goes: blocks are taken and given back once, prompts are read from their first token to their
-        /// last in cells, no two prefill passes follow each other while anything decodes, and all requests come to an end.
+        /// Whatever comes and goes, on sequences of its own or held ones: blocks are taken and given back once, prompts are
+        /// read from their first token to their last in cells, no two prefill passes follow each other while anything
+        /// decodes, and all requests come to an end.
         #[test]
         fn nothing_is_lost_and_nobody_starves(
             sequences in 1usize..5,
             requests in prop::collection::vec((1usize..1500, 0usize..600, 1usize..6, 1usize..8), 1..20),
+            holds in 0usize..3,
             cancelled in prop::collection::vec((0usize..20, 0usize..40), 0..5),
         ) {
             let limits = Limits { sequences, ..limits(sequences, 8) };
             let mut scheduler = Scheduler::new(limits);
             let mut left: HashMap<u64, (Job, usize, usize)> = HashMap::new();
+            // At least one sequence is left for the others.
+            let holds = holds.min(sequences - 1);
+            prop_assert!((0..holds).all(|_| scheduler.hold(1)));
             for (id, &(prompt, cached, blocks, tokens)) in (0..).zip(&requests) {
-                let job = Job { cached, ..job(id, prompt, blocks) };
+                let is_held = (id as usize) < requests.len().min(2 * holds) && id % 2 == 1;
+                let job = match is_held {
+                    true => Job { cached, is_held, ..job(id, prompt, 0) },
+                    false => Job { cached, ..job(id, prompt, blocks) },
+                };
                 left.insert(id, (job, cached, tokens));
                 scheduler.submit(job);
             }
             let bound = requests.iter().map(|(prompt, _, _, tokens)| 2 * (prompt / 256 + 2) + tokens).sum::<usize>();
             let (mut step, mut last) = (0, Kind::Decode);
-            while let Some(pass) = scheduler.due() {
+            loop {
+                scheduler.admit();
+                prop_assert!(left.values().all(|(job, ..)| !job.is_held
+                    || scheduler.running.iter().any(|own| own.job.id == job.id)), "a turn waits");
+                let Some(pass) = scheduler.due() else { break };
                 prop_assert!(step < bound, "it does not end");
-                prop_assert!(scheduler.running() <= sequences);
+                prop_assert!(scheduler.running.iter().filter(|own| !own.job.is_held).count() + holds <= sequences);
                 let decodes = left.values().any(|(job, at, _)| {
                     *at >= job.cached + job.prompt && scheduler.running.iter().any(|own| own.job.id == job.id)
                 });
@@ -345,12 +377,14 @@ mod tests {
                     }
                 }
                 let taken: usize = scheduler.running.iter().map(|own| own.job.blocks).sum();
-                prop_assert_eq!(taken + scheduler.free_blocks(), limits.blocks);
-                prop_assert_eq!(scheduler.running() + scheduler.free_sequences, sequences);
+                prop_assert_eq!(taken + holds + scheduler.free_blocks, limits.blocks);
+                let own = scheduler.running.iter().filter(|own| !own.job.is_held).count();
+                prop_assert_eq!(own + holds + scheduler.free_sequences, sequences);
                 (step, last) = (step + 1, pass.kind);
             }
             prop_assert!(left.is_empty());
-            prop_assert_eq!((scheduler.free_blocks(), scheduler.free_sequences), (limits.blocks, sequences));
+            (0..holds).for_each(|_| scheduler.release(1));
+            prop_assert_eq!((scheduler.free_blocks, scheduler.free_sequences), (limits.blocks, sequences));
         }
     }
 }

@@ -80,7 +80,7 @@ pub struct Progress<'a> {
     pub windows: usize,
     /// Forward passes of all windows, those of the reference included.
     pub passes: usize,
-    /// CalibratedScheme whose forward pass comes next.
+    /// Scheme whose forward pass comes next.
     pub scheme: &'a str,
 }
 
@@ -160,7 +160,14 @@ pub(crate) fn run_windows<D: Device, R>(
     let schemes = CalibratedScheme::with_reference(schemes)?;
     let layouts = schemes.iter().map(|scheme| pretrained.cache_layout(scheme)).collect::<Result<Vec<_>, _>>()?;
     let groups = groups(&layouts);
-    let passes = windows.len() * (groups.len() + (schemes.len() - 1) * prefills.len());
+    // Where nothing is packed, all ways are the exact one.
+    let ways = |index: usize| if schemes[index].is_exact() { &[Prefill::Exact][..] } else { prefills };
+    let of_scheme =
+        |index: usize| ways(index).iter().flat_map(|way| windows.iter().map(|own| way.passes(0..own.len()).count()));
+    let of_group = |group: &Vec<usize>| {
+        std::iter::once(&0).chain(group).map(|index| of_scheme(*index).sum::<usize>()).sum::<usize>()
+    };
+    let passes = groups.iter().map(of_group).sum();
     let mut models = Models::new(device, pretrained);
     let count = prefills.len();
     let mut results: Vec<Option<R>> = (0..1 + (schemes.len() - 1) * count).map(|_| None).collect();
@@ -168,9 +175,7 @@ pub(crate) fn run_windows<D: Device, R>(
         models.keep_first();
         let mut contenders = Vec::new();
         for (index, scheme) in std::iter::once(&0).chain(group).map(|index| (*index, &schemes[*index])) {
-            // Where nothing is packed, all ways are the exact one.
-            let prefills = if scheme.is_exact() { &[Prefill::Exact] } else { prefills };
-            for (place, prefill) in prefills.iter().enumerate() {
+            for (place, prefill) in ways(index).iter().enumerate() {
                 let place = if index == 0 { 0 } else { 1 + (index - 1) * count + place };
                 let own = Contender::new(&mut models, scheme, layouts[index].clone(), context, *prefill)?;
                 contenders.push((place, own));
@@ -178,21 +183,28 @@ pub(crate) fn run_windows<D: Device, R>(
         }
         let (places, mut contenders): (Vec<usize>, Vec<Contender<D>>) = contenders.into_iter().unzip();
         for (index, window) in windows.iter().enumerate() {
-            for contender in &mut contenders {
-                let next = Progress { window: index, windows: windows.len(), passes, scheme: &contender.scheme.name };
-                if progress(next).is_break() {
-                    return Ok(None);
-                }
-                contender.begin(window)?;
-            }
+            contenders.iter_mut().try_for_each(Contender::begin)?;
+            let mut go_on = |scheme: &str| {
+                progress(Progress { window: index, windows: windows.len(), passes, scheme }).is_continue()
+            };
             let mut first = scored.start;
             while first < scored.end {
                 // Rows of one pass, wherever passes end.
                 let end = scored.end.min((first / LOGIT_ROWS + 1) * LOGIT_ROWS);
+                for contender in &mut contenders {
+                    if !contender.read_to(window, first, &mut go_on)? {
+                        return Ok(None);
+                    }
+                }
                 Contender::score_all(&mut contenders, device, first..end, window, pretrained.config.vocab_size)?;
                 first = end;
             }
-            contenders.iter_mut().try_for_each(|contender| contender.end(window))?;
+            for contender in &mut contenders {
+                if !contender.read_to(window, window.len() - 1, &mut go_on)? {
+                    return Ok(None);
+                }
+                contender.end();
+            }
         }
         for (place, contender) in places.into_iter().zip(contenders) {
             results[place] = Some(finish(contender));
@@ -242,37 +254,36 @@ impl<D: Device> Contender<D> {
         })
     }
 
-    /// Runs the first pass of a window.
-    fn begin(&mut self, window: &[u32]) -> Result<(), EvalError> {
-        let unfinished = self.sequence.take();
-        unfinished.into_iter().for_each(|sequence| self.runner.close(sequence));
+    /// Begins a window.
+    fn begin(&mut self) -> Result<(), EvalError> {
         self.sequence = Some(self.runner.open()?);
         self.pass = 0..0;
-        self.read_to(window, 0)
-    }
-
-    /// Runs passes until the one with this row has run.
-    fn read_to(&mut self, window: &[u32], row: usize) -> Result<(), EvalError> {
-        let Contender { runner, sequence, prefill, pass, .. } = self;
-        let sequence = sequence.as_mut().expect("a window that has begun");
-        while pass.end <= row {
-            *pass = pass.end..prefill.end(pass.end..window.len());
-            runner.step(prefill.mode(), &mut [(&mut *sequence, &window[pass.clone()])])?;
-        }
         Ok(())
     }
 
-    /// Runs what is left of a window.
-    fn end(&mut self, window: &[u32]) -> Result<(), EvalError> {
-        self.read_to(window, window.len() - 1)?;
+    /// Runs passes until the one with this row has run; false where `go_on`, asked before each, says no.
+    fn read_to(&mut self, window: &[u32], row: usize, go_on: &mut impl FnMut(&str) -> bool) -> Result<bool, EvalError> {
+        let Contender { runner, sequence, prefill, pass, scheme, .. } = self;
+        let sequence = sequence.as_mut().expect("a window that has begun");
+        while pass.end <= row {
+            if !go_on(&scheme.name) {
+                return Ok(false);
+            }
+            *pass = pass.end..prefill.end(pass.end..window.len());
+            runner.step(prefill.mode(), &mut [(&mut *sequence, &window[pass.clone()])])?;
+        }
+        Ok(true)
+    }
+
+    /// Ends a window.
+    fn end(&mut self) {
         if let Some(sequence) = self.sequence.take() {
             self.usage = self.runner.usage(&sequence);
             self.runner.close(sequence);
         }
-        Ok(())
     }
 
-    /// Scores what these rows of a window, which lie in one pass, expect next, by all schemes.
+    /// Scores what these rows of a window, which lie in one pass that has run, expect next, by all schemes.
     fn score_all(
         contenders: &mut [Self],
         device: &D,
@@ -282,7 +293,6 @@ impl<D: Device> Contender<D> {
     ) -> Result<(), EvalError> {
         let targets = &window[rows.start + 1..rows.end + 1];
         for own in contenders.iter_mut() {
-            own.read_to(window, rows.start)?;
             let in_pass: Vec<usize> = rows.clone().map(|row| row - own.pass.start).collect();
             own.runner.logits(&in_pass, &mut own.logits)?;
         }

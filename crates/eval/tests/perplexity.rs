@@ -20,7 +20,7 @@ fn load(directory: &Path) -> Pretrained {
 }
 
 fn streaming(context: usize) -> Vec<Prefill> {
-    vec![Prefill::Streaming(context.next_multiple_of(128))]
+    vec![Prefill::streaming(context)]
 }
 
 fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, windows: usize) -> Perplexity {
@@ -38,7 +38,7 @@ fn run(model: &Pretrained, schemes: &[&str], ids: &[u32], context: usize, window
 struct Anchor {
     model: &'static str,
     fp16: f64,
-    /// CalibratedScheme, perplexity, KL divergence: KIVI, rotated values; then rotated keys, per token and per channel.
+    /// Scheme, perplexity, KL divergence: KIVI, rotated values; then rotated keys, per token and per channel.
     schemes: [(&'static str, f64, f64); 4],
 }
 
@@ -126,6 +126,42 @@ fn the_reference_comes_first_and_is_added_where_it_is_missing() {
     // Nothing is packed in the first 256 positions: up to the window's rounding to fp16 they are exact.
     assert!(packed.kl[..256].iter().all(|&kl| kl < 1e-4), "a window that is not full changed the model");
     assert!(packed.kl[256..].iter().any(|&kl| kl > 1e-3));
+}
+
+#[test]
+fn each_way_of_reading_is_what_it_is_alone() {
+    let model = load(&repository().join("fixtures/qwen2-bias-bf16"));
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
+    let ids: Vec<u32> = (0..1500u32).map(|i| 5 + i * i % 379).collect();
+    let schemes = ["kivi", "f16", "kvlinc-rotation"].map(|name| CalibratedScheme::load(name).unwrap());
+    let read = |prefills: &[Prefill]| {
+        let options = PerplexityOptions { context: 700, windows: Some(2), prefills: prefills.to_vec() };
+        let mut asked = (0, 0);
+        let progress = |own: dibit_eval::Progress| {
+            asked = (asked.0 + 1, own.passes);
+            ControlFlow::Continue(())
+        };
+        let report = perplexity(&cpu, &model, &schemes, &ids, options, progress).unwrap().unwrap();
+        assert_eq!(asked.0, asked.1, "passes that were told before");
+        report.schemes
+    };
+    let ways = [Prefill::streaming(700), Prefill::Cells(256), Prefill::Cells(128), Prefill::Exact];
+    let all = read(&ways);
+    // Where nothing is packed, all ways are one.
+    let names: Vec<&str> = all.iter().map(|own| own.scheme.as_str()).collect();
+    let [kivi, rotated] = ["kivi", "kvlinc-rotation"].map(|name| [name; 4]);
+    assert_eq!(names, [&["fp16"][..], &kivi, &["f16"], &rotated].concat());
+    for (index, way) in ways.iter().enumerate() {
+        let alone = read(&[*way]);
+        assert_eq!((&alone[1], &alone[3]), (&all[1 + index], &all[6 + index]), "{way}");
+        assert_eq!(all[1 + index].bits, all[1].bits);
+    }
+    // The first cell is read exactly, whatever its size.
+    assert!(all[2..5].iter().all(|own| own.nll[..128] == all[0].nll[..128]));
+    let kl: Vec<f64> = all[1..5].iter().map(|own| own.kl_mean).collect();
+    assert!(kl[3] == 0.0 && kl[1] > 0.0 && kl[1] < kl[2] && kl[1] < kl[0], "{kl:?}");
+    // The first tokens of a cell see what is packed, its last ones too.
+    assert!(all[2].kl[..256].iter().all(|kl| *kl == 0.0) && all[2].kl[512] > 0.0);
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn run(pretrained: &Pretrained, schemes: &[&str], batches: &[BatchSize], host_by
         batches: batches.to_vec(),
         prompt: 200,
         generate: 70,
-        pass_rows: 300,
+        prefill_rows: 300,
         prefill: Prefill::Cells(256),
         host_bytes,
         made_up: true,

@@ -50,4 +50,4 @@ pub use sketch::{Sketch, WeightDifference};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerSettings};
 pub use weights::{LayerWeights, LinearWeights, WeightSource, Weights};
 pub use windows::windows;
-pub use workspace::{Workspace, fitting_rows, pass_bytes};
+pub use workspace::{Workspace, pass_bytes};

@@ -100,11 +100,6 @@ fn pass_row_bytes(config: &ModelConfig) -> usize {
     (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
 }
 
-/// Rows of a pass that fit a budget.
-pub fn fitting_rows(config: &ModelConfig, budget: &Budget) -> usize {
-    (budget.pass_bytes / pass_row_bytes(config)).max(budget.pass_rows)
-}
-
 /// Bytes that a pass of `rows` rows takes: its rows, and the activations inside a layer.
 pub fn pass_bytes(config: &ModelConfig, rows: usize, budget: &Budget) -> usize {
     rows * pass_row_bytes(config) + rows.min(tile_rows(config, budget)) * tile_width(config) * size_of::<f32>()

@@ -17,6 +17,11 @@ impl<'a, D: Device> Models<'a, D> {
         Models { device, pretrained, made: Vec::new() }
     }
 
+    /// The device that they are on.
+    pub fn device(&self) -> &Arc<D> {
+        self.device
+    }
+
     /// The model that computes values as this cache takes them.
     ///
     /// # Errors

@@ -23,6 +23,12 @@ pub enum Prefill {
 }
 
 impl Prefill {
+    /// [`Prefill::Streaming`] in one pass of a context: where its passes end changes nothing, but for sinks that are chosen
+    /// from a prompt.
+    pub fn streaming(context: usize) -> Self {
+        Prefill::Streaming(context.max(1).next_multiple_of(PAGE_TOKENS))
+    }
+
     /// Refuses cells that are no whole pages.
     ///
     /// # Errors
@@ -57,6 +63,19 @@ impl Prefill {
         match self {
             Prefill::Cells(cell) | Prefill::Streaming(cell) => tokens.end.min((tokens.start / cell + 1) * cell),
             Prefill::Exact => tokens.end,
+        }
+    }
+
+    /// What to know of a prompt, at these positions of a sequence, that is not read as one exact pass.
+    pub fn note(self, tokens: Range<usize>) -> Option<String> {
+        let (count, passes) = (tokens.len(), self.passes(tokens).count());
+        match self {
+            Prefill::Streaming(_) => Some("prompts are read as they would be decoded, token by token".to_owned()),
+            _ if passes < 2 => None,
+            Prefill::Cells(_) | Prefill::Exact => Some(format!(
+                "a prompt of {count} tokens is read in {passes} passes, {self}: each sees itself exactly, and those before it as \
+                 they are stored"
+            )),
         }
     }
 

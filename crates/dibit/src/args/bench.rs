@@ -1,6 +1,6 @@
 //! The command line of `dibit bench`.
 
-use super::{CalibrationArgs, CellArgs, DeviceArgs, RunArgs};
+use super::{CalibrationArgs, DeviceArgs, PrefillArgs, RunArgs};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand};
 use dibit_eval::bench::{BatchSize, Heads};
@@ -148,7 +148,7 @@ pub struct DecodeBenchArgs {
     )]
     pub batch: usize,
     #[command(flatten)]
-    pub cell: CellArgs,
+    pub prefill: PrefillArgs,
     /// Tokens of each sequence that are decoded in a round
     #[arg(long, default_value = "32", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     pub tokens: usize,
@@ -195,11 +195,11 @@ pub struct ThroughputBenchArgs {
         value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 27)
     )]
     pub generate: usize,
-    /// Prompt tokens of all sequences together that are prefilled in one pass [default: as many as fit a fixed budget]
+    /// Prompt tokens of several sequences that are prefilled in one pass [default: 256 on a CPU; on a GPU one sequence]
     #[arg(long, value_name = "TOKENS", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 27))]
     pub prefill_rows: Option<usize>,
     #[command(flatten)]
-    pub cell: CellArgs,
+    pub prefill: PrefillArgs,
     /// Print JSON, or write it to a file beside the table, after every batch
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub json: Option<Option<PathBuf>>,

@@ -36,23 +36,21 @@ pub struct PrefillArgs {
 }
 
 impl CellArgs {
-    /// Cells of the size that was asked for, or of the device's.
-    pub fn cells(&self, budget: &Budget) -> Prefill {
-        Prefill::Cells(self.cell.unwrap_or(budget.cell))
-    }
-
     /// A way to read prompts on a device with this budget; `context` is the longest one.
     pub fn prefill(&self, mode: PrefillMode, budget: &Budget, context: usize) -> Prefill {
         match mode {
-            PrefillMode::Cells => self.cells(budget),
+            PrefillMode::Cells => Prefill::Cells(self.cell.unwrap_or(budget.cell)),
             PrefillMode::Exact => Prefill::Exact,
-            // Where its passes end changes nothing, but for sinks that are chosen from a prompt.
-            PrefillMode::Streaming => Prefill::Streaming(context.next_multiple_of(128)),
+            PrefillMode::Streaming => Prefill::streaming(context),
         }
     }
 
-    /// Refuses a size of cells that nothing reads.
+    /// Refuses a size of cells that nothing reads, and ways that are named twice.
     pub fn check(&self, modes: &[PrefillMode]) -> Result<()> {
+        if let Some(twice) = (1..modes.len()).find(|at| modes[..*at].contains(&modes[*at])) {
+            let name = modes[twice].to_possible_value();
+            bail!("--prefill names {} twice", name.as_ref().map_or("a way", |name| name.get_name()));
+        }
         if self.cell.is_some() && !modes.contains(&PrefillMode::Cells) {
             bail!("--cell is for --prefill cells; leave one of the two out");
         }
@@ -69,6 +67,14 @@ impl PrefillArgs {
     /// [`CellArgs::check`].
     pub fn check(&self) -> Result<()> {
         self.cell.check(&[self.prefill])
+    }
+
+    /// The same for a command that reads no prompt where `without` is given: neither option may be then.
+    pub fn check_without(&self, without: &str) -> Result<()> {
+        if self.cell.cell.is_some() || self.prefill != PrefillMode::Cells {
+            bail!("--prefill and --cell say how prompts are read, and {without} leaves them out");
+        }
+        Ok(())
     }
 }
 

@@ -9,12 +9,13 @@ use crate::{Outcome, retrieval, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::{CalibratedScheme, PAGE_TOKENS, Scheme};
 use dibit_device::{Device, Measure, Train};
-use dibit_engine::{Engine, EngineError, Options, Prefill};
+use dibit_engine::{EngineError, Options, Prefill};
 use dibit_eval::ruler::{Haystack, Sample, SampleOptions, Task};
 use dibit_eval::{
     Choices, Comparison, ComparisonRow, PerplexityOptions, attention_times, perplexity, report, sample, study,
 };
-use dibit_model::{Model, Pretrained, windows};
+use dibit_model::{Pretrained, windows};
+use dibit_runner::Models;
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::PathBuf;
@@ -33,6 +34,10 @@ const TASKS: [Task; 4] = [Task::NiahSingle2, Task::NiahSingle3, Task::NiahMultik
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let named: Vec<String> = args.schemes.iter().filter(|name| name.trim() != "all").cloned().collect();
     schemes(&named)?;
+    match args.samples {
+        0 => args.prefill.check_without("--samples 0")?,
+        _ => args.prefill.check()?,
+    }
     let text = text::read(&args.text)?;
     let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
     let page = args.report.as_deref().map(prepare_report).transpose()?;
@@ -76,7 +81,12 @@ fn run_on<D: Train + Measure + 'static>(
     }
     write!(std::io::stdout(), "{}", render(&comparison, &begin)).context(STDOUT)?;
     if let Some(path) = &args.json {
-        let value = serde_json::json!({"comparison": comparison, "study": studied, "windows": begin});
+        let value = serde_json::json!({
+            "comparison": comparison,
+            "study": studied,
+            "windows": begin,
+            "prefill": args.prefill.on(&device.budget()).to_string(),
+        });
         write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
     }
     if let Some(path) = &args.csv {
@@ -131,7 +141,7 @@ fn measure<D: Device + Measure>(
     ids: &[u32],
     interrupted: &AtomicBool,
 ) -> Result<Option<Comparison>> {
-    let prefills = vec![Prefill::Streaming(args.context.next_multiple_of(128))];
+    let prefills = vec![Prefill::streaming(args.context)];
     let options = PerplexityOptions { context: args.context, windows: Some(args.windows as usize), prefills };
     let bar = bar(0);
     let figures = perplexity(device, pretrained, schemes, ids, options, evaluation_progress(&bar, interrupted))?;
@@ -231,14 +241,13 @@ fn retrieve<D: Device + 'static>(
     comparison: &mut Comparison,
 ) -> Result<bool> {
     let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
-    let plain = Model::new(device, &pretrained.config, &pretrained.weights)?;
+    let mut models = Models::new(device, pretrained);
     let mut done = 0;
     for (scheme, row) in schemes.iter().zip(&mut comparison.rows) {
         let longest = prompts.iter().map(|prompts| prompts.context).max().unwrap_or(args.context);
-        let options = Options { context: longest, sequences: 1, prefill: args.cell.cells(&device.budget()) };
-        let layout = pretrained.cache_layout(scheme)?;
-        let model = Arc::new(plain.variant(&pretrained.weights, &layout)?);
-        let mut engine = Engine::with_model(pretrained.clone(), model, layout, options)?;
+        let options = Options { context: longest, sequences: 1, prefill: args.prefill.on(&device.budget()) };
+        models.keep_first();
+        let mut engine = retrieval::engine(pretrained, &mut models, scheme, options)?;
         for Prompts { context, samples } in prompts {
             bar.set_message(format!("{}: retrieval at {context}", scheme.name));
             let answers = retrieval::run(&mut engine, samples, |begun| {

@@ -7,7 +7,7 @@ use crate::{Outcome, memory, source, text};
 use anyhow::{Context, Result, bail};
 use dibit_cache::Usage;
 use dibit_device::Train;
-use dibit_engine::{Completion, Engine, EngineError, FinishReason, Options, Request, Sampling, TokenLogprob};
+use dibit_engine::{Completion, Engine, EngineError, FinishReason, Options, Prefill, Request, Sampling, TokenLogprob};
 use dibit_model::{Message, Pretrained, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -66,7 +66,8 @@ fn run_on<D: Train + 'static>(device: &Arc<D>, args: &GenerateArgs, prompts: &[S
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let texts = each_prompt(args, prompts).zip(&requests).zip(&completions);
-        let all: Vec<Value> = texts.map(|((p, request), c)| to_json(p, request, c, &pretrained, &chosen)).collect();
+        let all: Vec<Value> =
+            texts.map(|((p, request), c)| to_json(p, request, c, &pretrained, &chosen, options.prefill)).collect();
         let value = if many { Value::Array(all) } else { all.into_iter().next().unwrap_or_default() };
         writeln!(stdout, "{}", serde_json::to_string_pretty(&value)?).context(STDOUT)?;
     } else if many {
@@ -167,6 +168,7 @@ fn to_json(
     completion: &Completion,
     pretrained: &Pretrained,
     chosen: &Chosen,
+    prefill: Prefill,
 ) -> Value {
     let (usage, sampling) = (&completion.usage, &request.sampling);
     let mut json = json!({
@@ -176,6 +178,7 @@ fn to_json(
         "tokens": completion.tokens,
         "finish_reason": completion.finish.name(),
         "prompt_tokens": completion.prompt_tokens,
+        "prefill": prefill.to_string(),
         "generated_tokens": completion.tokens.len(),
         "sampling": {
             "temperature": shortest(sampling.temperature),

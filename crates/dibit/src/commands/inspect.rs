@@ -357,6 +357,7 @@ impl Report {
             "device": device,
             "available_bytes": available,
             "context": options.context,
+            "prefill": options.prefill.to_string(),
             "batch": options.sequences,
             "schemes": schemes,
         });

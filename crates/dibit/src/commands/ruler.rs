@@ -8,12 +8,13 @@ use crate::{Outcome, source};
 use anyhow::{Context, Result, bail};
 use dibit_cache::CalibratedScheme;
 use dibit_device::Device;
-use dibit_engine::{Engine, EngineError, Options};
+use dibit_engine::{EngineError, Options};
 use dibit_eval::csv_field;
 use dibit_eval::ruler::{
     COPYING, Copying, CopyingOptions, Haystack, Sample, SampleOptions, Task, copying, copying_context,
 };
-use dibit_model::{Model, Pretrained};
+use dibit_model::Pretrained;
+use dibit_runner::Models;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -94,16 +95,13 @@ fn run_on<D: Device + 'static>(
     };
     let bar = bar(schemes.len() * prompts.iter().map(|prompts| prompts.samples.len()).sum::<usize>());
     let mut rows = Vec::new();
-    let plain = match tasks.is_empty() {
-        true => None,
-        false => Some(Model::new(device, &pretrained.config, &pretrained.weights)?),
-    };
-    for (scheme, plain) in schemes.iter().zip(plain.iter().cycle()) {
+    let mut models = Models::new(device, &pretrained);
+    for scheme in schemes.iter().filter(|_| !tasks.is_empty()) {
         if interrupted.load(Ordering::Relaxed) {
             break;
         }
         let done: usize = rows.iter().map(|row: &Row| row.answers.len()).sum();
-        rows.extend(run_scheme(args, (&pretrained, plain), scheme, &prompts, |prompts, sample, before| {
+        rows.extend(run_scheme(args, (&pretrained, &mut models), scheme, &prompts, |prompts, sample, before| {
             bar.set_message(format!("{} at {}: {}", scheme.name, prompts.context, sample.task));
             bar.set_position((done + before) as u64);
             go_on(&interrupted)
@@ -112,9 +110,10 @@ fn run_on<D: Device + 'static>(
     bar.finish_and_clear();
 
     let report = Report { tasks, rows, copying };
+    let read = args.prefill.on(&device.budget()).to_string();
     let stopped = interrupted.load(Ordering::Relaxed);
     if let Some(path) = args.json.as_deref().filter(|_| !stopped) {
-        write_complete(path, serde_json::to_string(&to_json(args, &name, &report)?)?.as_bytes())?;
+        write_complete(path, serde_json::to_string(&to_json(args, &name, &read, &report)?)?.as_bytes())?;
     }
     if let Some(path) = args.csv.as_deref().filter(|_| !stopped) {
         write_complete(path, to_csv(&report).as_bytes())?;
@@ -186,7 +185,7 @@ fn prompts(args: &RulerArgs, pretrained: &Pretrained, tasks: &[Task], haystack: 
 /// it; it says whether to go on. Lengths that were not finished are left out.
 fn run_scheme<'a, D: Device + 'static>(
     args: &RulerArgs,
-    (pretrained, plain): (&Arc<Pretrained>, &Model<D>),
+    (pretrained, models): (&Arc<Pretrained>, &mut Models<D>),
     scheme: &'a CalibratedScheme,
     prompts: &'a [Prompts],
     mut progress: impl FnMut(&Prompts, &Sample, usize) -> ControlFlow<()>,
@@ -194,18 +193,13 @@ fn run_scheme<'a, D: Device + 'static>(
     let options = Options {
         context: args.context.iter().copied().max().unwrap_or(1) as usize,
         sequences: usize::from(args.parallel).min(prompts[0].samples.len()),
-        prefill: args.prefill.on(&plain.device().budget()),
+        prefill: args.prefill.on(&models.device().budget()),
     };
-    let layout = pretrained.cache_layout(scheme)?;
-    let model = Arc::new(plain.variant(&pretrained.weights, &layout)?);
-    let mut engine = Engine::with_model(pretrained.clone(), model, layout, options)?;
+    models.keep_first();
+    let mut engine = retrieval::engine(pretrained, models, scheme, options)?;
     let longest = prompts.iter().flat_map(|prompts| &prompts.samples).map(|sample| sample.prompt.len()).max();
-    if options.prefill.passes(0..longest.unwrap_or(0)).count() > 1 {
-        tracing::info!(
-            "{}: prompts are read in several passes, {}: each sees itself exactly, and those before it as they are stored",
-            scheme.name,
-            options.prefill
-        );
+    if let Some(note) = options.prefill.note(0..longest.unwrap_or(0)) {
+        tracing::info!("{}: {note}", scheme.name);
     }
     let (mut rows, mut before) = (Vec::new(), 0);
     for prompts in prompts {
@@ -275,7 +269,7 @@ fn render_copying(args: &RulerArgs, copying: &Copying) -> String {
     )
 }
 
-fn to_json(args: &RulerArgs, model: &str, report: &Report) -> Result<Value> {
+fn to_json(args: &RulerArgs, model: &str, read: &str, report: &Report) -> Result<Value> {
     let Report { tasks, rows, copying } = report;
     let answer = |(sample, answer): (&Sample, &Answer)| {
         json!({
@@ -303,6 +297,7 @@ fn to_json(args: &RulerArgs, model: &str, report: &Report) -> Result<Value> {
         "model": model,
         "samples": args.samples,
         "seed": args.seed,
+        "prefill": read,
         "chat": args.chat,
         "haystack": args.haystack.haystack,
         "results": rows.iter().map(row).collect::<Vec<_>>(),

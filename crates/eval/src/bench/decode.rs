@@ -59,6 +59,8 @@ pub struct DecodeBench {
     pub batch: usize,
     /// Tokens of the prompt.
     pub prompt: usize,
+    /// How it was read.
+    pub prompt_read: String,
     /// Tokens of each sequence that are decoded in a round.
     pub tokens: usize,
     /// Rounds that are counted.
@@ -193,6 +195,7 @@ pub fn decode<D: Device + Measure>(
         weight_bytes,
         batch: options.batch,
         prompt: options.prompt,
+        prompt_read: options.prefill.to_string(),
         tokens: options.tokens,
         rounds: options.rounds,
         sweep_bytes: run.sweep.bytes(),

@@ -49,8 +49,8 @@ pub struct ThroughputOptions {
     pub prompt: usize,
     /// Tokens that are generated for each.
     pub generate: usize,
-    /// Prompt tokens of all sequences together that run in one pass.
-    pub pass_rows: usize,
+    /// Prompt tokens of several sequences that are read in one pass; one sequence may have more.
+    pub prefill_rows: usize,
     /// How the prompt of each is read.
     pub prefill: Prefill,
     /// Bytes that are free on the host, for a device without memory of its own.
@@ -74,6 +74,8 @@ pub struct ThroughputBench {
     pub memory_bytes: usize,
     /// Tokens of the prompt of each sequence.
     pub prompt: usize,
+    /// How it was read.
+    pub prompt_read: String,
     /// Tokens that are generated for each.
     pub generate: usize,
     /// One entry for each scheme.
@@ -149,6 +151,7 @@ pub fn throughput<D: Device + Measure>(
         weight_bytes: pretrained.weights.num_bytes(),
         memory_bytes: device.memory().map_or(options.host_bytes + pretrained.weights.num_bytes(), |own| own.total),
         prompt: options.prompt,
+        prompt_read: options.prefill.to_string(),
         generate: options.generate,
         schemes: Vec::new(),
     };
@@ -232,7 +235,7 @@ impl<D: Device + Measure> Ladder<'_, D> {
     /// Rows of the largest pass.
     fn pass_rows(&self, batch: usize) -> usize {
         let own = self.options.prefill.rows(self.options.prompt);
-        self.options.pass_rows.max(own).min(batch * own).max(batch)
+        self.options.prefill_rows.max(own).min(batch * own).max(batch)
     }
 
     /// Bytes of caches and activations.
@@ -343,18 +346,19 @@ struct Run<'a, D: Device + Measure> {
     sequences: Vec<Sequence>,
     prompt: usize,
     prefill: Prefill,
-    pass_rows: usize,
+    /// Sequences whose prompts are read together.
+    together: usize,
 }
 
 impl<'a, D: Device + Measure> Run<'a, D> {
     fn new(ladder: &'a Ladder<'_, D>, batch: usize) -> Result<Self, EvalError> {
         let Ladder { device, model, layout, options, .. } = ladder;
-        let (pass_rows, tokens) = (ladder.pass_rows(batch), options.prompt + options.generate);
-        let blocks = batch * layout.blocks(tokens);
-        let capacity = Capacity { blocks, sequences: batch, rows: pass_rows, outputs: batch };
+        let blocks = batch * layout.blocks(options.prompt + options.generate);
+        let capacity = Capacity { blocks, sequences: batch, rows: ladder.pass_rows(batch), outputs: batch };
         let mut runner = Runner::new(model.clone(), layout.clone(), capacity)?;
         let sequences = (0..batch).map(|_| runner.open()).collect::<Result<_, _>>()?;
-        Ok(Run { device, runner, sequences, prompt: options.prompt, prefill: options.prefill, pass_rows })
+        let together = (options.prefill_rows / options.prefill.rows(options.prompt)).max(1);
+        Ok(Run { device, runner, sequences, prompt: options.prompt, prefill: options.prefill, together })
     }
 
     /// Empties the sequences.
@@ -370,7 +374,7 @@ impl<'a, D: Device + Measure> Run<'a, D> {
         let prefill = start.elapsed();
         for _ in 1..tokens {
             let rows: Vec<usize> = (0..next.len()).collect();
-            self.pass(0..next.len(), &next, 1)?;
+            self.pass(Mode::Chunk, 0..next.len(), &next, 1)?;
             next = self.most_likely(&rows)?;
         }
         Ok((prefill, start.elapsed() - prefill))
@@ -379,16 +383,15 @@ impl<'a, D: Device + Measure> Run<'a, D> {
     /// Reads the prompts, as many in a pass as there is room for; the first token of each.
     fn prefill(&mut self) -> Result<Vec<u32>, EvalError> {
         let vocab_size = self.runner.model().config().vocab_size;
-        let together = (self.pass_rows / self.prefill.rows(self.prompt)).max(1);
         let mut first = Vec::new();
-        for begin in (0..self.sequences.len()).step_by(together) {
-            let group = begin..self.sequences.len().min(begin + together);
+        for begin in (0..self.sequences.len()).step_by(self.together) {
+            let group = begin..self.sequences.len().min(begin + self.together);
             for tokens in self.prefill.passes(0..self.prompt) {
                 let id = |sequence: usize, token: usize| ((sequence * 31 + token) % vocab_size) as u32;
                 let ids: Vec<u32> =
                     group.clone().flat_map(|sequence| tokens.clone().map(move |token| id(sequence, token))).collect();
                 let count = tokens.len();
-                self.pass(group.clone(), &ids, count)?;
+                self.pass(self.prefill.mode(), group.clone(), &ids, count)?;
                 if tokens.end == self.prompt {
                     let rows: Vec<usize> = (1..=group.len()).map(|place| place * count - 1).collect();
                     first.extend(self.most_likely(&rows)?);
@@ -399,9 +402,9 @@ impl<'a, D: Device + Measure> Run<'a, D> {
     }
 
     /// A pass of `count` new tokens of each of some sequences.
-    fn pass(&mut self, group: Range<usize>, ids: &[u32], count: usize) -> Result<(), EvalError> {
+    fn pass(&mut self, mode: Mode, group: Range<usize>, ids: &[u32], count: usize) -> Result<(), EvalError> {
         let mut rows: Vec<(&mut Sequence, &[u32])> = self.sequences[group].iter_mut().zip(ids.chunks(count)).collect();
-        self.runner.step(Mode::Chunk, &mut rows)?;
+        self.runner.step(mode, &mut rows)?;
         Ok(())
     }
 

@@ -105,7 +105,7 @@ pub fn copying<D: Device>(
         kl_mean: contender.kl_mean(),
     };
     let windows = (context, &sequences[..]);
-    let prefills = [Prefill::Streaming(context.next_multiple_of(128))];
+    let prefills = [Prefill::streaming(context)];
     let Some(schemes) =
         run_windows(device, pretrained, (schemes, &prefills), windows, scored.clone(), finish, progress)?
     else {

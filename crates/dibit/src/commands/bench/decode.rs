@@ -14,6 +14,10 @@ use std::sync::Arc;
 
 pub fn run(args: &DecodeBenchArgs) -> Result<Outcome> {
     schemes(&args.kv)?;
+    match args.prompt {
+        0 => args.prefill.check_without("--prompt 0")?,
+        _ => args.prefill.check()?,
+    }
     on_device!(&args.run.open_device()?, |device| run_on(device, args))
 }
 
@@ -25,7 +29,7 @@ fn run_on<D: Device + Measure>(device: &Arc<D>, args: &DecodeBenchArgs) -> Resul
         depths: args.depth.clone(),
         batch: args.batch,
         prompt: args.prompt,
-        prefill: args.cell.cells(&device.budget()),
+        prefill: args.prefill.on(&device.budget()),
         tokens: args.tokens,
         rounds: args.repeat,
         sweep_bytes: args.measure.sweep_bytes(),

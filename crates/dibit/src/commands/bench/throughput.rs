@@ -10,7 +10,6 @@ use dibit_cache::CalibratedScheme;
 use dibit_device::{Device, Measure};
 use dibit_eval::bench::{ThroughputBench, ThroughputOptions, ThroughputPoint, ThroughputScheme, throughput};
 use dibit_eval::report::{throughput_html, throughput_svg};
-use dibit_model::fitting_rows;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -38,8 +37,8 @@ fn run_on<D: Device + Measure>(device: &Arc<D>, args: &ThroughputBenchArgs, page
         batches: args.batch.clone(),
         prompt: args.prompt,
         generate: args.generate,
-        pass_rows: args.prefill_rows.unwrap_or_else(|| fitting_rows(&pretrained.config, &budget)),
-        prefill: args.cell.cells(&budget),
+        prefill_rows: args.prefill_rows.unwrap_or(budget.prefill_rows),
+        prefill: args.prefill.on(&budget),
         host_bytes: memory::available(),
         made_up,
     };
