@@ -219,7 +219,7 @@ fn a_failure_ends_the_request_that_caused_it_alone() {
 fn turns_are_read_again_as_they_came() {
     let (cpu, model) = (Arc::new(Cpu::new(Some(2)).unwrap()), pretrained("llama32-old-bf16"));
     let turns =
-        [(1, 100, 1), (2, 1, 1), (3, 90, 60)].map(|(seed, prompt, n)| request(seed, prompt, n, Sampling::greedy()));
+        [(1, 300, 1), (2, 1, 1), (3, 200, 60)].map(|(seed, prompt, n)| request(seed, prompt, n, Sampling::greedy()));
     let talk = |engine: &mut Engine, before_the_last: &mut dyn FnMut(&mut Engine)| {
         let sequence = engine.open().unwrap();
         let [.., last] = &turns;
