@@ -96,7 +96,7 @@ mod tests {
             let len: usize = steps.iter().sum();
             let own = |class: usize| ClassTokens {
                 tokens: (0..len as u32).filter(|token| *token as usize % classes == class).collect(),
-                blocks: (0..9).map(|block| (10 * (class + 1) + block) as u32).collect(),
+                blocks: (0..12).map(|block| (20 * (class + 1) + block) as u32).collect(),
             };
             let span = Span {
                 slot: 0,
