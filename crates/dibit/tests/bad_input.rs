@@ -247,13 +247,20 @@ fn a_closed_stderr_is_no_reason_to_fail() {
 
 #[test]
 fn cells_that_nothing_reads_are_refused() {
-    let exact: [&[&str]; 2] = [&["generate", "--prefill", "exact", "Hello"], &["inspect", "--prefill", "exact"]];
+    let exact: [&[&str]; 3] = [
+        &["generate", "--prefill", "exact", "Hello"],
+        &["inspect", "--prefill", "exact"],
+        &["bench", "throughput", "--prefill", "exact"],
+    ];
     for command in exact.into_iter().chain([&["perplexity", "--text", "none", "--kv", "kivi"][..]]) {
         run(&[command, &["--cell", "256"]].concat())
             .fails_with(&["--cell is for --prefill cells", "leave one of the two out"]);
     }
-    let without: [&[&str]; 2] =
-        [&["compare", "--text", "none", "--samples", "0"], &["bench", "decode", "--prompt", "0"]];
+    let without: [&[&str]; 3] = [
+        &["compare", "--text", "none", "--samples", "0"],
+        &["bench", "decode", "--prompt", "0"],
+        &["ruler", "--tasks", "copying"],
+    ];
     for (command, option) in without.into_iter().flat_map(|own| [(own, "--cell=256"), (own, "--prefill=exact")]) {
         run(&[command, &[option]].concat()).fails_with(&["say how prompts are read", command[command.len() - 2]]);
     }

@@ -27,6 +27,21 @@ fn a_pass_is_planned_as_prompts_are_read() {
     let [cells, small, exact] = [rows(&[]), rows(&["--cell", "128"]), rows(&["--prefill", "exact"])];
     assert_eq!([cells[0], small[0], exact[0]], [256.0, 128.0, 3000.0]);
     assert!(small[1] < cells[1] && cells[1] < exact[1]);
+    // What is told to fit does by its own plan, with little left; a prompt that is one pass takes room for its rows.
+    let fit = |context: f64, own: &[&str]| {
+        let context = (context as usize).to_string();
+        let report = inspect(&[&["--device", "cpu", "--context", &context, "--kv", "kivi"], own].concat());
+        let own = scheme(&report, "kivi");
+        let needed = number(&own["cache_bytes"]) + number(&own["pass_bytes"]) + number(&report["weights_bytes"]);
+        (number(&own["tokens_that_fit"]), needed / number(&report["available_bytes"]))
+    };
+    for own in [&[][..], &["--prefill", "exact"]] {
+        // A context that the command takes.
+        let most = fit(3000.0, own).0.min(f64::from(1 << 27));
+        let share = fit(most, own).1;
+        assert!((0.9..1.1).contains(&share) || most == f64::from(1 << 27), "{own:?}: {most} tokens, {share}");
+    }
+    assert!(fit(3000.0, &["--prefill", "exact"]).0 < 0.7 * fit(3000.0, &[]).0);
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         options.check(&pretrained.config)?;
         let Options { sequences, prefill, .. } = options;
-        let limits = Limits { sequences, blocks: plan.blocks, pass_rows: plan.shared_rows, prefill };
+        let limits = Limits { sequences, blocks: plan.blocks, shared_rows: plan.shared_rows, prefill };
         Ok(Engine {
             pretrained,
             executor,

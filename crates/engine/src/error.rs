@@ -79,7 +79,7 @@ pub enum EngineError {
     /// A request is not there any more.
     #[error("the request is answered or cancelled already")]
     Answered,
-    /// A sequence was closed, or belongs to another engine.
+    /// A sequence was closed.
     #[error("the sequence is not open; open one for each conversation")]
     Closed,
     /// A sequence has a request that is not answered yet.

@@ -73,7 +73,7 @@ impl MemoryPlan {
             fp16_bytes: sequences.saturating_mul(fp16_bytes),
             pass_rows,
             shared_rows,
-            pass_bytes: pass_bytes(config, pass_rows.max(sequences), budget),
+            pass_bytes: pass_bytes(config, pass_rows.max(sequences), sequences, budget),
         }
     }
 

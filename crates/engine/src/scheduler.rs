@@ -11,7 +11,7 @@ pub(crate) struct Limits {
     /// Blocks of the cache.
     pub blocks: usize,
     /// Prompt tokens of a pass of several sequences; one sequence may have more.
-    pub pass_rows: usize,
+    pub shared_rows: usize,
     /// How prompts are cut into passes.
     pub prefill: Prefill,
 }
@@ -80,7 +80,8 @@ impl Running {
 
 /// Requests that wait and requests that run.
 ///
-/// Requests are admitted in their order, each with all blocks that it may need, so that what runs never lacks one. While
+/// Requests are admitted in their order, each with all blocks that it may need, so that what runs never lacks one; those on
+/// sequences that are held need none, and at once. While
 /// anything decodes, a decoding pass comes between two prefill passes; prompts and single tokens never share a pass, for a
 /// device may compute them differently.
 #[derive(Debug)]
@@ -197,7 +198,7 @@ impl Scheduler {
             let part = Part { id: own.job.id, rows: end - own.at, chooses: end == own.prompt_end() };
             // A single token would turn the pass into one of single tokens.
             let alike = parts.first().is_none_or(|first| (first.rows == 1) == (part.rows == 1));
-            if alike && (parts.is_empty() || rows + part.rows <= self.limits.pass_rows) {
+            if alike && (parts.is_empty() || rows + part.rows <= self.limits.shared_rows) {
                 rows += part.rows;
                 parts.push(part);
             }
@@ -223,7 +224,7 @@ mod tests {
     use std::collections::HashMap;
 
     fn limits(sequences: usize, blocks: usize) -> Limits {
-        Limits { sequences, blocks, pass_rows: 512, prefill: Prefill::Cells(256) }
+        Limits { sequences, blocks, shared_rows: 512, prefill: Prefill::Cells(256) }
     }
 
     fn job(id: u64, prompt: usize, blocks: usize) -> Job {
@@ -274,7 +275,7 @@ mod tests {
 
     #[test]
     fn rows_of_several_prompts_share_no_pass_where_they_would_change_each_other() {
-        let mut scheduler = Scheduler::new(Limits { pass_rows: 0, ..limits(4, 100) });
+        let mut scheduler = Scheduler::new(Limits { shared_rows: 0, ..limits(4, 100) });
         [300, 20, 1, 1].into_iter().zip(0..).for_each(|(prompt, id)| scheduler.submit(job(id, prompt, 1)));
         scheduler.admit();
         let mut prefills = Vec::new();
@@ -349,7 +350,7 @@ mod tests {
                 });
                 prop_assert!(!(pass.kind == Kind::Prefill && last == Kind::Prefill && decodes));
                 let rows: usize = pass.parts.iter().map(|part| part.rows).sum();
-                prop_assert!(rows <= limits.pass_rows && !pass.parts.is_empty());
+                prop_assert!(rows <= limits.shared_rows && !pass.parts.is_empty());
                 prop_assert!(pass.parts.is_sorted_by_key(|part| part.id));
                 scheduler.done(&pass);
                 for part in &pass.parts {

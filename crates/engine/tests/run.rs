@@ -61,9 +61,16 @@ fn an_engine_gives_back_what_its_requests_took() {
     let mut engine = engine(&cpu, &model, "kvlinc", 2);
     let requests = [request(1, 300, 5, Sampling::greedy()), request(2, 20, 5, Sampling::greedy())];
     let first = engine.generate(&requests, go_on).unwrap();
-    // A request that is ended at once leaves nothing behind either.
-    let cancelled = engine.generate(&requests, |_, _| ControlFlow::Break(())).unwrap();
-    assert!(cancelled.iter().any(|c| c.finish == FinishReason::Cancelled));
+    // A request that is ended, at once or behind some passes, leaves nothing behind either.
+    for most in [0, 1, 3] {
+        let mut asked = [0, 0];
+        let ended = |index: usize, _: &str| {
+            asked[index] += 1;
+            if asked[index] > most { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let cancelled = engine.generate(&requests, ended).unwrap();
+        assert!(cancelled.iter().all(|c| c.finish == FinishReason::Cancelled && (c.usage.tokens > 0) == (most > 0)));
+    }
     for _ in 0..3 {
         let again = engine.generate(&requests, go_on).unwrap();
         assert!(first.iter().zip(&again).all(|(a, b)| answer(a) == answer(b)));

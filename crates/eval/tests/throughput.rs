@@ -15,13 +15,24 @@ fn load(pooled: bool) -> Pretrained {
 }
 
 fn run(pretrained: &Pretrained, schemes: &[&str], batches: &[BatchSize], host_bytes: usize) -> ThroughputBench {
+    run_as(pretrained, schemes, batches, host_bytes, Prefill::Cells(256))
+}
+
+fn run_as(
+    pretrained: &Pretrained,
+    schemes: &[&str],
+    batches: &[BatchSize],
+    host_bytes: usize,
+    prefill: Prefill,
+) -> ThroughputBench {
     let schemes: Vec<CalibratedScheme> = schemes.iter().map(|name| CalibratedScheme::load(name).unwrap()).collect();
     let options = ThroughputOptions {
         batches: batches.to_vec(),
         prompt: 200,
         generate: 70,
-        prefill_rows: 300,
-        prefill: Prefill::Cells(256),
+        // Two prompts share a pass.
+        prefill_rows: 450,
+        prefill,
         host_bytes,
         made_up: true,
     };
@@ -59,6 +70,14 @@ fn batches_end_where_memory_does() {
 fn schemes_run_whole_on_made_up_weights() {
     let bench = run(&load(false), &["dibit", "kvlinc", "rotatekv", "resq"], &[BatchSize::Number(2)], usize::MAX >> 1);
     assert!(bench.schemes.iter().all(|own| own.points.len() == 1 && own.out_of_memory.is_none()), "{bench:?}");
+}
+
+#[test]
+fn prompts_are_read_as_they_are_asked_to_be() {
+    for prefill in [Prefill::Cells(128), Prefill::Exact, Prefill::streaming(200)] {
+        let bench = run_as(&load(false), &["kivi"], &[BatchSize::Number(5)], usize::MAX >> 1, prefill);
+        assert_eq!((bench.schemes[0].points.len(), bench.prompt_read), (1, prefill.to_string()));
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ impl<D: Device> Model<D> {
     /// `[row][hidden_size]`. [`Workspace::residual`] has what leaves the last one.
     ///
     /// # Errors
-    /// [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::Device`].
+    /// [`ModelError::TooManyRows`], [`ModelError::OtherValues`], [`ModelError::OtherArithmetic`], [`ModelError::Device`].
     ///
     /// # Panics
     /// If `residual` does not have the batch's rows, or there are no such layers.

@@ -100,7 +100,10 @@ fn pass_row_bytes(config: &ModelConfig) -> usize {
     (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
 }
 
-/// Bytes that a pass of `rows` rows takes: its rows, and the activations inside a layer.
-pub fn pass_bytes(config: &ModelConfig, rows: usize, budget: &Budget) -> usize {
-    rows * pass_row_bytes(config) + rows.min(tile_rows(config, budget)) * tile_width(config) * size_of::<f32>()
+/// Bytes that a pass of `rows` rows takes, `outputs` of which yield logits: its rows, the activations inside a layer, and the
+/// logits.
+pub fn pass_bytes(config: &ModelConfig, rows: usize, outputs: usize, budget: &Budget) -> usize {
+    let tile = rows.min(tile_rows(config, budget)) * tile_width(config) * size_of::<f32>();
+    let output = (2 * config.hidden_size + config.vocab_size) * size_of::<f32>();
+    rows * pass_row_bytes(config) + tile + outputs * output
 }

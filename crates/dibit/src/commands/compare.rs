@@ -85,7 +85,7 @@ fn run_on<D: Train + Measure + 'static>(
             "comparison": comparison,
             "study": studied,
             "windows": begin,
-            "prefill": args.prefill.on(&device.budget()).to_string(),
+            "retrieval_prefill": (!prompts.is_empty()).then(|| args.prefill.on(&device.budget()).to_string()),
         });
         write_complete(path, serde_json::to_string(&value)?.as_bytes())?;
     }

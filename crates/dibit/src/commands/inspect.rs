@@ -203,19 +203,32 @@ fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budge
     let plan = MemoryPlan::new(config, &layout, options, budget);
     let usage = layout.planned_usage(options.context, options.prefill.chunk(options.context));
     let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
-    let fixed = layout.allocated_bytes(layout.blocks(0)) + plan.pass_bytes;
+    let fits = |options: Options| {
+        let plan = MemoryPlan::new(config, &layout, options, budget);
+        plan.cache_bytes.saturating_add(plan.pass_bytes) <= free
+    };
     Row {
         scheme: layout.scheme_name().to_owned(),
         plan,
         token_bytes,
         bits: usage.bits(),
         allocated_bits: usage.allocated_bits(),
-        fitting_tokens: (free.saturating_sub(fixed) as f64 / token_bytes) as usize,
-        fitting_batch: free.saturating_sub(plan.pass_bytes) / plan.sequence_bytes.max(1),
+        fitting_tokens: largest(|context| fits(Options { context, sequences: 1, ..options })),
+        fitting_batch: largest(|sequences| fits(Options { sequences, ..options })),
         values: layout.transformed_values(config.num_attention_heads),
         notes: layout.notes(),
         calibration: Lookup::NotNeeded,
     }
+}
+
+/// The largest number that fits, where all below it do.
+fn largest(fits: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0usize, 1 << 40);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low
 }
 
 /// Looks for the calibration of each scheme.

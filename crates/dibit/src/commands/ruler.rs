@@ -49,10 +49,13 @@ struct Row<'a> {
 }
 
 pub fn run(args: &RulerArgs) -> Result<Outcome> {
-    args.prefill.check()?;
     schemes(&args.kv)?;
     args.conversation.check(args.chat)?;
     let tasks = tasks(&args.tasks)?;
+    match tasks.ruler.is_empty() {
+        true => args.prefill.check_without("--tasks copying")?,
+        false => args.prefill.check()?,
+    }
     let haystack = args.haystack.haystack.as_deref().map(retrieval::haystack).transpose()?;
     for path in [&args.json, &args.csv, &args.dump].into_iter().flatten() {
         check_writable(path)?;
@@ -110,10 +113,11 @@ fn run_on<D: Device + 'static>(
     bar.finish_and_clear();
 
     let report = Report { tasks, rows, copying };
-    let read = args.prefill.on(&device.budget()).to_string();
+    // Copying is always read as decoding would.
+    let read = (!tasks.is_empty()).then(|| args.prefill.on(&device.budget()).to_string());
     let stopped = interrupted.load(Ordering::Relaxed);
     if let Some(path) = args.json.as_deref().filter(|_| !stopped) {
-        write_complete(path, serde_json::to_string(&to_json(args, &name, &read, &report)?)?.as_bytes())?;
+        write_complete(path, serde_json::to_string(&to_json(args, &name, read, &report)?)?.as_bytes())?;
     }
     if let Some(path) = args.csv.as_deref().filter(|_| !stopped) {
         write_complete(path, to_csv(&report).as_bytes())?;
@@ -269,7 +273,7 @@ fn render_copying(args: &RulerArgs, copying: &Copying) -> String {
     )
 }
 
-fn to_json(args: &RulerArgs, model: &str, read: &str, report: &Report) -> Result<Value> {
+fn to_json(args: &RulerArgs, model: &str, read: Option<String>, report: &Report) -> Result<Value> {
     let Report { tasks, rows, copying } = report;
     let answer = |(sample, answer): (&Sample, &Answer)| {
         json!({

@@ -59,8 +59,8 @@ pub struct DecodeBench {
     pub batch: usize,
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// How it was read.
-    pub prompt_read: String,
+    /// How it was read, where there was one.
+    pub prompt_read: Option<String>,
     /// Tokens of each sequence that are decoded in a round.
     pub tokens: usize,
     /// Rounds that are counted.
@@ -195,7 +195,7 @@ pub fn decode<D: Device + Measure>(
         weight_bytes,
         batch: options.batch,
         prompt: options.prompt,
-        prompt_read: options.prefill.to_string(),
+        prompt_read: (options.prompt > 0).then(|| options.prefill.to_string()),
         tokens: options.tokens,
         rounds: options.rounds,
         sweep_bytes: run.sweep.bytes(),

@@ -76,6 +76,8 @@ pub struct ThroughputBench {
     pub prompt: usize,
     /// How it was read.
     pub prompt_read: String,
+    /// Prompt tokens of several sequences that were read in one pass.
+    pub prefill_rows: usize,
     /// Tokens that are generated for each.
     pub generate: usize,
     /// One entry for each scheme.
@@ -152,6 +154,7 @@ pub fn throughput<D: Device + Measure>(
         memory_bytes: device.memory().map_or(options.host_bytes + pretrained.weights.num_bytes(), |own| own.total),
         prompt: options.prompt,
         prompt_read: options.prefill.to_string(),
+        prefill_rows: options.prefill_rows,
         generate: options.generate,
         schemes: Vec::new(),
     };
@@ -241,9 +244,8 @@ impl<D: Device + Measure> Ladder<'_, D> {
     /// Bytes of caches and activations.
     fn planned_bytes(&self, batch: usize) -> usize {
         let config = self.model.config();
-        let outputs = batch * (2 * config.hidden_size + config.vocab_size) * size_of::<f32>();
         let cache = self.layout.planned_bytes(self.options.prompt + self.options.generate);
-        batch * cache + pass_bytes(config, self.pass_rows(batch), &self.device.budget()) + outputs
+        batch * cache + pass_bytes(config, self.pass_rows(batch), batch, &self.device.budget())
     }
 
     /// Bytes that caches and activations may take.

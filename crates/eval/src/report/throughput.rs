@@ -187,6 +187,7 @@ mod tests {
             memory_bytes: 80 << 30,
             prompt: 256,
             prompt_read: "cells of 1024".to_owned(),
+            prefill_rows: 0,
             generate: 1024,
             schemes: vec![
                 scheme("fp16", vec![point(1, 50.0), point(16, 400.0)], Some(32)),

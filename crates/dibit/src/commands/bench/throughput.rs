@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub fn run(args: &ThroughputBenchArgs) -> Result<Outcome> {
+    args.prefill.check()?;
     schemes(&args.kv)?;
     args.json.iter().flatten().try_for_each(|path| check_writable(path))?;
     let page = args.report.as_deref().map(prepare_report).transpose()?;
