@@ -3,7 +3,7 @@
 use crate::shape::{CacheModel, CacheShape};
 use crate::{
     CalibratedScheme, Calibration, Correction, HALF_BYTES, LayerLayout, PAGE_TOKENS, Scheme, SchemeError, Sees, Sinks,
-    Window,
+    Transform, Window,
 };
 
 /// Where every byte of a cache lies, and how many there are: a scheme compiled for a model, without the numbers that
@@ -54,6 +54,12 @@ impl CachePlan {
                 let fuses = model.fuses_values.get(layer).copied().unwrap_or(false);
                 let correction = if class == 0 { scheme.correction(layer) } else { Correction::NONE };
                 let sides = scheme.sides(class, layer);
+                if matches!(sides.0.transform(), Transform::PreRope(_)) && !model.turns_all_layers {
+                    return Err(error((
+                        "keys before RoPE of a model with layers that have none".to_owned(),
+                        "position = \"post-rope\"".to_owned(),
+                    )));
+                }
                 let layer =
                     LayerLayout::new(sides, correction, shape, bytes, scheme.sinks, own, fuses).map_err(error)?;
                 bytes += layer.bytes();

@@ -30,6 +30,8 @@ pub struct CacheModel {
     pub shape: CacheShape,
     /// Rotary frequencies, `head_dim / 2`.
     pub inv_freq: Vec<f32>,
+    /// Whether RoPE turns the keys of every layer.
+    pub turns_all_layers: bool,
     /// For each layer, whether the transform of values is fused into its projections: its cache takes values as they are
     /// stored, and leaves outputs so. A layer that is not there has none fused.
     pub fuses_values: Vec<bool>,
@@ -38,7 +40,7 @@ pub struct CacheModel {
 impl CacheModel {
     /// A model whose caches transform values themselves.
     pub fn new(shape: CacheShape, inv_freq: Vec<f32>) -> Self {
-        CacheModel { shape, inv_freq, fuses_values: Vec::new() }
+        CacheModel { shape, inv_freq, turns_all_layers: true, fuses_values: Vec::new() }
     }
 
     /// A model of this shape with the rotary frequencies of base 10,000.

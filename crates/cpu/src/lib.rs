@@ -159,7 +159,7 @@ impl Dense for Cpu {
         Ok(tensor)
     }
 
-    fn embed(&self, table: &Tensor, ids: &Vec<u32>, count: usize, out: &mut Vec<f32>) {
+    fn embed(&self, table: &Tensor, ids: &Vec<u32>, count: usize, scale: f32, out: &mut Vec<f32>) {
         let values = table.values();
         for (id, out) in ids[..count].iter().zip(out.chunks_exact_mut(table.cols())) {
             match values {
@@ -167,6 +167,9 @@ impl Dense for Cpu {
                 Values::F16(values) => widen_row(values, *id as usize, out),
                 Values::Bf16(values) => widen_row(values, *id as usize, out),
                 Values::Blocks(..) => table.widen_row(*id as usize, out),
+            }
+            if scale != 1.0 {
+                out.iter_mut().for_each(|x| *x *= scale);
             }
         }
     }
@@ -226,12 +229,14 @@ impl Dense for Cpu {
         }
     }
 
-    fn rope_table(&self, inv_freq: &Vec<f32>, half: usize, positions: &Vec<u32>, count: usize, out: &mut Vec<f32>) {
-        let inv_freq = &inv_freq[..half];
+    fn rope_table(&self, turns: &Vec<f32>, half: usize, positions: &Vec<u32>, count: usize, out: &mut Vec<f32>) {
+        let (frequencies, magnitudes) = turns[..2 * half].split_at(half);
         for (position, row) in positions[..count].iter().zip(out.chunks_exact_mut(2 * half)) {
             let (cosines, sines) = row.split_at_mut(half);
-            for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(inv_freq) {
-                (*sine, *cosine) = (*position as f32 * frequency).sin_cos();
+            let turns = frequencies.iter().zip(magnitudes);
+            for ((cosine, sine), (frequency, magnitude)) in cosines.iter_mut().zip(sines).zip(turns) {
+                let (s, c) = (*position as f32 * frequency).sin_cos();
+                (*sine, *cosine) = (s * magnitude, c * magnitude);
             }
         }
     }

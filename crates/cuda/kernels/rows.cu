@@ -45,14 +45,16 @@ __device__ __forceinline__ float block_sum(float x) {
     return warp_sum(lane < warps ? parts[lane] : 0.0f);
 }
 
-/// out[i] = table[ids[i]]: a block for each row.
-extern "C" __global__ void embed(const u8* table, int type, const u32* ids, int width, float* out) {
+/// out[i] = scale table[ids[i]]: a block for each row.
+extern "C" __global__ void embed(const u8* table, int type, const u32* ids, int width, float scale, float* out) {
     i64 from = (i64)ids[blockIdx.x] * width, to = (i64)blockIdx.x * width;
     if (width % 4 == 0) {
-        for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x)
-            *(float4*)(out + to + i) = load_four(table, from + i, type);
+        for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
+            float4 own = load_four(table, from + i, type);
+            *(float4*)(out + to + i) = make_float4(own.x * scale, own.y * scale, own.z * scale, own.w * scale);
+        }
     } else {
-        for (int i = threadIdx.x; i < width; i += blockDim.x) out[to + i] = load_one(table, from + i, type);
+        for (int i = threadIdx.x; i < width; i += blockDim.x) out[to + i] = load_one(table, from + i, type) * scale;
     }
 }
 EXPORT(embed)
@@ -100,16 +102,16 @@ extern "C" __global__ void narrow(const float* x, i64 count, u8* out, int type, 
 }
 EXPORT(narrow)
 
-/// Row i of out is `half` cosines and as many sines of positions[i] * inv_freq. The functions are those of f64, because
-/// those of the CPU round like that.
-extern "C" __global__ void rope_table(const float* inv_freq, int half, const u32* positions, int count, float* out) {
+/// Row i of out is `half` cosines and as many sines of positions[i] times the frequencies, times the magnitudes behind them.
+/// The functions are those of f64, because those of the CPU round like that.
+extern "C" __global__ void rope_table(const float* turns, int half, const u32* positions, int count, float* out) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count * half) return;
     int row = i / half, c = i % half;
-    double angle = (double)((float)positions[row] * inv_freq[c]), sine, cosine;
+    double angle = (double)((float)positions[row] * turns[c]), sine, cosine;
     sincos(angle, &sine, &cosine);
-    out[(i64)row * 2 * half + c] = (float)cosine;
-    out[(i64)row * 2 * half + half + c] = (float)sine;
+    out[(i64)row * 2 * half + c] = (float)cosine * turns[half + c];
+    out[(i64)row * 2 * half + half + c] = (float)sine * turns[half + c];
 }
 EXPORT(rope_table)
 

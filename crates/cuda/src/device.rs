@@ -113,8 +113,8 @@ impl Dense for Cuda {
         Ok(Matrix::new(&self.gpu, &tensor)?)
     }
 
-    fn embed(&self, table: &Matrix, ids: &Ids, count: usize, out: &mut Buffer) {
-        self.keep(rows::embed(self, table, ids, count, out));
+    fn embed(&self, table: &Matrix, ids: &Ids, count: usize, scale: f32, out: &mut Buffer) {
+        self.keep(rows::embed(self, table, ids, count, scale, out));
     }
 
     fn copy_rows(&self, x: &Buffer, rows: &Ids, count: usize, width: usize, out: &mut Buffer) {
@@ -166,8 +166,8 @@ impl Dense for Cuda {
         self.keep(rows::place_heads(self, all, eps, head_dim, table, rows));
     }
 
-    fn rope_table(&self, inv_freq: &Buffer, half: usize, positions: &Ids, count: usize, out: &mut Buffer) {
-        self.keep(rows::rope_table(self, inv_freq, half, positions, count, out));
+    fn rope_table(&self, turns: &Buffer, half: usize, positions: &Ids, count: usize, out: &mut Buffer) {
+        self.keep(rows::rope_table(self, turns, half, positions, count, out));
     }
 
     fn rope(&self, x: &mut Buffer, heads: usize, head_dim: usize, table: &Buffer, rows: Range<usize>) {

@@ -46,7 +46,14 @@ fn row_threads(width: usize) -> usize {
     width.div_ceil(4).next_multiple_of(32).clamp(32, 512)
 }
 
-pub(crate) fn embed(c: &Cuda, table: &Matrix, ids: &Ids, count: usize, out: &mut Buffer) -> Result<(), CudaError> {
+pub(crate) fn embed(
+    c: &Cuda,
+    table: &Matrix,
+    ids: &Ids,
+    count: usize,
+    scale: f32,
+    out: &mut Buffer,
+) -> Result<(), CudaError> {
     let width = table.cols;
     assert!(
         count * width <= out.len && count * size_of::<u32>() <= ids.memory.bytes(),
@@ -55,7 +62,7 @@ pub(crate) fn embed(c: &Cuda, table: &Matrix, ids: &Ids, count: usize, out: &mut
     let kernel = kernel(c, "embed")?;
     let grid = Grid::new([count, 1, 1], row_threads(width));
     let (table, stored) = (table.memory.at(0), table.stored.number());
-    launch!(c.gpu, kernel, grid, table, stored, ids.memory.at(0), width as i32, at(&out.memory, 0));
+    launch!(c.gpu, kernel, grid, table, stored, ids.memory.at(0), width as i32, scale, at(&out.memory, 0));
     Ok(())
 }
 
@@ -71,7 +78,7 @@ pub(crate) fn copy_rows(
     let kernel = kernel(c, "embed")?;
     let grid = Grid::new([count, 1, 1], row_threads(width));
     let stored = Stored::F32.number();
-    launch!(c.gpu, kernel, grid, at(&x.memory, 0), stored, rows.memory.at(0), width as i32, at(&out.memory, 0));
+    launch!(c.gpu, kernel, grid, at(&x.memory, 0), stored, rows.memory.at(0), width as i32, 1f32, at(&out.memory, 0));
     Ok(())
 }
 
@@ -161,17 +168,17 @@ pub(crate) fn place_heads<const N: usize>(
 
 pub(crate) fn rope_table(
     c: &Cuda,
-    inv_freq: &Buffer,
+    turns: &Buffer,
     half: usize,
     positions: &Ids,
     count: usize,
     out: &mut Buffer,
 ) -> Result<(), CudaError> {
-    assert!(count * 2 * half <= out.len && half <= inv_freq.len, "{count} rows of {half} angles");
+    assert!(count * 2 * half <= out.len && 2 * half <= turns.len, "{count} rows of {half} angles");
     let kernel = kernel(c, "rope_table")?;
-    let (inv_freq, positions) = (at(&inv_freq.memory, 0), positions.memory.at(0));
+    let (turns, positions) = (at(&turns.memory, 0), positions.memory.at(0));
     let grid = Grid::each(count * half, THREADS);
-    launch!(c.gpu, kernel, grid, inv_freq, half as i32, positions, count as i32, at(&out.memory, 0));
+    launch!(c.gpu, kernel, grid, turns, half as i32, positions, count as i32, at(&out.memory, 0));
     Ok(())
 }
 

@@ -71,8 +71,8 @@ fn sanitized_rows_are_looked_up_and_copied() {
         for dtype in DTYPES {
             let table = Tensor::random(3, 1.0, dtype, vocabulary, width);
             let (mut got, mut expected) = poisoned(cuda, 14 * width);
-            cuda.embed(&cuda.matrix(table.clone()).unwrap(), &on_gpu, 13, &mut got);
-            cpu().embed(&table, &on_cpu, 13, &mut expected);
+            cuda.embed(&cuda.matrix(table.clone()).unwrap(), &on_gpu, 13, 1.7, &mut got);
+            cpu().embed(&table, &on_cpu, 13, 1.7, &mut expected);
             assert_close(&down(cuda, &got, 14 * width), &expected, 0.0, "embed");
         }
         let (x, same) = both(cuda, &numbers(4, vocabulary * width));
@@ -111,11 +111,12 @@ fn sanitized_heads_are_placed() {
         cuda.write_ids(&mut on_gpu, &positions);
         cpu().write_ids(&mut on_cpu, &positions);
         let half = head_dim / 2;
-        let inv_freq: Vec<f32> = (0..half).map(|c| 1e6f32.powf(-(c as f32) / half as f32)).collect();
-        let (inv_freq, same_freq) = both(cuda, &inv_freq);
+        let frequencies = (0..half).map(|c| 1e6f32.powf(-(c as f32) / half as f32));
+        let turns: Vec<f32> = frequencies.chain((0..half).map(|c| 1.0 + c as f32 / 7.0)).collect();
+        let (turns, same_turns) = both(cuda, &turns);
         let (mut table, mut same_table) = poisoned(cuda, (rows + 2) * head_dim);
-        cuda.rope_table(&inv_freq, half, &on_gpu, rows + 2, &mut table);
-        cpu().rope_table(&same_freq, half, &on_cpu, rows + 2, &mut same_table);
+        cuda.rope_table(&turns, half, &on_gpu, rows + 2, &mut table);
+        cpu().rope_table(&same_turns, half, &on_cpu, rows + 2, &mut same_table);
         assert_close(&down(cuda, &table, (rows + 2) * head_dim), &same_table, 1e-6, "rope_table");
 
         for normed in [false, true] {
@@ -332,7 +333,7 @@ fn quantised_matrices_are_widened() {
     let mut on_gpu = cuda.ids(rows).unwrap();
     cuda.write_ids(&mut on_gpu, &ids);
     let (mut got, _) = poisoned(cuda, rows * cols);
-    cuda.embed(&table, &on_gpu, rows, &mut got);
+    cuda.embed(&table, &on_gpu, rows, 1.0, &mut got);
     // fp16 rounds what eight bits times a scale are.
     for (got, expected) in down(cuda, &got, rows * cols).iter().zip(weight.to_f32()) {
         assert!((got - expected).abs() <= expected.abs() / 2048.0, "{got}, {expected}");

@@ -51,8 +51,8 @@ pub trait Dense: Memory {
     /// [`DeviceError::OutOfMemory`].
     fn matrix(&self, tensor: Tensor) -> Result<Self::Matrix, DeviceError>;
 
-    /// `out[i] = table[ids[i]]` for the first `count` ids, rows of the table's width.
-    fn embed(&self, table: &Self::Matrix, ids: &Self::Ids, count: usize, out: &mut Self::Buffer);
+    /// `out[i] = scale table[ids[i]]` for the first `count` ids, rows of the table's width.
+    fn embed(&self, table: &Self::Matrix, ids: &Self::Ids, count: usize, scale: f32, out: &mut Self::Buffer);
 
     /// `out[i] = x[rows[i]]` for the first `count` rows, rows of `width` numbers.
     fn copy_rows(&self, x: &Self::Buffer, rows: &Self::Ids, count: usize, width: usize, out: &mut Self::Buffer);
@@ -122,11 +122,12 @@ pub trait Dense: Memory {
         }
     }
 
-    /// Cosines and sines of rotary positions: row `i` of `out` is `head_dim / 2` cosines, then as many sines,
-    /// of `positions[i] * inv_freq`, for the first `count` positions. `inv_freq` holds `head_dim / 2` numbers.
+    /// Cosines and sines of rotary positions: row `i` of `out` is `half` cosines, then as many sines, of `positions[i]` times
+    /// the frequency of each pair of channels, both times the pair's magnitude, for the first `count` positions. `turns`
+    /// holds `half` frequencies, then as many magnitudes.
     fn rope_table(
         &self,
-        inv_freq: &Self::Buffer,
+        turns: &Self::Buffer,
         half: usize,
         positions: &Self::Ids,
         count: usize,

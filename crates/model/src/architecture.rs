@@ -11,11 +11,21 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: a norm on each head of q and k.
     Qwen3,
+    /// Granite 3: factors of the embedding, of what layers add, of attention and of logits.
+    Granite,
+    /// SmolLM3: layers without rotary positions.
+    SmolLm3,
 }
 
 impl Architecture {
-    pub(crate) const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+    pub(crate) const ALL: [Architecture; 6] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Granite,
+        Architecture::SmolLm3,
+    ];
 
     /// The name in `architectures`.
     pub const fn name(self) -> &'static str {
@@ -24,6 +34,8 @@ impl Architecture {
             Architecture::Mistral => "MistralForCausalLM",
             Architecture::Qwen2 => "Qwen2ForCausalLM",
             Architecture::Qwen3 => "Qwen3ForCausalLM",
+            Architecture::Granite => "GraniteForCausalLM",
+            Architecture::SmolLm3 => "SmolLM3ForCausalLM",
         }
     }
 
@@ -34,7 +46,7 @@ impl Architecture {
 
     /// Whether `attention_bias` gives the projections of attention biases.
     pub(crate) const fn may_have_attention_bias(self) -> bool {
-        matches!(self, Architecture::Llama | Architecture::Qwen3)
+        !matches!(self, Architecture::Mistral | Architecture::Qwen2)
     }
 
     /// `model_type` of its configurations.
@@ -44,6 +56,8 @@ impl Architecture {
             Architecture::Mistral => "mistral",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Granite => "granite",
+            Architecture::SmolLm3 => "smollm3",
         }
     }
 
@@ -55,10 +69,28 @@ impl Architecture {
     /// Longest context where a configuration does not say.
     pub(crate) const fn default_context(self) -> usize {
         match self {
-            Architecture::Llama => 2048,
+            Architecture::Llama | Architecture::Granite => 2048,
             Architecture::Mistral => 131_072,
-            Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
+            Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => 32_768,
         }
+    }
+
+    /// Whether `mlp_bias` gives the projections of the gated activation biases.
+    pub(crate) const fn may_have_mlp_bias(self) -> bool {
+        matches!(self, Architecture::Llama | Architecture::Granite | Architecture::SmolLm3)
+    }
+
+    /// Base of the rotary frequencies where a configuration does not say.
+    pub(crate) const fn default_rope_theta(self) -> f32 {
+        match self {
+            Architecture::SmolLm3 => 2_000_000.0,
+            _ => 10_000.0,
+        }
+    }
+
+    /// Whether a configuration that does not speak of a sliding window means one.
+    pub(crate) const fn implies_window(self) -> bool {
+        matches!(self, Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3)
     }
 
     /// Whether heads of q and k are normalised.

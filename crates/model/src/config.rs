@@ -2,7 +2,7 @@
 
 use crate::json::{ids, shown, whole};
 use crate::unread_keys::{self, WHOLE};
-use crate::{Architecture, ModelError, Rope};
+use crate::{Architecture, DecoderSpec, ModelError, Rope, families};
 use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, SchemeError};
 use dibit_device::DType;
 use serde::Deserialize;
@@ -41,6 +41,8 @@ pub struct ModelConfig {
     pub rms_norm_eps: f32,
     /// Rotary position embedding.
     pub rope: Rope,
+    /// What the family computes differently.
+    pub spec: DecoderSpec,
     /// Whether the output layer is the embedding.
     pub tie_word_embeddings: bool,
     /// Token that begins a text, if any.
@@ -169,13 +171,14 @@ impl ModelConfig {
             max_position_embeddings: raw.max_position_embeddings,
             rms_norm_eps: raw.rms_norm_eps,
             rope: Rope::parse(&object, head_dim, raw.max_position_embeddings, origin)?,
+            spec: families::spec(architecture, &object, raw.num_hidden_layers, origin)?,
             tie_word_embeddings: raw.tie_word_embeddings,
             bos_token_id: ids("bos_token_id", &raw.bos_token_id)?.first().copied(),
             eos_token_ids: ids("eos_token_id", &raw.eos_token_id)?,
             dtype: raw.dtype.or(raw.torch_dtype).as_ref().and_then(Value::as_str).and_then(parse_dtype),
             initializer_range: raw.initializer_range,
             attention_bias: raw.attention_bias.filter(|_| architecture.may_have_attention_bias()),
-            mlp_bias: raw.mlp_bias.filter(|_| architecture == Architecture::Llama),
+            mlp_bias: raw.mlp_bias.filter(|_| architecture.may_have_mlp_bias()),
         })
     }
 
@@ -190,7 +193,10 @@ impl ModelConfig {
 
     /// What a cache needs to know of the model, whose plain weights leave transforms of values to it.
     pub fn cache_model(&self) -> CacheModel {
-        CacheModel::new(self.cache_shape(), self.rope.inv_freq(self.head_dim))
+        CacheModel {
+            turns_all_layers: (0..self.num_hidden_layers).all(|layer| self.spec.has_rope(layer)),
+            ..CacheModel::new(self.cache_shape(), self.rope.inv_freq(self.head_dim))
+        }
     }
 
     /// A scheme's cache for this model. It takes values as plain weights compute them, and transforms them itself;
@@ -263,9 +269,10 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
     if architecture == Architecture::Qwen3 {
         imply("head_dim", 128.into());
     }
-    if architecture != Architecture::Llama {
+    if architecture.implies_window() {
         imply("sliding_window", WINDOW.into());
     }
+    imply("rope_theta", architecture.default_rope_theta().into());
 }
 
 impl RawConfig {

@@ -1,6 +1,7 @@
 //! The forward pass.
 
 use crate::fusion::Fusion;
+use crate::spec::Turns;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
 use dibit_cache::{Batch, CacheLayout, Phase, ValueTransform};
@@ -72,7 +73,10 @@ pub struct Model<D: Device> {
     fused: Vec<Option<ValueTransform>>,
     norm: Arc<D::Buffer>,
     lm_head: D::Matrix,
-    inv_freq: Arc<D::Buffer>,
+    /// The ways in which heads are turned.
+    turns: Vec<Arc<D::Buffer>>,
+    /// For each layer those of queries and of keys.
+    turned: Vec<[usize; 2]>,
 }
 
 impl<D: Device> Clone for Linear<D> {
@@ -135,6 +139,21 @@ fn tell(config: &ModelConfig, layout: &CacheLayout) {
     if !values.is_empty() {
         tracing::info!("{}: {values}", layout.scheme_name());
     }
+}
+
+/// The ways in which heads of a model are turned, each once, and for each layer those of queries and of keys.
+pub(crate) fn turns(config: &ModelConfig) -> (Vec<Turns>, Vec<[usize; 2]>) {
+    let mut all: Vec<Turns> = Vec::new();
+    let mut place = |own: Turns| match all.iter().position(|other| *other == own) {
+        Some(place) => place,
+        None => {
+            all.push(own);
+            all.len() - 1
+        }
+    };
+    let of_layer = |layer| config.spec.turns(&config.rope, config.head_dim, layer);
+    let turned = (0..config.num_hidden_layers).map(|layer| of_layer(layer).map(&mut place)).collect();
+    (all, turned)
 }
 
 /// The value and output projections of a layer, with a transform fused into them; `plain` are those without one, where
@@ -229,6 +248,8 @@ impl<D: Device> Model<D> {
             false => device.matrix(weights.lm_head.clone())?,
         };
         let layers = weights.layers.iter().zip(&fused).enumerate();
+        let (turns, turned) = turns(config);
+        let last = weights.norm.to_f32().iter().map(|x| x / config.spec.logits_scaling).collect::<Vec<f32>>();
         let layer = |(index, (own, transform)): (usize, (&LayerWeights, &Option<ValueTransform>))| {
             Layer::new(device, own, projections(device, config, index, own, transform.as_ref(), None)?)
         };
@@ -239,9 +260,13 @@ impl<D: Device> Model<D> {
             embed,
             layers: layers.map(layer).collect::<Result<_, _>>()?,
             fused,
-            norm: upload(device, &weights.norm)?,
+            norm: Arc::new(device.upload(&last)?),
             lm_head,
-            inv_freq: Arc::new(device.upload(&config.rope.inv_freq(config.head_dim))?),
+            turns: turns
+                .iter()
+                .map(|own| Ok(Arc::new(device.upload(&own.numbers())?)))
+                .collect::<Result<_, ModelError>>()?,
+            turned,
             config: config.clone(),
         })
     }
@@ -264,7 +289,7 @@ impl<D: Device> Model<D> {
                 [layer.v, layer.o] = projections(device, &self.config, index, own, transform.as_ref(), plain)?;
             }
         }
-        let Model { device, config, arithmetic, embed, norm, lm_head, inv_freq, .. } = self;
+        let Model { device, config, arithmetic, embed, norm, lm_head, turns, turned, .. } = self;
         Ok(Model {
             device: device.clone(),
             number: number(),
@@ -275,7 +300,8 @@ impl<D: Device> Model<D> {
             fused,
             norm: norm.clone(),
             lm_head: lm_head.clone(),
-            inv_freq: inv_freq.clone(),
+            turns: turns.clone(),
+            turned: turned.clone(),
         })
     }
 
@@ -370,8 +396,13 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         observer: Option<&mut Observer>,
     ) -> Result<(), ModelError> {
-        self.device.embed(&self.embed, &workspace.ids, batch.rows(), &mut workspace.hidden);
+        self.embed_rows(workspace, batch.rows());
         self.run_layers(workspace, pass, batch, 0..self.layers.len(), observer)
+    }
+
+    /// Writes the residual stream that enters layer 0.
+    pub(crate) fn embed_rows(&self, ws: &mut Workspace<D>, rows: usize) {
+        self.device.embed(&self.embed, &ws.ids, rows, self.config.spec.embedding_scale(), &mut ws.hidden);
     }
 
     /// Refuses ids that are no tokens.
@@ -406,7 +437,9 @@ impl<D: Device> Model<D> {
     ) -> Result<(), ModelError> {
         let (device, rows) = (&*self.device, batch.rows());
         pass.skip_to(layers.start);
-        device.rope_table(&self.inv_freq, self.config.head_dim / 2, &ws.positions, rows, &mut ws.rope);
+        for (turns, table) in self.turns.iter().zip(&mut ws.rope) {
+            device.rope_table(turns, self.config.head_dim / 2, &ws.positions, rows, table);
+        }
         for (index, layer) in layers.clone().zip(&self.layers[layers]) {
             let mut in_cache = pass.layer(&ws.hidden, self.config.hidden_size)?;
             for first in (0..rows).step_by(ws.tile_rows) {
@@ -446,7 +479,7 @@ impl<D: Device> Model<D> {
         if count > max_rows {
             return Err(ModelError::TooManyRows { rows: count, max_rows });
         }
-        let (width, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
+        let (width, eps) = (self.config.hidden_size, self.config.spec.residual_eps(self.config.rms_norm_eps));
         let ws = workspace;
         let outputs: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
         device.write_ids(&mut ws.outputs, &outputs);
@@ -479,19 +512,28 @@ impl<D: Device> Model<D> {
     ) -> Result<(), ModelError> {
         let ModelConfig { hidden_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps: eps, .. } =
             self.config;
+        let residual_eps = self.config.spec.residual_eps(eps);
         let (device, rows) = (&*self.device, tile.len());
         device.norm_linear(
             phase,
             &ws.hidden,
             tile.clone(),
             hidden_size,
-            Norm { weight: &layer.input_norm, eps },
+            Norm { weight: &layer.input_norm, eps: residual_eps },
             &mut ws.normed,
             [layer.q.onto(&mut ws.q), layer.k.onto(&mut ws.k), layer.v.onto(&mut ws.v)],
         );
         let queries = Heads { x: &mut ws.q, heads: num_attention_heads, norm: layer.q_norm.as_deref() };
         let keys = Heads { x: &mut ws.k, heads: num_key_value_heads, norm: layer.k_norm.as_deref() };
-        device.place_heads([queries, keys], eps, head_dim, &ws.rope, tile.clone());
+        match self.turned[index].map(|own| &ws.rope[own]) {
+            [of_queries, of_keys] if std::ptr::eq(of_queries, of_keys) => {
+                device.place_heads([queries, keys], eps, head_dim, of_keys, tile.clone());
+            }
+            [of_queries, of_keys] => {
+                device.place_heads([queries], eps, head_dim, of_queries, tile.clone());
+                device.place_heads([keys], eps, head_dim, of_keys, tile.clone());
+            }
+        }
         if let Some(observer) = observer {
             let [mut q, mut k, mut v] = [(); 3].map(|()| Vec::new());
             device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q)?;
@@ -505,7 +547,8 @@ impl<D: Device> Model<D> {
     }
 
     fn mlp_block(&self, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
-        let ModelConfig { hidden_size, intermediate_size, rms_norm_eps: eps, .. } = self.config;
+        let ModelConfig { hidden_size, intermediate_size, rms_norm_eps, .. } = self.config;
+        let eps = self.config.spec.residual_eps(rms_norm_eps);
         let (device, rows) = (&*self.device, tile.len());
         device.norm_linear(
             phase,

@@ -15,7 +15,7 @@ impl<D: Device> Model<D> {
         self.check_ids(ids)?;
         workspace.check_rows(ids.len())?;
         device.write_ids(&mut workspace.ids, ids);
-        device.scope(|| device.embed(&self.embed, &workspace.ids, ids.len(), &mut workspace.hidden));
+        device.scope(|| self.embed_rows(workspace, ids.len()));
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use crate::ModelError;
 use crate::json::shown;
 use serde_json::{Map, Value};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// How the frequencies are stretched for long contexts.
@@ -26,6 +27,19 @@ pub enum RopeScaling {
         /// Context length of pre-training, in tokens.
         original_max_position_embeddings: f32,
     },
+    /// YaRN (arXiv 2309.00071): low frequencies divided, high ones kept, a ramp over the pairs between, and heads that grow.
+    Yarn {
+        /// The divisor.
+        factor: f32,
+        /// Context length of pre-training, in tokens.
+        original_max_position_embeddings: f32,
+        /// Turns in that context from which a pair is kept, and up to which it is divided.
+        beta: [f32; 2],
+        /// Whether the ramp begins and ends at whole pairs.
+        truncate: bool,
+        /// What queries and keys are multiplied by.
+        attention_factor: f32,
+    },
     /// Each divided by a number of its own, as GGUF files store Llama 3.1's scaling.
     Divisors(Arc<[f32]>),
 }
@@ -43,7 +57,12 @@ pub struct Rope {
 const COMMON_KEYS: [&str; 6] =
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"];
 
-const SUPPORTED: &str = "default, linear, llama3, dynamic";
+const SUPPORTED: &str = "default, linear, llama3, dynamic, yarn";
+
+const ORIGINAL: &str = "original_max_position_embeddings";
+
+const YARN_KEYS: [&str; 7] =
+    ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
 
 /// One set of rope parameters, with the rest of the configuration.
 struct Parameters<'a> {
@@ -91,12 +110,41 @@ impl Rope {
 
     /// `head_dim / 2` inverse frequencies, in radians per token.
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
+        let ramp = self.ramp(head_dim);
         (0..head_dim / 2)
             .map(|i| {
                 let frequency = 1.0 / self.theta.powf((2 * i) as f32 / head_dim as f32);
-                self.scaling.apply(i, frequency)
+                self.scaling.apply(i, frequency, &ramp)
             })
             .collect()
+    }
+
+    /// What queries and keys are multiplied by when they are turned.
+    pub fn attention_factor(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            _ => 1.0,
+        }
+    }
+
+    /// The pairs between which YaRN goes from frequencies that are kept to those that are divided.
+    fn ramp(&self, head_dim: usize) -> Range<f32> {
+        let RopeScaling::Yarn { original_max_position_embeddings: original, beta, truncate, .. } = self.scaling else {
+            return 0.0..0.0;
+        };
+        // The pair that turns so often in the original context.
+        let pair = |turns: f32| {
+            let turned = f64::from(original) / (f64::from(turns) * 2.0 * std::f64::consts::PI);
+            head_dim as f64 * turned.ln() / (2.0 * f64::from(self.theta).ln())
+        };
+        let [low, high] = match truncate {
+            true => [pair(beta[0]).floor(), pair(beta[1]).ceil()],
+            false => beta.map(pair),
+        };
+        let (low, high) = (low.max(0.0), high.min(head_dim as f64 - 1.0));
+        // A ramp of no width would be none.
+        let high = if low == high { high + 0.001 } else { high };
+        low as f32..high as f32
     }
 }
 
@@ -146,6 +194,7 @@ impl Parameters<'_> {
             // Its factor depends on the context, and is 1 up to max_position_embeddings, where dibit's contexts end.
             Some("dynamic") => (RopeScaling::Default, &["factor"]),
             Some("linear") => (RopeScaling::Linear { factor: self.number("factor")? }, &["factor"]),
+            Some("yarn") => (self.yarn()?, &YARN_KEYS),
             Some("llama3") => (self.llama3()?, &["factor", "low_freq_factor", "high_freq_factor"]),
             Some("divisors") => (self.divisors()?, &["divisors"]),
             Some(other) => {
@@ -179,7 +228,6 @@ impl Parameters<'_> {
     }
 
     fn llama3(&self) -> Result<RopeScaling, ModelError> {
-        const ORIGINAL: &str = "original_max_position_embeddings";
         let (low_freq_factor, high_freq_factor) = (self.number("low_freq_factor")?, self.number("high_freq_factor")?);
         if high_freq_factor <= low_freq_factor {
             return Err(self.malformed(format!(
@@ -196,6 +244,37 @@ impl Parameters<'_> {
             original_max_position_embeddings: original
                 .map_or(Ok(self.max_position_embeddings as f32), |value| self.positive(ORIGINAL, value))?,
         })
+    }
+
+    fn yarn(&self) -> Result<RopeScaling, ModelError> {
+        let or = |key: &str, silent: f32| self.own(key).map_or(Ok(silent), |value| self.positive(key, value));
+        let original = self.own_or_beside(ORIGINAL);
+        let original = original.map_or(Ok(self.max_position_embeddings as f32), |own| self.positive(ORIGINAL, own))?;
+        let factor = match self.own("factor") {
+            None => self.max_position_embeddings as f32 / original,
+            Some(_) => self.number("factor")?,
+        };
+        let beta = [or("beta_fast", 32.0)?, or("beta_slow", 1.0)?];
+        if beta[0] <= beta[1] {
+            return Err(
+                self.malformed(format!("beta_fast {} of rope scaling is not above beta_slow {}", beta[0], beta[1]))
+            );
+        }
+        let growth = |mscale: f32| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+        let attention_factor = match (self.own("attention_factor"), self.own("mscale"), self.own("mscale_all_dim")) {
+            (Some(value), ..) => self.positive("attention_factor", value)?,
+            (None, Some(own), Some(all)) => {
+                growth(self.positive("mscale", own)?) / growth(self.positive("mscale_all_dim", all)?)
+            }
+            (None, ..) => growth(1.0),
+        };
+        let truncate = match self.own("truncate") {
+            None => true,
+            Some(Value::Bool(own)) => *own,
+            Some(other) => return Err(self.malformed(format!("truncate is {}, not true or false", shown(other)))),
+        };
+        let original_max_position_embeddings = original;
+        Ok(RopeScaling::Yarn { factor, original_max_position_embeddings, beta, truncate, attention_factor })
     }
 
     fn divisors(&self) -> Result<RopeScaling, ModelError> {
@@ -231,11 +310,16 @@ impl Parameters<'_> {
 }
 
 impl RopeScaling {
-    fn apply(&self, index: usize, frequency: f32) -> f32 {
+    /// The frequency of a pair that has this one unscaled.
+    fn apply(&self, index: usize, frequency: f32, ramp: &Range<f32>) -> f32 {
         match *self {
             RopeScaling::Default => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
             RopeScaling::Divisors(ref divisors) => frequency / divisors[index],
+            RopeScaling::Yarn { factor, .. } => {
+                let divided = ((index as f32 - ramp.start) / (ramp.end - ramp.start)).clamp(0.0, 1.0);
+                frequency / factor * divided + frequency * (1.0 - divided)
+            }
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let wavelength = 2.0 * std::f32::consts::PI / frequency;
                 if wavelength < original_max_position_embeddings / high_freq_factor {
@@ -327,9 +411,12 @@ mod tests {
     fn what_is_not_supported_is_named() {
         for (text, expected) in [
             (
-                r#"{"rope_scaling":{"rope_type":"yarn","factor":4.0}}"#,
-                "rope type 'yarn' is not supported; supported: default, linear, llama3",
+                r#"{"rope_scaling":{"rope_type":"proportional","factor":4.0}}"#,
+                "rope type 'proportional' is not supported; supported: default, linear, llama3",
             ),
+            (r#"{"rope_scaling":{"type":"yarn","factor":4,"beta_fast":1}}"#, "beta_fast 1 of rope scaling"),
+            (r#"{"rope_scaling":{"type":"yarn","factor":4,"truncate":"no"}}"#, "truncate is \"no\", not true"),
+            (r#"{"rope_scaling":{"type":"yarn","factor":4,"attention_factor":0}}"#, "attention_factor is 0"),
             (r#"{"partial_rotary_factor":0.5}"#, "partial_rotary_factor 0.5"),
             (r#"{"rope_parameters":{"full_attention":{"rope_type":"default"}}}"#, "by layer type"),
             (r#"{"rope_scaling":{"type":"linear"}}"#, "positive number 'factor'"),
@@ -381,5 +468,27 @@ mod tests {
         assert_eq!(scaled[63], plain[63] / 8.0);
         assert!(plain.iter().zip(&scaled).all(|(p, s)| s <= p && *s >= p / 8.0));
         assert!(plain.iter().zip(&scaled).any(|(p, s)| s < p && *s > p / 8.0));
+    }
+
+    #[test]
+    fn yarn_keeps_high_and_divides_low_frequencies_and_scales_heads() {
+        let yarn = |more: &str| {
+            let text = format!(
+                r#"{{"rope_scaling":{{"type":"yarn","factor":4,"original_max_position_embeddings":128{more}}}}}"#
+            );
+            parse(&text).unwrap()
+        };
+        let plain = Rope { theta: 10_000.0, scaling: RopeScaling::Default };
+        assert_eq!(plain.attention_factor(), 1.0);
+        let (own, whole) = (yarn(""), plain.inv_freq(64));
+        let scaled = own.inv_freq(64);
+        // 0.1 ln 4 + 1, as the paper has it.
+        assert!((own.attention_factor() - 1.138_629_4).abs() < 1e-6);
+        assert_eq!((scaled[0], scaled[31]), (whole[0], whole[31] / 4.0));
+        assert!(whole.iter().zip(&scaled).all(|(p, s)| s <= p && *s >= p / 4.0));
+        assert!(whole.iter().zip(&scaled).any(|(p, s)| s < p && *s > p / 4.0));
+        assert_ne!(yarn(r#","truncate":false"#).inv_freq(64), scaled);
+        assert_eq!(yarn(r#","attention_factor":1.5"#).attention_factor(), 1.5);
+        assert_eq!(yarn(r#","mscale":2,"mscale_all_dim":2"#).attention_factor(), 1.0);
     }
 }

@@ -1,7 +1,7 @@
 //! Keys of a `config.json`: those that are read, and those that change what a model computes and that dibit does not follow.
 
 use crate::json::shown;
-use crate::{Architecture, ModelError};
+use crate::{Architecture, ModelError, families};
 use serde_json::{Map, Value};
 
 /// Keys whose values are whole numbers, however they are spelled.
@@ -57,7 +57,7 @@ enum Neutral {
 
 use Neutral::{AtMostOne, Off, On, One};
 
-/// Keys of models whose code differs from that of the four families, though they may go by their names.
+/// Keys of models whose code differs from that of the families, though they may go by their names.
 const KEYS: [(&str, Neutral); 33] = [
     ("alibi", Off),
     ("attention_chunk_size", Off),
@@ -125,7 +125,8 @@ impl Neutral {
 /// # Errors
 /// [`ModelError::Unsupported`].
 pub(crate) fn check(config: &Map<String, Value>, architecture: Architecture) -> Result<(), ModelError> {
-    for (key, neutral) in &KEYS {
+    let own = families::keys(architecture);
+    for (key, neutral) in KEYS.iter().filter(|(key, _)| !own.contains(key)) {
         if let Some(value) = config.get(*key).filter(|value| !neutral.is(value)) {
             return Err(ModelError::Unsupported {
                 what: format!("{key} {} in the configuration", shown(value)),
@@ -148,7 +149,9 @@ pub(crate) fn check(config: &Map<String, Value>, architecture: Architecture) -> 
 
 /// Says which keys are not read, and what is odd about those that are.
 pub(crate) fn note(config: &Map<String, Value>, architecture: Architecture, origin: &str) {
-    let unread = config.keys().filter(|key| !WHOLE.contains(&key.as_str()) && !READ.contains(&key.as_str()));
+    let is_read =
+        |key: &str| WHOLE.contains(&key) || READ.contains(&key) || families::keys(architecture).contains(&key);
+    let unread = config.keys().filter(|key| !is_read(key));
     let unread: Vec<&str> = unread.map(String::as_str).collect();
     if !unread.is_empty() {
         tracing::debug!("{origin}: not read: {}", unread.join(", "));

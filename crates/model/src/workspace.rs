@@ -1,3 +1,4 @@
+use crate::model::turns;
 use crate::{ModelConfig, ModelError};
 use dibit_device::{Budget, Device};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,8 +24,8 @@ pub struct Workspace<D: Device> {
     pub(crate) max_outputs: usize,
     /// Residual stream `[max_rows, hidden_size]`.
     pub(crate) hidden: D::Buffer,
-    /// Cosines and sines `[max_rows, head_dim]`.
-    pub(crate) rope: D::Buffer,
+    /// Cosines and sines `[max_rows, head_dim]` for each way in which heads are turned.
+    pub(crate) rope: Vec<D::Buffer>,
     /// `[tile, hidden_size]`
     pub(crate) normed: D::Buffer,
     /// `[tile, num_attention_heads * head_dim]`
@@ -70,7 +71,9 @@ impl<D: Device> Workspace<D> {
             hidden_size: config.hidden_size,
             max_outputs,
             hidden: device.buffer(max_rows * config.hidden_size)?,
-            rope: device.buffer(max_rows * config.head_dim)?,
+            rope: (0..turns(config).0.len())
+                .map(|_| device.buffer(max_rows * config.head_dim))
+                .collect::<Result<_, _>>()?,
             normed: device.buffer(tile * config.hidden_size)?,
             q: device.buffer(tile * q)?,
             k: device.buffer(tile * kv)?,
@@ -97,7 +100,7 @@ impl<D: Device> Workspace<D> {
 /// flight.
 fn pass_row_bytes(config: &ModelConfig) -> usize {
     let kv = 2 * config.num_key_value_heads * config.head_dim;
-    (config.hidden_size + config.head_dim + kv) * size_of::<f32>()
+    (config.hidden_size + turns(config).0.len() * config.head_dim + kv) * size_of::<f32>()
 }
 
 /// Bytes that a pass of `rows` rows takes, `outputs` of which yield logits: its rows, the activations inside a layer, and the

@@ -45,7 +45,7 @@ fn decode(cuda: &Cuda, case: &Case) -> (Vec<f32>, usize) {
         cuda.write_ids(&mut ids, &places);
         let work = |pass: &mut Pass<Cuda>| {
             for (table, rows) in tables.iter().zip(&mut rows) {
-                cuda.embed(table, &ids, count, rows);
+                cuda.embed(table, &ids, count, 1.0, rows);
             }
             let [q, k, v] = rows.each_ref();
             (0..=LAYER).try_for_each(|_| pass.whole_layer((&hidden, 1), case.heads, [q, k, v], &mut out))
