@@ -22,12 +22,10 @@ pub struct ModelKey {
 impl ModelKey {
     /// The key of a model.
     pub fn new(pretrained: &Pretrained) -> Self {
-        let config = &pretrained.config;
-        ModelKey {
-            shape: shape(config),
-            inv_freq: config.rope.inv_freq(config.head_dim),
-            sketch: pretrained.weights.sketch.clone(),
-        }
+        let mut config = pretrained.config.clone();
+        // Whatever contexts a run is for, it is the same model.
+        config.set_context(config.max_position_embeddings);
+        ModelKey { shape: shape(&config), inv_freq: config.inv_freq(), sketch: pretrained.weights.sketch.clone() }
     }
 
     /// A name for just these weights in just this format.

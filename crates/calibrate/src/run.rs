@@ -291,7 +291,7 @@ fn gather<D: Train>(
     }
     let mut pass = ExactPass::new(device, config, &pretrained.weights, options.context)?;
     let layout = scheme.plan(&config.cache_model())?;
-    let inv_freq = config.rope.inv_freq(config.head_dim);
+    let inv_freq = config.inv_freq();
     let all = passes(scheme, config, count);
     for (index, ids) in sequences.all[..count].iter().enumerate().skip(done) {
         if progress(Progress::gathering(index, all)).is_break() {

@@ -45,7 +45,7 @@ fn linear(cpu: &Cpu) -> Result<(), DeviceError> {
                 let (x, mut out) = (cpu.upload(&random(0, rows * k))?, cpu.buffer(rows * n)?);
                 kernels = kernels.add(format!("{rows} rows"), w.num_bytes() as f64 / 1e9, move || {
                     let phase = if rows > 8 { Phase::Prefill } else { Phase::Decode };
-                    cpu.scope(|| cpu.linear(phase, &x, rows, &w, None, &mut out, Output::Write(0)));
+                    cpu.scope(|| cpu.linear(phase, &x, 0..rows, &w, None, &mut out, Output::Write(0)));
                 });
             }
             println!("{}", kernels.table());

@@ -1,6 +1,5 @@
 //! Operations on numbers one by one, and norms of rows.
 
-use super::exp::exp;
 use super::simd::{BASELINE_FMA, WIDTH, dispatch, join, mul_add};
 
 #[inline(always)]
@@ -38,6 +37,25 @@ dispatch! {
 }
 
 #[inline(always)]
+fn add_norm_body<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+        let scale = norm_scale::<FMA>(x, eps);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out += x * scale * weight;
+        }
+    }
+}
+
+dispatch! {
+    /// The same, added.
+    fn add_norm_rows<>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+    baseline: add_norm_body::<BASELINE_FMA>(x, weight, eps, out);
+    avx2: add_norm_body::<true>(x, weight, eps, out);
+    avx512: add_norm_body::<true>(x, weight, eps, out);
+    neon: add_norm_body::<true>(x, weight, eps, out);
+}
+
+#[inline(always)]
 fn norm_inplace_body<const FMA: bool>(x: &mut [f32], weight: &[f32], eps: f32) {
     for row in x.chunks_exact_mut(weight.len()) {
         let scale = norm_scale::<FMA>(row, eps);
@@ -54,25 +72,6 @@ dispatch! {
     avx2: norm_inplace_body::<true>(x, weight, eps);
     avx512: norm_inplace_body::<true>(x, weight, eps);
     neon: norm_inplace_body::<true>(x, weight, eps);
-}
-
-#[inline(always)]
-fn silu_mul_body<const FMA: bool>(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        // 1 / (1 + exp(-x)) for x >= 0, and exp(x) / (1 + exp(x)) below: no power overflows.
-        let power = exp::<FMA>(-gate.abs());
-        let numerator = if *gate < 0.0 { power } else { 1.0 };
-        *gate = *gate * (numerator / (1.0 + power)) * up;
-    }
-}
-
-dispatch! {
-    /// `gate <- gate sigmoid(gate) up`.
-    fn silu_mul<>(gate: &mut [f32], up: &[f32]);
-    baseline: silu_mul_body::<BASELINE_FMA>(gate, up);
-    avx2: silu_mul_body::<true>(gate, up);
-    avx512: silu_mul_body::<true>(gate, up);
-    neon: silu_mul_body::<true>(gate, up);
 }
 
 #[inline(always)]
@@ -118,6 +117,9 @@ mod tests {
                 let mut inplace = all.clone();
                 norm_rows_inplace(isa, &mut inplace, &weight, 1e-5);
                 prop_assert_eq!(&inplace, &out);
+                let mut added = vec![1.0; all.len()];
+                add_norm_rows(isa, &all, &weight, 1e-5, &mut added);
+                prop_assert!(added.iter().zip(&out).all(|(added, out)| *added == 1.0 + out), "{:?}", isa);
                 for (x, out) in all.chunks(width).zip(out.chunks(width)) {
                     let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
                     let scale = 1.0 / (squares / width as f64 + 1e-5).sqrt();
@@ -146,25 +148,6 @@ mod tests {
                     prop_assert_eq!(got.to_bits(), expected.to_bits(), "{:?}", isa);
                 }
             }
-        }
-    }
-
-    #[test]
-    fn silu_is_that_of_the_formula() {
-        let x: Vec<f32> = (-200_000..200_000).map(|i| i as f32 * 4.3e-4).collect();
-        for isa in Isa::available() {
-            let mut gate = x.clone();
-            silu_mul(isa, &mut gate, &vec![2.0; x.len()]);
-            for (x, got) in x.iter().zip(gate) {
-                let exact = 2.0 * f64::from(*x) / (1.0 + (-f64::from(*x)).exp());
-                assert!(close(got, exact, 1e-6), "{isa:?}: silu({x}) = {}", got / 2.0);
-            }
-            let mut ends = [f32::MAX, -f32::MAX, 0.0, -88.0];
-            silu_mul(isa, &mut ends, &[1.0; 4]);
-            assert_eq!(ends, [f32::MAX, 0.0, 0.0, 0.0], "{isa:?}");
-            let mut nothing = [f32::NAN];
-            silu_mul(isa, &mut nothing, &[1.0]);
-            assert!(nothing[0].is_nan(), "{isa:?}");
         }
     }
 }

@@ -69,7 +69,7 @@ mod tests {
     fn run(threads: usize, x: &[f32], rows: usize, w: &Tensor, bias: Option<&Vec<f32>>) -> Vec<f32> {
         let cpu = Cpu::new(Some(threads)).unwrap();
         let mut out = vec![1.0; rows * w.rows()];
-        cpu.scope(|| cpu.linear(Phase::Prefill, &x.to_vec(), rows, w, bias, &mut out, Output::Add(0)));
+        cpu.scope(|| cpu.linear(Phase::Prefill, &x.to_vec(), 0..rows, w, bias, &mut out, Output::Add(0)));
         out
     }
 

@@ -1,5 +1,6 @@
 //! dibit on CPUs: the reference for every other device.
 
+mod activation;
 mod adapters;
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -44,7 +45,8 @@ use attention::Buffers;
 use call::{Call, Heads};
 use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use dibit_device::{
-    Attention, Dense, DeviceError, KvStorage, Measure, Memory, Output, Sweep, Tensor, Values, with_blocks,
+    Activation, Attention, Dense, DeviceError, KvStorage, Measure, Memory, Norm, Output, Sweep, Tensor, Values,
+    with_blocks,
 };
 use element::Element;
 pub use host_packing::HostPacker;
@@ -186,18 +188,23 @@ impl Dense for Cpu {
         x: &Vec<f32>,
         rows: Range<usize>,
         width: usize,
-        weight: &Vec<f32>,
-        eps: f32,
+        norm: Norm<Vec<f32>>,
         out: &mut Vec<f32>,
+        output: Output,
     ) {
+        let (Output::Write(first) | Output::Add(first)) = output;
         let x = &x[rows.start * width..rows.end * width];
-        let out = &mut out[..rows.len() * width];
-        let weight = &weight[..width];
+        let out = &mut out[first * width..(first + rows.len()) * width];
+        let (weight, eps) = (&norm.weight[..width], norm.eps);
+        let norm = |x: &[f32], out: &mut [f32]| match output {
+            Output::Write(_) => elementwise::norm_rows(self.isa, x, weight, eps, out),
+            Output::Add(_) => elementwise::add_norm_rows(self.isa, x, weight, eps, out),
+        };
         if rows.len() < PARALLEL_ROWS {
-            elementwise::norm_rows(self.isa, x, weight, eps, out);
+            norm(x, out);
         } else {
             let pairs = x.par_chunks(width * PARALLEL_ROWS).zip(out.par_chunks_mut(width * PARALLEL_ROWS));
-            pairs.for_each(|(x, out)| elementwise::norm_rows(self.isa, x, weight, eps, out));
+            pairs.for_each(|(x, out)| norm(x, out));
         }
     }
 
@@ -210,13 +217,14 @@ impl Dense for Cpu {
         &self,
         phase: Phase,
         x: &Vec<f32>,
-        rows: usize,
+        rows: Range<usize>,
         w: &Tensor,
         bias: Option<&Vec<f32>>,
         out: &mut Vec<f32>,
         output: Output,
     ) {
-        let shape = dot::Shape { m: rows, n: w.rows(), k: w.cols() };
+        let shape = dot::Shape { m: rows.len(), n: w.rows(), k: w.cols() };
+        let x = &x[rows.start * w.cols()..rows.end * w.cols()];
         let bias = bias.map(Vec::as_slice);
         let isa = if phase == Phase::Prefill { self.isa } else { self.isa.without_matrices() };
         match w.values() {
@@ -250,10 +258,10 @@ impl Dense for Cpu {
         });
     }
 
-    fn silu_mul(&self, gate: &mut Vec<f32>, up: &Vec<f32>, len: usize) {
+    fn activate(&self, activation: Activation, gate: &mut Vec<f32>, up: &Vec<f32>, len: usize) {
         let chunk = 4096;
         let pairs = gate[..len].par_chunks_mut(chunk).zip(up[..len].par_chunks(chunk));
-        pairs.for_each(|(gate, up)| elementwise::silu_mul(self.isa, gate, up));
+        pairs.for_each(|(gate, up)| activation::activate(self.isa, activation, gate, up));
     }
 }
 

@@ -60,9 +60,9 @@ extern "C" __global__ void embed(const u8* table, int type, const u32* ids, int 
 EXPORT(embed)
 
 /// Root mean square normalisation, a block for each row, of x into out, which may be x. Numbers of type `type` are stored
-/// times `scale`.
+/// times `scale`, or, with `add`, added to what is there in f32.
 extern "C" __global__ void rms_norm(const float* x, const float* weight, int width, float eps, u8* out, int type,
-                                    float scale) {
+                                    float scale, int add) {
     i64 first = (i64)blockIdx.x * width;
     const float* row = x + first;
     bool whole = width % 4 == 0;
@@ -81,11 +81,17 @@ extern "C" __global__ void rms_norm(const float* x, const float* weight, int wid
             float4 own = *(const float4*)(row + i), by = *(const float4*)(weight + i);
             own = make_float4(own.x * factor * by.x, own.y * factor * by.y, own.z * factor * by.z,
                               own.w * factor * by.w);
+            if (add) {
+                float4 before = load_four(out, first + i, TYPE_F32);
+                own = make_float4(before.x + own.x, before.y + own.y, before.z + own.z, before.w + own.w);
+            }
             store_four(out, first + i, own, type);
         }
     } else {
-        for (int i = threadIdx.x; i < width; i += blockDim.x)
-            store_one(out, first + i, row[i] * factor * weight[i], type);
+        for (int i = threadIdx.x; i < width; i += blockDim.x) {
+            float own = row[i] * factor * weight[i];
+            store_one(out, first + i, add ? load_one(out, first + i, TYPE_F32) + own : own, type);
+        }
     }
 }
 EXPORT(rms_norm)
@@ -167,19 +173,45 @@ extern "C" __global__ void place_heads(AllPlaced all, float eps, int head_dim, c
 }
 EXPORT(place_heads)
 
+// Activations, as in src/rows.rs.
+#define SILU 0
+#define GELU_TANH 1
+#define GELU 2
+#define CLAMPED 3
+
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
-/// gate = silu(gate) up, four numbers for each thread.
-extern "C" __global__ void silu_mul(float* gate, const float* up, i64 count) {
+/// What a gated layer makes of the two halves of a number.
+template <int ACTIVATION>
+__device__ __forceinline__ float activated(float gate, float up, float limit) {
+    if (ACTIVATION == SILU) return silu(gate) * up;
+    if (ACTIVATION == GELU_TANH)
+        return gate * (0.5f + 0.5f * tanhf(0.797884561f * (gate + 0.044715f * (gate * gate * gate)))) * up;
+    if (ACTIVATION == GELU) return gate * (0.5f * erfcf(-gate * 0.707106781f)) * up;
+    float own = fminf(gate, limit), other = fminf(fmaxf(up, -limit), limit);
+    return own / (1.0f + expf(-1.702f * own)) * (other + 1.0f);
+}
+
+template <int ACTIVATION>
+__device__ __forceinline__ void activate_four(float* gate, const float* up, i64 count, float limit) {
     i64 i = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x);
     if (i + 4 <= count) {
         float4 a = *(const float4*)(gate + i), b = *(const float4*)(up + i);
-        *(float4*)(gate + i) = make_float4(silu(a.x) * b.x, silu(a.y) * b.y, silu(a.z) * b.z, silu(a.w) * b.w);
+        *(float4*)(gate + i) = make_float4(activated<ACTIVATION>(a.x, b.x, limit), activated<ACTIVATION>(a.y, b.y, limit),
+                                           activated<ACTIVATION>(a.z, b.z, limit), activated<ACTIVATION>(a.w, b.w, limit));
     } else {
-        for (; i < count; i++) gate[i] = silu(gate[i]) * up[i];
+        for (; i < count; i++) gate[i] = activated<ACTIVATION>(gate[i], up[i], limit);
     }
 }
-EXPORT(silu_mul)
+
+/// gate = what an activation makes of gate and up, four numbers for each thread.
+extern "C" __global__ void activate(float* gate, const float* up, i64 count, int activation, float limit) {
+    if (activation == SILU) activate_four<SILU>(gate, up, count, limit);
+    if (activation == GELU_TANH) activate_four<GELU_TANH>(gate, up, count, limit);
+    if (activation == GELU) activate_four<GELU>(gate, up, count, limit);
+    if (activation == CLAMPED) activate_four<CLAMPED>(gate, up, count, limit);
+}
+EXPORT(activate)
 
 #define NOT_FINITE 0xffffffffu
 

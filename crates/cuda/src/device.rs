@@ -13,8 +13,8 @@ use crate::timing::{self, CudaSweep};
 use crate::{CudaError, attention};
 use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use dibit_device::{
-    Attention, Budget, Dense, DeviceError, DeviceMemory, Heads, KvStorage, Measure, Norm, Output, Projection, Sweep,
-    Tensor,
+    Activation, Attention, Budget, Dense, DeviceError, DeviceMemory, Heads, KvStorage, Measure, Norm, Output,
+    Projection, Sweep, Tensor,
 };
 use std::ops::Range;
 use std::time::Duration;
@@ -121,8 +121,16 @@ impl Dense for Cuda {
         self.keep(rows::copy_rows(self, x, rows, count, width, out));
     }
 
-    fn rms_norm(&self, x: &Buffer, rows: Range<usize>, width: usize, weight: &Buffer, eps: f32, out: &mut Buffer) {
-        self.keep(rows::rms_norm(self, x, rows, width, weight, eps, out));
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        rows: Range<usize>,
+        width: usize,
+        norm: Norm<Buffer>,
+        out: &mut Buffer,
+        output: Output,
+    ) {
+        self.keep(rows::rms_norm(self, x, rows, width, norm, out, output));
     }
 
     fn rms_norm_inplace(&self, x: &mut Buffer, rows: usize, width: usize, weight: &Buffer, eps: f32) {
@@ -133,7 +141,7 @@ impl Dense for Cuda {
         &self,
         phase: Phase,
         x: &Buffer,
-        rows: usize,
+        rows: Range<usize>,
         w: &Matrix,
         bias: Option<&Buffer>,
         out: &mut Buffer,
@@ -148,7 +156,7 @@ impl Dense for Cuda {
         x: &Buffer,
         rows: Range<usize>,
         width: usize,
-        norm: Norm<Buffer>,
+        norm: Option<Norm<Buffer>>,
         normed: &mut Buffer,
         projections: [Projection<Self>; N],
     ) {
@@ -174,8 +182,8 @@ impl Dense for Cuda {
         self.keep(rows::rope(self, x, heads, head_dim, table, rows));
     }
 
-    fn silu_mul(&self, gate: &mut Buffer, up: &Buffer, len: usize) {
-        self.keep(rows::silu_mul(self, gate, up, len));
+    fn activate(&self, activation: Activation, gate: &mut Buffer, up: &Buffer, len: usize) {
+        self.keep(rows::activate(self, activation, gate, up, len));
     }
 
     fn argmax_rows(&self, x: &Buffer, rows: usize, width: usize) -> Result<Vec<Option<u32>>, DeviceError> {

@@ -11,7 +11,7 @@ use crate::cuda::{Buffer, Cuda};
 use crate::kernel::{Grid, launch};
 use crate::matrix::{Matrix, Stored};
 use crate::memory::at;
-use crate::rows;
+use crate::rows::{self, NormTo};
 use crate::source::LINEAR;
 use bytemuck::{Pod, Zeroable};
 use dibit_cache::Phase;
@@ -89,26 +89,27 @@ pub(crate) fn linear(
     c: &Cuda,
     phase: Phase,
     x: &Buffer,
-    rows: usize,
+    rows: Range<usize>,
     w: &Matrix,
     bias: Option<&Buffer>,
     out: &mut Buffer,
     output: Output,
 ) -> Result<(), CudaError> {
-    assert!(rows * w.cols <= x.len, "{rows} rows of {} numbers", w.cols);
+    assert!(rows.end * w.cols <= x.len, "rows {rows:?} of {} numbers", w.cols);
     let (Output::Write(first) | Output::Add(first)) = output;
-    let add = matches!(output, Output::Add(_));
-    let step = Step::new(w, bias, out, first, rows);
-    if ours(phase, rows, w) {
-        return few(c, &[step], at(&x.memory, 0), rows, None, add);
+    let (add, count) = (matches!(output, Output::Add(_)), rows.len());
+    let step = Step::new(w, bias, out, first, count);
+    let from = at(&x.memory, rows.start * w.cols);
+    if ours(phase, count, w) {
+        return few(c, &[step], from, count, None, add);
     }
     if w.stored == Stored::F32 {
-        return many(c, &step, at(&x.memory, 0), rows, 1.0, add);
+        return many(c, &step, from, count, 1.0, add);
     }
-    let scratch = c.blas.scratch(rows * w.cols * w.stored.bytes())?;
+    let scratch = c.blas.scratch(count * w.cols * w.stored.bytes())?;
     let (to, scale) = (scratch.memory().at(0), narrowing(w.stored));
-    rows::narrow(c, x, rows * w.cols, (to, w.stored, scale))?;
-    many(c, &step, to, rows, scale, add)
+    rows::narrow(c, x, rows.start * w.cols..rows.end * w.cols, (to, w.stored, scale))?;
+    many(c, &step, to, count, scale, add)
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -118,32 +119,42 @@ pub(crate) fn norm_linear<const N: usize>(
     x: &Buffer,
     rows: Range<usize>,
     width: usize,
-    norm: Norm<Buffer>,
+    norm: Option<Norm<Buffer>>,
     normed: &mut Buffer,
     projections: [Projection<Cuda>; N],
 ) -> Result<(), CudaError> {
     const { assert!(0 < N && N <= PROJECTIONS) };
     let count = rows.len();
-    assert!(rows.end * width <= x.len && width <= norm.weight.len, "rows {rows:?} of {width} numbers");
+    let weights = norm.as_ref().map_or(width, |norm| norm.weight.len);
+    assert!(rows.end * width <= x.len && width <= weights, "rows {rows:?} of {width} numbers");
     let steps = projections.each_ref().map(|own| {
         assert_eq!(own.weight.cols, width, "inputs of a projection");
         Step::new(own.weight, own.bias, own.out, 0, count)
     });
     let first = steps[0].w;
     if ours(phase, count, first) && steps.iter().all(|own| own.w.stored == first.stored) {
-        return few(c, &steps, at(&x.memory, rows.start * width), count, Some(norm), false);
+        return few(c, &steps, at(&x.memory, rows.start * width), count, norm, false);
     }
     if first.stored == Stored::F32 || steps.iter().any(|own| own.w.stored != first.stored || ours(phase, count, own.w))
     {
-        rows::rms_norm(c, x, rows, width, norm.weight, norm.eps, normed)?;
+        let (x, rows) = match norm {
+            None => (x, rows),
+            Some(norm) => {
+                rows::rms_norm(c, x, rows, width, norm, normed, Output::Write(0))?;
+                (&*normed, 0..count)
+            }
+        };
         for Projection { weight, bias, out } in projections {
-            linear(c, phase, normed, count, weight, bias, out, Output::Write(0))?;
+            linear(c, phase, x, rows.clone(), weight, bias, out, Output::Write(0))?;
         }
         return Ok(());
     }
     let scratch = c.blas.scratch(count * width * first.stored.bytes())?;
-    let (to, scale) = (scratch.memory().at(0), narrowing(first.stored));
-    rows::norm_into(c, x, rows, width, norm.weight, norm.eps, (to, first.stored, scale))?;
+    let (to, scale, stored) = (scratch.memory().at(0), narrowing(first.stored), first.stored);
+    match norm {
+        None => rows::narrow(c, x, rows.start * width..rows.end * width, (to, stored, scale))?,
+        Some(norm) => rows::norm_into(c, x, rows, width, norm, NormTo { out: to, stored, scale, add: false })?,
+    }
     steps.iter().try_for_each(|step| many(c, step, to, count, scale, false))
 }
 

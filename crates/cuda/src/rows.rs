@@ -7,7 +7,7 @@ use crate::matrix::{Matrix, Stored};
 use crate::memory::at;
 use crate::source::ROWS;
 use bytemuck::{Pod, Zeroable};
-use dibit_device::Heads;
+use dibit_device::{Activation, Heads, Norm, Output};
 use std::ops::Range;
 
 /// Threads of a block that numbers are shared among one by one.
@@ -82,23 +82,33 @@ pub(crate) fn copy_rows(
     Ok(())
 }
 
-/// Normalises rows into an address, as numbers of a type, times `scale`.
-#[allow(clippy::too_many_arguments)]
+/// Where normalised rows go.
+pub(crate) struct NormTo {
+    /// An address.
+    pub out: u64,
+    /// As what their numbers are stored.
+    pub stored: Stored,
+    /// What they are multiplied by.
+    pub scale: f32,
+    /// Whether they are added to what is there, in f32.
+    pub add: bool,
+}
+
+/// Normalises rows.
 pub(crate) fn norm_into(
     c: &Cuda,
     x: &Buffer,
     rows: Range<usize>,
     width: usize,
-    weight: &Buffer,
-    eps: f32,
-    (out, stored, scale): (u64, Stored, f32),
+    Norm { weight, eps }: Norm<Buffer>,
+    NormTo { out, stored, scale, add }: NormTo,
 ) -> Result<(), CudaError> {
     assert!(rows.end * width <= x.len && width <= weight.len, "rows {rows:?} of {width} numbers");
     let kernel = kernel(c, "rms_norm")?;
     let grid = Grid::new([rows.len(), 1, 1], row_threads(width));
     let x = at(&x.memory, rows.start * width);
     let weight = at(&weight.memory, 0);
-    launch!(c.gpu, kernel, grid, x, weight, width as i32, eps, out, stored.number(), scale);
+    launch!(c.gpu, kernel, grid, x, weight, width as i32, eps, out, stored.number(), scale, i32::from(add));
     Ok(())
 }
 
@@ -107,12 +117,15 @@ pub(crate) fn rms_norm(
     x: &Buffer,
     rows: Range<usize>,
     width: usize,
-    weight: &Buffer,
-    eps: f32,
+    norm: Norm<Buffer>,
     out: &mut Buffer,
+    output: Output,
 ) -> Result<(), CudaError> {
-    assert!(rows.len() * width <= out.len, "{} rows of {width} numbers", rows.len());
-    norm_into(c, x, rows, width, weight, eps, (at(&out.memory, 0), Stored::F32, 1.0))
+    let (Output::Write(first) | Output::Add(first)) = output;
+    assert!((first + rows.len()) * width <= out.len, "{} rows of {width} numbers", rows.len());
+    let out = at(&out.memory, first * width);
+    let to = NormTo { out, stored: Stored::F32, scale: 1.0, add: matches!(output, Output::Add(_)) };
+    norm_into(c, x, rows, width, norm, to)
 }
 
 pub(crate) fn rms_norm_inplace(
@@ -123,21 +136,22 @@ pub(crate) fn rms_norm_inplace(
     weight: &Buffer,
     eps: f32,
 ) -> Result<(), CudaError> {
-    let to = (at(&x.memory, 0), Stored::F32, 1.0);
-    norm_into(c, x, 0..rows, width, weight, eps, to)
+    let to = NormTo { out: at(&x.memory, 0), stored: Stored::F32, scale: 1.0, add: false };
+    norm_into(c, x, 0..rows, width, Norm { weight, eps }, to)
 }
 
-/// Rounds the first numbers of `x`, times `scale`, to 16 bit.
+/// Rounds numbers of `x`, times `scale`, to 16 bit.
 pub(crate) fn narrow(
     c: &Cuda,
     x: &Buffer,
-    count: usize,
+    numbers: Range<usize>,
     (out, stored, scale): (u64, Stored, f32),
 ) -> Result<(), CudaError> {
-    assert!(count <= x.len, "{count} numbers");
+    assert!(numbers.end <= x.len, "{} numbers", numbers.end);
+    let count = numbers.len();
     let kernel = kernel(c, "narrow")?;
     let grid = Grid::each(count.div_ceil(4), THREADS);
-    launch!(c.gpu, kernel, grid, at(&x.memory, 0), count as i64, out, stored.number(), scale);
+    launch!(c.gpu, kernel, grid, at(&x.memory, numbers.start), count as i64, out, stored.number(), scale);
     Ok(())
 }
 
@@ -193,11 +207,24 @@ pub(crate) fn rope(
     place_heads(c, [Heads { x, heads, norm: None }], 0.0, head_dim, table, rows)
 }
 
-pub(crate) fn silu_mul(c: &Cuda, gate: &mut Buffer, up: &Buffer, len: usize) -> Result<(), CudaError> {
+pub(crate) fn activate(
+    c: &Cuda,
+    activation: Activation,
+    gate: &mut Buffer,
+    up: &Buffer,
+    len: usize,
+) -> Result<(), CudaError> {
     assert!(len <= gate.len && len <= up.len, "{len} numbers");
-    let kernel = kernel(c, "silu_mul")?;
+    let kernel = kernel(c, "activate")?;
     let grid = Grid::each(len.div_ceil(4), THREADS);
-    launch!(c.gpu, kernel, grid, at(&gate.memory, 0), at(&up.memory, 0), len as i64);
+    // As in rows.cu.
+    let (number, limit) = match activation {
+        Activation::Silu => (0i32, 0f32),
+        Activation::GeluTanh => (1, 0.0),
+        Activation::Gelu => (2, 0.0),
+        Activation::Clamped { limit } => (3, limit),
+    };
+    launch!(c.gpu, kernel, grid, at(&gate.memory, 0), at(&up.memory, 0), len as i64, number, limit);
     Ok(())
 }
 

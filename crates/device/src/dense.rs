@@ -40,6 +40,22 @@ pub enum Output {
     Add(usize),
 }
 
+/// What becomes of the gate of a gated layer, and how it meets the other half.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `silu(gate) up`
+    Silu,
+    /// `gelu(gate) up`, by the tanh of a polynomial.
+    GeluTanh,
+    /// `gelu(gate) up`, by the error function.
+    Gelu,
+    /// gpt-oss: `g sigmoid(1.702 g) (u + 1)`, `g` being the gate up to the limit, `u` the other half within it on both sides.
+    Clamped {
+        /// The limit.
+        limit: f32,
+    },
+}
+
 /// The operations that a model is made of, but for its cache.
 pub trait Dense: Memory {
     /// A weight matrix `[out, in]`; clones share the numbers.
@@ -57,36 +73,36 @@ pub trait Dense: Memory {
     /// `out[i] = x[rows[i]]` for the first `count` rows, rows of `width` numbers.
     fn copy_rows(&self, x: &Self::Buffer, rows: &Self::Ids, count: usize, width: usize, out: &mut Self::Buffer);
 
-    /// Root mean square normalisation of the rows `rows` of `x`, of `width` numbers each, into the first rows of `out`: `x / sqrt(mean(x^2) + eps) * weight`.
+    /// Root mean square normalisation of the rows `rows` of `x`, of `width` numbers each: `x / sqrt(mean(x^2) + eps) * weight`.
     fn rms_norm(
         &self,
         x: &Self::Buffer,
         rows: Range<usize>,
         width: usize,
-        weight: &Self::Buffer,
-        eps: f32,
+        norm: Norm<Self::Buffer>,
         out: &mut Self::Buffer,
+        output: Output,
     );
 
-    /// [`Dense::rms_norm`] in place, on the first `rows` rows of `width` numbers: the q/k-norm of Qwen3,
-    /// a row being a head.
+    /// [`Dense::rms_norm`] in place, on the first `rows` rows of `width` numbers: norms of q and k,
+    /// a row being a head (Qwen3) or all heads of a token (OLMo 2).
     fn rms_norm_inplace(&self, x: &mut Self::Buffer, rows: usize, width: usize, weight: &Self::Buffer, eps: f32);
 
-    /// `x w^T + bias` for the first `rows` rows of `x`.
+    /// `x w^T + bias` for the rows `rows` of `x`.
     #[allow(clippy::too_many_arguments)]
     fn linear(
         &self,
         phase: Phase,
         x: &Self::Buffer,
-        rows: usize,
+        rows: Range<usize>,
         w: &Self::Matrix,
         bias: Option<&Self::Buffer>,
         out: &mut Self::Buffer,
         output: Output,
     );
 
-    /// [`Dense::rms_norm`] of rows `rows` of `x` into `normed`, and [`Dense::linear`] of that for each of the
-    /// projections. What `normed` holds afterwards is not said.
+    /// [`Dense::rms_norm`] of rows `rows` of `x` into `normed`, where there is a norm, and [`Dense::linear`] of that for each
+    /// of the projections. What `normed` holds afterwards is not said.
     #[allow(clippy::too_many_arguments)]
     fn norm_linear<const N: usize>(
         &self,
@@ -94,14 +110,20 @@ pub trait Dense: Memory {
         x: &Self::Buffer,
         rows: Range<usize>,
         width: usize,
-        norm: Norm<Self::Buffer>,
+        norm: Option<Norm<Self::Buffer>>,
         normed: &mut Self::Buffer,
         projections: [Projection<Self>; N],
     ) {
-        let count = rows.len();
-        self.rms_norm(x, rows, width, norm.weight, norm.eps, normed);
+        let (x, rows) = match norm {
+            None => (x, rows),
+            Some(norm) => {
+                let count = rows.len();
+                self.rms_norm(x, rows, width, norm, normed, Output::Write(0));
+                (&*normed, 0..count)
+            }
+        };
         for Projection { weight, bias, out } in projections {
-            self.linear(phase, normed, count, weight, bias, out, Output::Write(0));
+            self.linear(phase, x, rows.clone(), weight, bias, out, Output::Write(0));
         }
     }
 
@@ -138,8 +160,8 @@ pub trait Dense: Memory {
     /// channel `c` pairs with `c + head_dim / 2`.
     fn rope(&self, x: &mut Self::Buffer, heads: usize, head_dim: usize, table: &Self::Buffer, rows: Range<usize>);
 
-    /// `gate <- silu(gate) * up` for the first `len` numbers.
-    fn silu_mul(&self, gate: &mut Self::Buffer, up: &Self::Buffer, len: usize);
+    /// `gate <-` the activation of `gate` and `up`, for the first `len` numbers.
+    fn activate(&self, activation: Activation, gate: &mut Self::Buffer, up: &Self::Buffer, len: usize);
 
     /// The place of the largest number of each of the first `rows` rows of `width` numbers, the first of equals; `None`
     /// for a row of which not all numbers are finite.

@@ -22,7 +22,7 @@ mod train;
 
 pub use blocks::{Block, BlockType, cast_blocks};
 pub use budget::Budget;
-pub use dense::{Dense, Heads, Norm, Output, Projection};
+pub use dense::{Activation, Dense, Heads, Norm, Output, Projection};
 pub use device::Device;
 pub use error::DeviceError;
 pub use kv_cache::{KvCache, OwnedCache};

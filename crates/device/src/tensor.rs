@@ -132,6 +132,17 @@ impl<T: bytemuck::Pod> Storage<T> {
         }
     }
 
+    /// A part, which shares its numbers with the whole where these are shared already.
+    fn part(&self, range: Range<usize>) -> Self {
+        match self {
+            Storage::Shared { bytes, offset, .. } => {
+                let (start, end) = (range.start * size_of::<T>(), range.end * size_of::<T>());
+                Storage::Shared { bytes: bytes.clone(), offset: offset + start, len: end - start }
+            }
+            whole => Storage::Owned(Arc::new(whole.as_slice()[range].to_vec())),
+        }
+    }
+
     fn as_slice(&self) -> &[T] {
         match self {
             Storage::Owned(values) => values,
@@ -239,6 +250,25 @@ impl Tensor {
             Values::Blocks(kind, words) => Data::Blocks(kind, copy(words, self.rows, &source)),
         };
         Tensor { rows: self.rows, cols: self.cols, data }
+    }
+
+    /// The matrix of some of the rows.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub fn part_rows(&self, rows: Range<usize>) -> Tensor {
+        fn of<T: bytemuck::Pod>(storage: &Storage<T>, all: usize, rows: &Range<usize>) -> Storage<T> {
+            let width = storage.as_slice().len() / all.max(1);
+            storage.part(rows.start * width..rows.end * width)
+        }
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let data = match &self.data {
+            Data::F32(storage) => Data::F32(of(storage, self.rows, &rows)),
+            Data::F16(storage) => Data::F16(of(storage, self.rows, &rows)),
+            Data::Bf16(storage) => Data::Bf16(of(storage, self.rows, &rows)),
+            Data::Blocks(kind, storage) => Data::Blocks(*kind, of(storage, self.rows, &rows)),
+        };
+        Tensor { rows: rows.len(), cols: self.cols, data }
     }
 
     /// A matrix of `values`, rounded to `dtype`.
@@ -467,6 +497,19 @@ mod tests {
 
     fn bytes(raw: Vec<u8>) -> Bytes {
         Arc::new(raw)
+    }
+
+    #[test]
+    fn parts_have_the_rows_of_the_whole() {
+        let raw: Vec<u8> = (0..7 * 3 * 2).collect();
+        let shared = Tensor::from_bytes(&bytes(raw), 0, DType::Bf16, 7, 3).unwrap();
+        for whole in [shared.clone(), shared.cast(DType::F32)] {
+            let part = whole.part_rows(2..5);
+            assert_eq!((part.rows(), part.cols(), part.dtype()), (3, 3, whole.dtype()));
+            (0..3).for_each(|row| assert_eq!(part.row(row), whole.row(row + 2)));
+            assert_eq!(whole.part_rows(7..7).rows(), 0);
+        }
+        assert!(shared.part_rows(1..2).is_shared());
     }
 
     #[test]

@@ -15,16 +15,22 @@ pub enum Architecture {
     Granite,
     /// SmolLM3: layers without rotary positions.
     SmolLm3,
+    /// OLMo 2: norms behind attention and the gated layers.
+    Olmo2,
+    /// Phi-3 and Phi-4: joint projections, longrope.
+    Phi3,
 }
 
 impl Architecture {
-    pub(crate) const ALL: [Architecture; 6] = [
+    pub(crate) const ALL: [Architecture; 8] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
         Architecture::Granite,
         Architecture::SmolLm3,
+        Architecture::Olmo2,
+        Architecture::Phi3,
     ];
 
     /// The name in `architectures`.
@@ -36,6 +42,8 @@ impl Architecture {
             Architecture::Qwen3 => "Qwen3ForCausalLM",
             Architecture::Granite => "GraniteForCausalLM",
             Architecture::SmolLm3 => "SmolLM3ForCausalLM",
+            Architecture::Olmo2 => "Olmo2ForCausalLM",
+            Architecture::Phi3 => "Phi3ForCausalLM",
         }
     }
 
@@ -46,7 +54,7 @@ impl Architecture {
 
     /// Whether `attention_bias` gives the projections of attention biases.
     pub(crate) const fn may_have_attention_bias(self) -> bool {
-        !matches!(self, Architecture::Mistral | Architecture::Qwen2)
+        !matches!(self, Architecture::Mistral | Architecture::Qwen2 | Architecture::Phi3)
     }
 
     /// `model_type` of its configurations.
@@ -58,6 +66,8 @@ impl Architecture {
             Architecture::Qwen3 => "qwen3",
             Architecture::Granite => "granite",
             Architecture::SmolLm3 => "smollm3",
+            Architecture::Olmo2 => "olmo2",
+            Architecture::Phi3 => "phi3",
         }
     }
 
@@ -69,7 +79,8 @@ impl Architecture {
     /// Longest context where a configuration does not say.
     pub(crate) const fn default_context(self) -> usize {
         match self {
-            Architecture::Llama | Architecture::Granite => 2048,
+            Architecture::Llama | Architecture::Granite | Architecture::Olmo2 => 2048,
+            Architecture::Phi3 => 4096,
             Architecture::Mistral => 131_072,
             Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => 32_768,
         }
@@ -88,13 +99,26 @@ impl Architecture {
         }
     }
 
+    /// What norms add to the mean square where a configuration does not say.
+    pub(crate) const fn default_rms_norm_eps(self) -> f64 {
+        match self {
+            Architecture::Olmo2 | Architecture::Phi3 => 1e-5,
+            _ => 1e-6,
+        }
+    }
+
+    /// Whether heads may turn in part.
+    pub(crate) const fn may_turn_in_part(self) -> bool {
+        matches!(self, Architecture::Phi3)
+    }
+
     /// Whether a configuration that does not speak of a sliding window means one.
     pub(crate) const fn implies_window(self) -> bool {
         matches!(self, Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3)
     }
 
-    /// Whether heads of q and k are normalised.
+    /// Whether q and k are normalised.
     pub const fn has_qk_norm(self) -> bool {
-        matches!(self, Architecture::Qwen3)
+        matches!(self, Architecture::Qwen3 | Architecture::Olmo2)
     }
 }

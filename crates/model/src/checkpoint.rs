@@ -150,6 +150,11 @@ impl Checkpoint {
         if self.is_gguf { gguf::file_name(name) } else { name.to_owned() }
     }
 
+    /// Whether it is a GGUF file.
+    pub(crate) fn is_gguf(&self) -> bool {
+        self.is_gguf
+    }
+
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(&self.file_name(name))

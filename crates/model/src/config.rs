@@ -1,19 +1,20 @@
 //! `config.json` of Hugging Face checkpoints.
 
+use crate::head_places::HeadPlaces;
 use crate::json::{ids, shown, whole};
 use crate::unread_keys::{self, WHOLE};
-use crate::{Architecture, DecoderSpec, ModelError, Rope, families};
+use crate::{Architecture, DecoderSpec, ModelError, NormPlaces, QkNorm, Rope, families};
 use dibit_cache::{CacheLayout, CacheModel, CacheShape, CalibratedScheme, SchemeError};
 use dibit_device::DType;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// Head sizes, in words; [`supports_head_dim`] says it of one.
-pub const SUPPORTED_HEAD_DIMS: &str = "multiples of 8 from 8 to 256";
+pub const SUPPORTED_HEAD_DIMS: &str = "even numbers from 8 to 256";
 
 /// Whether heads of so many channels are supported.
 pub const fn supports_head_dim(head_dim: usize) -> bool {
-    head_dim >= 8 && head_dim <= 256 && head_dim.is_multiple_of(8)
+    head_dim >= 8 && head_dim <= 256 && head_dim.is_multiple_of(2)
 }
 
 /// A validated model configuration.
@@ -31,7 +32,7 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// KV heads.
     pub num_key_value_heads: usize,
-    /// Channels of a head.
+    /// Channels of a head as it is computed: a multiple of 8, to which zeros fill up what a checkpoint has.
     pub head_dim: usize,
     /// Token ids.
     pub vocab_size: usize,
@@ -155,10 +156,12 @@ impl ModelConfig {
                 raw.num_attention_heads
             )));
         }
-        let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads);
-        if !supports_head_dim(head_dim) {
-            return unsupported(format!("head_dim {head_dim}"), SUPPORTED_HEAD_DIMS);
+        let stored = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads);
+        if !supports_head_dim(stored) {
+            return unsupported(format!("head_dim {stored}"), SUPPORTED_HEAD_DIMS);
         }
+        let (rope, rotary) = Rope::parse(&object, architecture, stored, raw.max_position_embeddings, origin)?;
+        let places = HeadPlaces { stored, rotary };
         Ok(ModelConfig {
             architecture,
             hidden_size: raw.hidden_size,
@@ -166,12 +169,12 @@ impl ModelConfig {
             num_hidden_layers: raw.num_hidden_layers,
             num_attention_heads: raw.num_attention_heads,
             num_key_value_heads,
-            head_dim,
+            head_dim: places.head_dim(),
             vocab_size: raw.vocab_size,
             max_position_embeddings: raw.max_position_embeddings,
             rms_norm_eps: raw.rms_norm_eps,
-            rope: Rope::parse(&object, head_dim, raw.max_position_embeddings, origin)?,
-            spec: families::spec(architecture, &object, raw.num_hidden_layers, origin)?,
+            rope,
+            spec: families::spec(architecture, &object, raw.num_hidden_layers, places, origin)?,
             tie_word_embeddings: raw.tie_word_embeddings,
             bos_token_id: ids("bos_token_id", &raw.bos_token_id)?.first().copied(),
             eos_token_ids: ids("eos_token_id", &raw.eos_token_id)?,
@@ -191,11 +194,21 @@ impl ModelConfig {
         }
     }
 
+    /// Rotary frequencies of the pairs of channels of a head, `head_dim / 2`: 0 for those that do not turn.
+    pub fn inv_freq(&self) -> Vec<f32> {
+        self.spec.inv_freq(&self.rope)
+    }
+
+    /// Chooses what a model does for contexts of so many tokens: longrope has frequencies for short and for long ones.
+    pub fn set_context(&mut self, tokens: usize) {
+        self.rope.set_context(tokens);
+    }
+
     /// What a cache needs to know of the model, whose plain weights leave transforms of values to it.
     pub fn cache_model(&self) -> CacheModel {
         CacheModel {
             turns_all_layers: (0..self.num_hidden_layers).all(|layer| self.spec.has_rope(layer)),
-            ..CacheModel::new(self.cache_shape(), self.rope.inv_freq(self.head_dim))
+            ..CacheModel::new(self.cache_shape(), self.inv_freq())
         }
     }
 
@@ -210,10 +223,17 @@ impl ModelConfig {
 
     /// Numbers in all weights.
     pub fn num_parameters(&self) -> usize {
-        let q = self.num_attention_heads * self.head_dim;
-        let kv = self.num_key_value_heads * self.head_dim;
+        let head_dim = self.spec.places.stored;
+        let q = self.num_attention_heads * head_dim;
+        let kv = self.num_key_value_heads * head_dim;
         let biases = if self.architecture.has_qkv_bias() { q + 2 * kv } else { 0 };
-        let norms = 2 * self.hidden_size + if self.architecture.has_qk_norm() { 2 * self.head_dim } else { 0 };
+        let qk_norms = match self.spec.qk_norm {
+            QkNorm::None => 0,
+            QkNorm::Head => 2 * head_dim,
+            QkNorm::Row => q + kv,
+        };
+        let places = if self.spec.norms == NormPlaces::Both { 4 } else { 2 };
+        let norms = places * self.hidden_size + qk_norms;
         let layer = 2 * self.hidden_size * (q + kv) + 3 * self.hidden_size * self.intermediate_size + biases + norms;
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
         self.num_hidden_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
@@ -265,9 +285,12 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
         config.entry(key).or_insert(value);
     };
     imply("max_position_embeddings", architecture.default_context().into());
-    imply("rms_norm_eps", 1e-6.into());
+    imply("rms_norm_eps", architecture.default_rms_norm_eps().into());
     if architecture == Architecture::Qwen3 {
         imply("head_dim", 128.into());
+    }
+    if architecture == Architecture::Phi3 {
+        imply("original_max_position_embeddings", 4096.into());
     }
     if architecture.implies_window() {
         imply("sliding_window", WINDOW.into());
@@ -441,10 +464,10 @@ mod tests {
             (json!({"architectures": ["MistralForCausalLM"], "sliding_window": 100}), "sliding window of 100 tokens"),
             (json!({"layer_types": ["sliding_attention"]}), "'sliding_attention'"),
             (json!({"hidden_act": "gelu"}), "hidden_act 'gelu'"),
-            (json!({"head_dim": 76}), "multiples of 8 from 8 to 256"),
-            (json!({"head_dim": 264}), "multiples of 8 from 8 to 256"),
+            (json!({"head_dim": 75}), "even numbers from 8 to 256"),
+            (json!({"head_dim": 264}), "even numbers from 8 to 256"),
             (json!({"quantization_config": {"quant_method": "gptq"}}), "quantised by 'gptq'"),
-            (json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope"),
+            (json!({"rope_scaling": {"rope_type": "mrope"}}), "mrope"),
             (json!({"residual_multiplier": 0.22}), "residual_multiplier 0.22"),
             // Without the key, Mistral has a window.
             (json!({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}), "window of 4096"),

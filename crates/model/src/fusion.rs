@@ -195,14 +195,16 @@ mod tests {
         let norm = Tensor::random(0, 1.0, dtype, 1, HIDDEN);
         let other = linear(1, 4, HIDDEN, false, dtype);
         LayerWeights {
-            input_norm: norm.clone(),
+            input_norm: Some(norm.clone()),
+            attention_output_norm: None,
             q: other.clone(),
             k: other.clone(),
             v: linear(2, 2 * d, HIDDEN, true, dtype),
             o: linear(4, HIDDEN, 6 * d, true, dtype),
             q_norm: None,
             k_norm: None,
-            post_norm: norm,
+            mlp_norm: Some(norm),
+            mlp_output_norm: None,
             gate: other.clone(),
             up: other.clone(),
             down: other,

@@ -14,6 +14,7 @@ mod files;
 mod fusion;
 mod generation_config;
 mod gguf;
+mod head_places;
 #[cfg(feature = "hub")]
 mod hub;
 mod impostor;
@@ -49,7 +50,7 @@ pub use model::{Model, Observation, Observer, argmax};
 pub use pretrained::Pretrained;
 pub use rope::{Rope, RopeScaling};
 pub use sketch::{Sketch, WeightDifference};
-pub use spec::DecoderSpec;
+pub use spec::{DecoderSpec, NormPlaces, QkNorm};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerSettings};
 pub use weights::{LayerWeights, LinearWeights, WeightSource, Weights};
 pub use windows::windows;

@@ -3,7 +3,7 @@
 use crate::fusion::Fusion;
 use crate::spec::Turns;
 use crate::weights::LinearWeights;
-use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
+use crate::{LayerWeights, ModelConfig, ModelError, QkNorm, Weights, Workspace};
 use dibit_cache::{Batch, CacheLayout, Phase, ValueTransform};
 use dibit_device::{Arithmetic, Device, Heads, KvCache, LayerPass, Norm, Output, OwnedCache, Pass, Projection, Tensor};
 use std::ops::Range;
@@ -29,14 +29,16 @@ pub(crate) struct Linear<D: Device> {
 
 /// A decoder layer on a device; copies share its numbers.
 pub(crate) struct Layer<D: Device> {
-    input_norm: Arc<D::Buffer>,
+    input_norm: Option<Arc<D::Buffer>>,
+    attention_output_norm: Option<Arc<D::Buffer>>,
     q: Linear<D>,
     k: Linear<D>,
     pub v: Linear<D>,
     pub o: Linear<D>,
     q_norm: Option<Arc<D::Buffer>>,
     k_norm: Option<Arc<D::Buffer>>,
-    post_norm: Arc<D::Buffer>,
+    mlp_norm: Option<Arc<D::Buffer>>,
+    mlp_output_norm: Option<Arc<D::Buffer>>,
     gate: Linear<D>,
     up: Linear<D>,
     down: Linear<D>,
@@ -87,16 +89,18 @@ impl<D: Device> Clone for Linear<D> {
 
 impl<D: Device> Clone for Layer<D> {
     fn clone(&self) -> Self {
-        let Layer { input_norm, q, k, v, o, q_norm, k_norm, post_norm, gate, up, down } = self;
+        let Layer { q, k, v, o, gate, up, down, .. } = self;
         Layer {
-            input_norm: input_norm.clone(),
+            input_norm: self.input_norm.clone(),
+            attention_output_norm: self.attention_output_norm.clone(),
             q: q.clone(),
             k: k.clone(),
             v: v.clone(),
             o: o.clone(),
-            q_norm: q_norm.clone(),
-            k_norm: k_norm.clone(),
-            post_norm: post_norm.clone(),
+            q_norm: self.q_norm.clone(),
+            k_norm: self.k_norm.clone(),
+            mlp_norm: self.mlp_norm.clone(),
+            mlp_output_norm: self.mlp_output_norm.clone(),
             gate: gate.clone(),
             up: up.clone(),
             down: down.clone(),
@@ -129,7 +133,7 @@ impl<D: Device> Linear<D> {
         out: &mut D::Buffer,
         output: Output,
     ) {
-        device.linear(phase, x, rows, &self.weight, self.bias.as_deref(), out, output);
+        device.linear(phase, x, 0..rows, &self.weight, self.bias.as_deref(), out, output);
     }
 }
 
@@ -151,7 +155,7 @@ pub(crate) fn turns(config: &ModelConfig) -> (Vec<Turns>, Vec<[usize; 2]>) {
             all.len() - 1
         }
     };
-    let of_layer = |layer| config.spec.turns(&config.rope, config.head_dim, layer);
+    let of_layer = |layer| config.spec.turns(&config.rope, layer);
     let turned = (0..config.num_hidden_layers).map(|layer| of_layer(layer).map(&mut place)).collect();
     (all, turned)
 }
@@ -193,16 +197,18 @@ fn upload<D: Device>(device: &D, vector: &Tensor) -> Result<Arc<D::Buffer>, Mode
 
 impl<D: Device> Layer<D> {
     fn new(device: &D, weights: &LayerWeights, [v, o]: [Linear<D>; 2]) -> Result<Self, ModelError> {
-        let head_norm = |norm: &Option<Tensor>| norm.as_ref().map(|norm| upload(device, norm)).transpose();
+        let norm = |norm: &Option<Tensor>| norm.as_ref().map(|norm| upload(device, norm)).transpose();
         Ok(Layer {
-            input_norm: upload(device, &weights.input_norm)?,
+            input_norm: norm(&weights.input_norm)?,
+            attention_output_norm: norm(&weights.attention_output_norm)?,
             q: Linear::new(device, &weights.q)?,
             k: Linear::new(device, &weights.k)?,
             v,
             o,
-            q_norm: head_norm(&weights.q_norm)?,
-            k_norm: head_norm(&weights.k_norm)?,
-            post_norm: upload(device, &weights.post_norm)?,
+            q_norm: norm(&weights.q_norm)?,
+            k_norm: norm(&weights.k_norm)?,
+            mlp_norm: norm(&weights.mlp_norm)?,
+            mlp_output_norm: norm(&weights.mlp_output_norm)?,
             gate: Linear::new(device, &weights.gate)?,
             up: Linear::new(device, &weights.up)?,
             down: Linear::new(device, &weights.down)?,
@@ -459,7 +465,9 @@ impl<D: Device> Model<D> {
     /// [`ModelError::TooManyRows`].
     pub fn logits(&self, workspace: &mut Workspace<D>, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
         self.project(workspace, rows)?;
-        Ok(self.device.download(&workspace.logits, 0..rows.len() * self.config.vocab_size, out)?)
+        self.device.download(&workspace.logits, 0..rows.len() * self.config.vocab_size, out)?;
+        self.config.spec.cap(out);
+        Ok(())
     }
 
     /// The most likely token after each of some rows of the last pass, in their order, the first of equals. Logits stay
@@ -485,11 +493,12 @@ impl<D: Device> Model<D> {
         device.write_ids(&mut ws.outputs, &outputs);
         device.scope(|| {
             device.copy_rows(&ws.hidden, &ws.outputs, count, width, &mut ws.selected);
-            device.rms_norm(&ws.selected, 0..count, width, &self.norm, eps, &mut ws.selected_normed);
+            let norm = Norm { weight: &*self.norm, eps };
+            device.rms_norm(&ws.selected, 0..count, width, norm, &mut ws.selected_normed, Output::Write(0));
             device.linear(
                 Phase::Decode,
                 &ws.selected_normed,
-                count,
+                0..count,
                 &self.lm_head,
                 None,
                 &mut ws.logits,
@@ -519,12 +528,23 @@ impl<D: Device> Model<D> {
             &ws.hidden,
             tile.clone(),
             hidden_size,
-            Norm { weight: &layer.input_norm, eps: residual_eps },
+            layer.input_norm.as_deref().map(|weight| Norm { weight, eps: residual_eps }),
             &mut ws.normed,
             [layer.q.onto(&mut ws.q), layer.k.onto(&mut ws.k), layer.v.onto(&mut ws.v)],
         );
-        let queries = Heads { x: &mut ws.q, heads: num_attention_heads, norm: layer.q_norm.as_deref() };
-        let keys = Heads { x: &mut ws.k, heads: num_key_value_heads, norm: layer.k_norm.as_deref() };
+        let of_heads = self.config.spec.qk_norm == QkNorm::Head;
+        if !of_heads {
+            let both =
+                [(&mut ws.q, num_attention_heads, &layer.q_norm), (&mut ws.k, num_key_value_heads, &layer.k_norm)];
+            for (x, heads, norm) in both {
+                if let Some(norm) = norm {
+                    device.rms_norm_inplace(x, rows, heads * head_dim, norm, eps);
+                }
+            }
+        }
+        let [q_norm, k_norm] = [&layer.q_norm, &layer.k_norm].map(|norm| norm.as_deref().filter(|_| of_heads));
+        let queries = Heads { x: &mut ws.q, heads: num_attention_heads, norm: q_norm };
+        let keys = Heads { x: &mut ws.k, heads: num_key_value_heads, norm: k_norm };
         match self.turned[index].map(|own| &ws.rope[own]) {
             [of_queries, of_keys] if std::ptr::eq(of_queries, of_keys) => {
                 device.place_heads([queries, keys], eps, head_dim, of_keys, tile.clone());
@@ -542,8 +562,27 @@ impl<D: Device> Model<D> {
             observer(Observation { layer: index, first_row: tile.start, q: &q, k: &k, v: &v });
         }
         in_cache.stage(tile.end, &ws.k, &ws.v)?.attend(num_attention_heads, &ws.q, &mut ws.attention)?;
-        layer.o.run(device, phase, &ws.attention, rows, &mut ws.hidden, Output::Add(tile.start));
+        let Workspace { attention, normed, hidden, .. } = ws;
+        let norm = layer.attention_output_norm.as_deref();
+        self.add(phase, &layer.o, norm, attention, (normed, hidden), tile);
         Ok(())
+    }
+
+    /// Adds what a half of a layer yields for the rows `tile` to the residual stream, behind a norm where there is one.
+    fn add(
+        &self,
+        phase: Phase,
+        linear: &Linear<D>,
+        norm: Option<&D::Buffer>,
+        x: &D::Buffer,
+        (scratch, hidden): (&mut D::Buffer, &mut D::Buffer),
+        tile: Range<usize>,
+    ) {
+        let (device, rows, to) = (&*self.device, tile.len(), Output::Add(tile.start));
+        let Some(weight) = norm else { return linear.run(device, phase, x, rows, hidden, to) };
+        linear.run(device, phase, x, rows, scratch, Output::Write(0));
+        let norm = Norm { weight, eps: self.config.rms_norm_eps };
+        device.rms_norm(scratch, 0..rows, self.config.hidden_size, norm, hidden, to);
     }
 
     fn mlp_block(&self, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
@@ -555,11 +594,12 @@ impl<D: Device> Model<D> {
             &ws.hidden,
             tile.clone(),
             hidden_size,
-            Norm { weight: &layer.post_norm, eps },
+            layer.mlp_norm.as_deref().map(|weight| Norm { weight, eps }),
             &mut ws.normed,
             [layer.gate.onto(&mut ws.gate), layer.up.onto(&mut ws.up)],
         );
-        device.silu_mul(&mut ws.gate, &ws.up, rows * intermediate_size);
-        layer.down.run(device, phase, &ws.gate, rows, &mut ws.hidden, Output::Add(tile.start));
+        device.activate(self.config.spec.activation, &mut ws.gate, &ws.up, rows * intermediate_size);
+        let Workspace { gate, normed, hidden, .. } = ws;
+        self.add(phase, &layer.down, layer.mlp_output_norm.as_deref(), gate, (normed, hidden), tile);
     }
 }

@@ -1,6 +1,6 @@
 use crate::stop_tokens::stop_token_ids;
 use crate::{
-    ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, Tokenizer, TokenizerSettings, WeightSource,
+    ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, RopeScaling, Tokenizer, TokenizerSettings, WeightSource,
     Weights,
 };
 use dibit_cache::{CacheLayout, CalibratedScheme};
@@ -72,6 +72,16 @@ impl Pretrained {
             chat_template: files.chat_template.clone(),
             generation_config,
         })
+    }
+
+    /// Chooses what the model does for contexts of so many tokens: longrope has frequencies for short and for long ones. As
+    /// loaded, it is for the longest ones.
+    pub fn set_context(&mut self, tokens: usize) {
+        self.config.set_context(tokens);
+        if let RopeScaling::LongRope { is_long, .. } = self.config.rope.scaling {
+            let which = if is_long { "long" } else { "short" };
+            tracing::info!("rotary frequencies for {which} contexts, of {tokens} tokens");
+        }
     }
 
     /// A scheme compiled for the model and its weights, with what its transforms need: see [`Weights::cache_layout`].

@@ -1,7 +1,7 @@
 //! Rotary position embedding: inverse frequencies and their scaling.
 
-use crate::ModelError;
 use crate::json::shown;
+use crate::{Architecture, ModelError};
 use serde_json::{Map, Value};
 use std::ops::Range;
 use std::sync::Arc;
@@ -40,6 +40,19 @@ pub enum RopeScaling {
         /// What queries and keys are multiplied by.
         attention_factor: f32,
     },
+    /// LongRoPE (arXiv 2402.13753): each divided by a number of its own, others for long contexts, and heads that grow.
+    LongRope {
+        /// Divisors for contexts up to that of pre-training.
+        short: Arc<[f32]>,
+        /// Those for longer ones.
+        long: Arc<[f32]>,
+        /// Context length of pre-training, in tokens.
+        original_max_position_embeddings: f32,
+        /// What queries and keys are multiplied by.
+        attention_factor: f32,
+        /// Whether contexts are long.
+        is_long: bool,
+    },
     /// Each divided by a number of its own, as GGUF files store Llama 3.1's scaling.
     Divisors(Arc<[f32]>),
 }
@@ -57,7 +70,7 @@ pub struct Rope {
 const COMMON_KEYS: [&str; 6] =
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"];
 
-const SUPPORTED: &str = "default, linear, llama3, dynamic, yarn";
+const SUPPORTED: &str = "default, linear, llama3, dynamic, yarn, longrope";
 
 const ORIGINAL: &str = "original_max_position_embeddings";
 
@@ -68,25 +81,27 @@ const YARN_KEYS: [&str; 7] =
 struct Parameters<'a> {
     config: &'a Map<String, Value>,
     set: Option<&'a Map<String, Value>>,
+    architecture: Architecture,
     head_dim: usize,
     max_position_embeddings: usize,
     origin: &'a str,
 }
 
 impl Rope {
-    /// Reads either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, for heads of `head_dim`. Null is as
-    /// absent. As in transformers 5, `rope_scaling` replaces `rope_parameters` where a configuration has both.
+    /// Reads either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, for heads of `head_dim`, and yields how
+    /// many of their channels turn, too. Null is as absent. As in transformers 5, `rope_scaling` replaces `rope_parameters` where a configuration has both.
     ///
     /// # Errors
     /// [`ModelError::Unsupported`] for rope types that are not read, and [`ModelError::Malformed`] for missing or
     /// senseless numbers, a factor without a type, and two sets of parameters that contradict each other.
     pub(crate) fn parse(
         config: &Map<String, Value>,
+        architecture: Architecture,
         head_dim: usize,
         max_position_embeddings: usize,
         origin: &str,
-    ) -> Result<Self, ModelError> {
-        let parameters = |set| Parameters { config, set, head_dim, max_position_embeddings, origin };
+    ) -> Result<(Self, usize), ModelError> {
+        let parameters = |set| Parameters { config, set, architecture, head_dim, max_position_embeddings, origin };
         let set = |key: &str| match config.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Object(set)) => Ok(Some(set).filter(|set| !set.values().all(Value::is_null))),
@@ -105,7 +120,14 @@ impl Rope {
                 ));
             }
         }
-        Ok(rope)
+        Ok((rope, parameters(scaling.or(newer)).rotary()?))
+    }
+
+    /// Chooses the frequencies for contexts of so many tokens.
+    pub(crate) fn set_context(&mut self, tokens: usize) {
+        if let RopeScaling::LongRope { original_max_position_embeddings, is_long, .. } = &mut self.scaling {
+            *is_long = tokens as f32 > *original_max_position_embeddings;
+        }
     }
 
     /// `head_dim / 2` inverse frequencies, in radians per token.
@@ -122,7 +144,9 @@ impl Rope {
     /// What queries and keys are multiplied by when they are turned.
     pub fn attention_factor(&self) -> f32 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+                attention_factor
+            }
             _ => 1.0,
         }
     }
@@ -176,10 +200,11 @@ impl Parameters<'_> {
     fn read(&self) -> Result<Rope, ModelError> {
         let theta =
             self.own_or_beside("rope_theta").map_or(Ok(10_000.0), |theta| self.positive("rope_theta", theta))?;
-        if let Some(factor) = self.own_or_beside("partial_rotary_factor").filter(|x| x.as_f64() != Some(1.0)) {
+        let part = self.own_or_beside("partial_rotary_factor").filter(|x| x.as_f64() != Some(1.0));
+        if let Some(factor) = part.filter(|_| !self.architecture.may_turn_in_part()) {
             return Err(ModelError::Unsupported {
                 what: format!("partial_rotary_factor {}", shown(factor)),
-                supported: "1 (the whole head is rotated)".into(),
+                supported: format!("1 (the whole head is rotated) in a {}", self.architecture.name()),
             });
         }
         if self.set.is_some_and(|set| set.values().any(Value::is_object)) {
@@ -195,6 +220,11 @@ impl Parameters<'_> {
             Some("dynamic") => (RopeScaling::Default, &["factor"]),
             Some("linear") => (RopeScaling::Linear { factor: self.number("factor")? }, &["factor"]),
             Some("yarn") => (self.yarn()?, &YARN_KEYS),
+            Some("longrope") => (self.long_rope()?, &["factor", "attention_factor", "short_factor", "long_factor"]),
+            // As the first files of Phi-3 call it.
+            Some("su") if self.architecture == Architecture::Phi3 => {
+                (self.long_rope()?, &["factor", "attention_factor", "short_factor", "long_factor"])
+            }
             Some("llama3") => (self.llama3()?, &["factor", "low_freq_factor", "high_freq_factor"]),
             Some("divisors") => (self.divisors()?, &["divisors"]),
             Some(other) => {
@@ -206,7 +236,7 @@ impl Parameters<'_> {
         };
         self.check_keys(kind, keys)?;
         let rope = Rope { theta, scaling };
-        if !rope.inv_freq(self.head_dim).iter().all(|frequency| frequency.is_finite()) {
+        if !rope.inv_freq(self.rotary()?).iter().all(|frequency| frequency.is_finite()) {
             return Err(self.malformed(format!("rope_theta {theta} and its scaling give no finite frequencies")));
         }
         Ok(rope)
@@ -277,13 +307,53 @@ impl Parameters<'_> {
         Ok(RopeScaling::Yarn { factor, original_max_position_embeddings, beta, truncate, attention_factor })
     }
 
+    fn long_rope(&self) -> Result<RopeScaling, ModelError> {
+        let original = self.own_or_beside(ORIGINAL);
+        let original = original.map_or(Ok(self.max_position_embeddings as f32), |own| self.positive(ORIGINAL, own))?;
+        let factor = match self.own("factor") {
+            None => self.max_position_embeddings as f32 / original,
+            Some(_) => self.number("factor")?,
+        };
+        let attention_factor = match self.own("attention_factor") {
+            Some(value) => self.positive("attention_factor", value)?,
+            None if factor <= 1.0 => 1.0,
+            None => (1.0 + factor.ln() / original.ln()).sqrt(),
+        };
+        Ok(RopeScaling::LongRope {
+            short: self.positives("short_factor")?,
+            long: self.positives("long_factor")?,
+            original_max_position_embeddings: original,
+            attention_factor,
+            is_long: self.max_position_embeddings as f32 > original,
+        })
+    }
+
+    /// Channels of a head that turn.
+    fn rotary(&self) -> Result<usize, ModelError> {
+        let Some(value) = self.own_or_beside("partial_rotary_factor") else { return Ok(self.head_dim) };
+        let factor = value.as_f64().filter(|own| *own > 0.0 && *own <= 1.0);
+        let rotary = factor.map(|own| (self.head_dim as f64 * own) as usize);
+        rotary.filter(|own| *own > 0 && own.is_multiple_of(2)).ok_or_else(|| {
+            self.malformed(format!(
+                "partial_rotary_factor is {}, which leaves no even number of {} channels",
+                shown(value),
+                self.head_dim
+            ))
+        })
+    }
+
     fn divisors(&self) -> Result<RopeScaling, ModelError> {
-        let list = self.own("divisors").and_then(Value::as_array);
+        Ok(RopeScaling::Divisors(self.positives("divisors")?))
+    }
+
+    /// A positive number for each pair of channels that turns.
+    fn positives(&self, key: &str) -> Result<Arc<[f32]>, ModelError> {
+        let list = self.own(key).and_then(Value::as_array);
         let positive = |x: &Value| x.as_f64().map(|x| x as f32).filter(|x| *x > 0.0);
-        let divisors: Option<Vec<f32>> = list.into_iter().flatten().map(positive).collect();
-        let divisors = divisors.filter(|divisors| divisors.len() == self.head_dim / 2);
-        let missing = || self.malformed(format!("rope scaling needs {} positive divisors", self.head_dim / 2));
-        Ok(RopeScaling::Divisors(divisors.ok_or_else(missing)?.into()))
+        let numbers: Option<Vec<f32>> = list.into_iter().flatten().map(positive).collect();
+        let pairs = self.rotary()? / 2;
+        let missing = || self.malformed(format!("rope scaling needs {pairs} positive numbers {key}"));
+        Ok(numbers.filter(|numbers| numbers.len() == pairs).ok_or_else(missing)?.into())
     }
 
     /// No key of the set goes unread without a word; without a type, one that scales is an error.
@@ -316,6 +386,9 @@ impl RopeScaling {
             RopeScaling::Default => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
             RopeScaling::Divisors(ref divisors) => frequency / divisors[index],
+            RopeScaling::LongRope { ref short, ref long, is_long, .. } => {
+                frequency / if is_long { long } else { short }[index]
+            }
             RopeScaling::Yarn { factor, .. } => {
                 let divided = ((index as f32 - ramp.start) / (ramp.end - ramp.start)).clamp(0.0, 1.0);
                 frequency / factor * divided + frequency * (1.0 - divided)
@@ -340,8 +413,14 @@ impl RopeScaling {
 mod tests {
     use super::*;
 
+    /// Of heads of 4 channels, and a context of 512.
+    fn parse_for(architecture: Architecture, text: &str) -> Result<(Rope, usize), ModelError> {
+        let config: Value = serde_json::from_str(text).unwrap();
+        Rope::parse(config.as_object().unwrap(), architecture, 4, 512, "config.json")
+    }
+
     fn parse(text: &str) -> Result<Rope, ModelError> {
-        Rope::parse(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap(), 4, 512, "config.json")
+        parse_for(Architecture::Llama, text).map(|(rope, _)| rope)
     }
 
     #[test]
@@ -420,7 +499,7 @@ mod tests {
             (r#"{"partial_rotary_factor":0.5}"#, "partial_rotary_factor 0.5"),
             (r#"{"rope_parameters":{"full_attention":{"rope_type":"default"}}}"#, "by layer type"),
             (r#"{"rope_scaling":{"type":"linear"}}"#, "positive number 'factor'"),
-            (r#"{"rope_scaling":{"type":"divisors","divisors":[1.0, 0.0]}}"#, "needs 2 positive divisors"),
+            (r#"{"rope_scaling":{"type":"divisors","divisors":[1.0, 0.0]}}"#, "needs 2 positive numbers divisors"),
             (r#"{"rope_theta":-1}"#, "rope_theta is -1"),
             (r#"{"rope_theta":1e300}"#, "rope_theta is 1e+300"),
             (r#"{"rope_scaling":{"factor":2.0}}"#, "has factor and no rope_type"),
@@ -468,6 +547,30 @@ mod tests {
         assert_eq!(scaled[63], plain[63] / 8.0);
         assert!(plain.iter().zip(&scaled).all(|(p, s)| s <= p && *s >= p / 8.0));
         assert!(plain.iter().zip(&scaled).any(|(p, s)| s < p && *s > p / 8.0));
+    }
+
+    #[test]
+    fn longrope_has_frequencies_for_short_and_long_contexts() {
+        let of = |more: &str| {
+            let text = format!(
+                r#"{{"partial_rotary_factor":0.5,"rope_scaling":{{"type":"su","short_factor":[2],"long_factor":[4]{more}}}}}"#
+            );
+            parse_for(Architecture::Phi3, &text)
+        };
+        let (mut rope, rotary) = of(r#","original_max_position_embeddings":256"#).unwrap();
+        assert_eq!((rotary, rope.inv_freq(rotary)), (2, vec![0.25]));
+        // sqrt(1 + ln 2 / ln 256)
+        assert!((rope.attention_factor() - 1.125f32.sqrt()).abs() < 1e-6);
+        rope.set_context(256);
+        assert_eq!(rope.inv_freq(rotary), [0.5]);
+        rope.set_context(257);
+        assert_eq!(rope.inv_freq(rotary), [0.25]);
+        assert_eq!(of("").unwrap().0.attention_factor(), 1.0);
+        let message = of(r#","factor":0"#).unwrap_err().to_string();
+        assert!(message.contains("factor is 0"), "{message}");
+        let text = r#"{"rope_scaling":{"type":"longrope","short_factor":[2],"long_factor":[1,1]}}"#;
+        let message = parse(text).unwrap_err().to_string();
+        assert!(message.contains("needs 2 positive numbers short_factor"), "{message}");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What families of decoders compute differently, as data.
 
 use crate::Rope;
+use crate::head_places::HeadPlaces;
+use dibit_device::Activation;
 
 /// How a decoder computes, beside its sizes.
 #[derive(Debug, Clone, PartialEq)]
@@ -11,10 +13,46 @@ pub struct DecoderSpec {
     pub residual_multiplier: f32,
     /// What logits are divided by.
     pub logits_scaling: f32,
+    /// Logits `x` become `cap tanh(x / cap)`.
+    pub final_logit_softcap: Option<f32>,
     /// What logits of attention are multiplied by; `1 / sqrt(head_dim)` where nothing is said.
     pub attention_multiplier: Option<f32>,
     /// Layers whose heads are not turned by their positions (NoPE); none where it is empty.
     pub no_rope_layers: Vec<bool>,
+    /// Where norms of the residual stream are.
+    pub norms: NormPlaces,
+    /// What is added to the weights of all norms.
+    pub norm_offset: f32,
+    /// What norms of queries and keys are taken over.
+    pub qk_norm: QkNorm,
+    /// The activation of gated layers.
+    pub activation: Activation,
+    /// How projections lie in a checkpoint.
+    pub joint_projections: bool,
+    /// Where the channels of heads lie.
+    pub(crate) places: HeadPlaces,
+}
+
+/// Where norms are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormPlaces {
+    /// Before attention and the gated layers (Llama).
+    Before,
+    /// Behind them, before what they yield is added (OLMo 2).
+    Behind,
+    /// Both (Gemma).
+    Both,
+}
+
+/// What norms of queries and keys are taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// There are none.
+    None,
+    /// Each head.
+    Head,
+    /// All heads of a token together.
+    Row,
 }
 
 /// How pairs of channels of a head are turned by a token's position, and scaled: pair `i` of token `t` turns by
@@ -25,35 +63,52 @@ pub(crate) struct Turns {
     pub magnitudes: Vec<f32>,
 }
 
-impl Default for DecoderSpec {
-    /// That of Llama.
-    fn default() -> Self {
+impl DecoderSpec {
+    /// That of Llama, for heads that lie in a checkpoint like this.
+    pub(crate) fn new(places: HeadPlaces) -> Self {
+        // Zeros that fill heads up change no logit.
+        let padded = places.head_dim() != places.stored;
         DecoderSpec {
             embedding_multiplier: 1.0,
             residual_multiplier: 1.0,
             logits_scaling: 1.0,
-            attention_multiplier: None,
+            final_logit_softcap: None,
+            attention_multiplier: padded.then(|| (places.stored as f32).powf(-0.5)),
             no_rope_layers: Vec::new(),
+            norms: NormPlaces::Before,
+            norm_offset: 0.0,
+            qk_norm: QkNorm::None,
+            activation: Activation::Silu,
+            joint_projections: false,
+            places,
         }
     }
-}
 
-impl DecoderSpec {
     /// Whether the heads of a layer are turned.
     pub fn has_rope(&self, layer: usize) -> bool {
         self.no_rope_layers.get(layer) != Some(&true)
     }
 
+    /// Rotary frequencies of all pairs of channels of a head: 0 for those that do not turn.
+    pub(crate) fn inv_freq(&self, rope: &Rope) -> Vec<f32> {
+        let mut all = rope.inv_freq(self.places.rotary);
+        all.resize(self.places.head_dim() / 2, 0.0);
+        all
+    }
+
     /// How queries, and keys, of a layer are turned. What scales the logits of attention otherwise than by
     /// `1 / sqrt(head_dim)` is the queries'.
-    pub(crate) fn turns(&self, rope: &Rope, head_dim: usize, layer: usize) -> [Turns; 2] {
+    pub(crate) fn turns(&self, rope: &Rope, layer: usize) -> [Turns; 2] {
+        let (pairs, turned) = (self.places.head_dim() / 2, self.places.rotary / 2);
         let own = match self.has_rope(layer) {
             true => {
-                Turns { frequencies: rope.inv_freq(head_dim), magnitudes: vec![rope.attention_factor(); head_dim / 2] }
+                let mut magnitudes = vec![rope.attention_factor(); turned];
+                magnitudes.resize(pairs, 1.0);
+                Turns { frequencies: self.inv_freq(rope), magnitudes }
             }
-            false => Turns { frequencies: vec![0.0; head_dim / 2], magnitudes: vec![1.0; head_dim / 2] },
+            false => Turns { frequencies: vec![0.0; pairs], magnitudes: vec![1.0; pairs] },
         };
-        let scale = self.attention_multiplier.map_or(1.0, |own| own * (head_dim as f32).sqrt());
+        let scale = self.attention_multiplier.map_or(1.0, |own| own * (self.places.head_dim() as f32).sqrt());
         let queries = Turns { magnitudes: own.magnitudes.iter().map(|own| own * scale).collect(), ..own.clone() };
         [queries, own]
     }
@@ -67,6 +122,25 @@ impl DecoderSpec {
     /// What norms of that stream add to the mean square where the model adds `eps`.
     pub(crate) fn residual_eps(&self, eps: f32) -> f32 {
         eps / (self.residual_multiplier * self.residual_multiplier)
+    }
+
+    /// What becomes of logits.
+    pub(crate) fn cap(&self, logits: &mut [f32]) {
+        if let Some(cap) = self.final_logit_softcap {
+            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
+    }
+}
+
+impl NormPlaces {
+    /// Whether there is a norm before a layer's half.
+    pub fn before(self) -> bool {
+        self != NormPlaces::Behind
+    }
+
+    /// Whether there is one behind it.
+    pub fn behind(self) -> bool {
+        self != NormPlaces::Before
     }
 }
 

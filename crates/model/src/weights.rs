@@ -1,7 +1,7 @@
 //! The weights of a model on the host, checked against its configuration.
 
 use crate::mixture::mixture;
-use crate::{Checkpoint, ModelConfig, ModelError, ModelFiles, Sketch, unread_tensors};
+use crate::{Checkpoint, DecoderSpec, ModelConfig, ModelError, ModelFiles, NormPlaces, QkNorm, Sketch, unread_tensors};
 use dibit_cache::{CacheLayout, CalibratedScheme, SchemeError};
 use dibit_device::{Arithmetic, Bytes, DType, Tensor};
 use std::cell::RefCell;
@@ -38,7 +38,9 @@ pub struct LinearWeights {
 #[derive(Clone)]
 pub struct LayerWeights {
     /// Norm before attention, `[1, hidden_size]`.
-    pub input_norm: Tensor,
+    pub input_norm: Option<Tensor>,
+    /// Norm behind attention.
+    pub attention_output_norm: Option<Tensor>,
     /// `[num_attention_heads * head_dim, hidden_size]`
     pub q: LinearWeights,
     /// `[num_key_value_heads * head_dim, hidden_size]`
@@ -47,12 +49,14 @@ pub struct LayerWeights {
     pub v: LinearWeights,
     /// `[hidden_size, num_attention_heads * head_dim]`
     pub o: LinearWeights,
-    /// Norm of each query head, `[1, head_dim]`.
+    /// Norm of queries: of each head, `[1, head_dim]`, or of all together, `[1, num_attention_heads * head_dim]`.
     pub q_norm: Option<Tensor>,
-    /// Norm of each key head, `[1, head_dim]`.
+    /// Norm of keys.
     pub k_norm: Option<Tensor>,
-    /// Norm before the gated activation, `[1, hidden_size]`.
-    pub post_norm: Tensor,
+    /// Norm before the gated layers, `[1, hidden_size]`.
+    pub mlp_norm: Option<Tensor>,
+    /// Norm behind them.
+    pub mlp_output_norm: Option<Tensor>,
     /// `[intermediate_size, hidden_size]`
     pub gate: LinearWeights,
     /// `[intermediate_size, hidden_size]`
@@ -206,9 +210,10 @@ impl Loader<'_> {
 
     fn layer(&self, layer: usize) -> Result<LayerWeights, ModelError> {
         let config = self.config;
+        let DecoderSpec { places, norms, qk_norm, .. } = config.spec;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let q = config.num_attention_heads * config.head_dim;
-        let kv = config.num_key_value_heads * config.head_dim;
+        let q = config.num_attention_heads * places.stored;
+        let kv = config.num_key_value_heads * places.stored;
         let qkv_bias = if config.architecture.has_qkv_bias() { Some(true) } else { config.attention_bias };
         // Where q, k and v have biases, not every checkpoint has one for o, too.
         let o_bias = config.attention_bias.filter(|has| !has);
@@ -216,20 +221,64 @@ impl Loader<'_> {
         let prefix = format!("model.layers.{layer}");
         let linear = |name: &str, rows, cols, bias| self.linear(&format!("{prefix}.{name}"), rows, cols, bias);
         let norm = |name: &str, width| self.norm(&format!("{prefix}.{name}.weight"), width);
-        let head_norm = |name: &str| {
-            config.architecture.has_qk_norm().then(|| norm(&format!("self_attn.{name}"), config.head_dim)).transpose()
+        let norm_at = |there: bool, name: &str| there.then(|| norm(name, hidden)).transpose();
+        let qk = |name: &str, width: usize| {
+            let width = match qk_norm {
+                QkNorm::None => return Ok(None),
+                QkNorm::Head => places.stored,
+                QkNorm::Row => width,
+            };
+            norm(&format!("self_attn.{name}"), width).and_then(|norm| places.turned_vector(norm)).map(Some)
+        };
+        let (mut all_of_attention, mut all_of_mlp);
+        let [q_proj, k_proj, v_proj, gate, up] = if config.spec.joint_projections {
+            all_of_attention = linear("self_attn.qkv_proj", q + 2 * kv, hidden, Some(false))?.weight;
+            all_of_mlp = linear("mlp.gate_up_proj", 2 * inner, hidden, Some(false))?.weight;
+            let part = |of: &mut Tensor, rows: usize| {
+                let part = of.part_rows(0..rows);
+                *of = of.part_rows(rows..of.rows());
+                LinearWeights { weight: part, bias: None }
+            };
+            [
+                part(&mut all_of_attention, q),
+                part(&mut all_of_attention, kv),
+                part(&mut all_of_attention, kv),
+                part(&mut all_of_mlp, inner),
+                part(&mut all_of_mlp, inner),
+            ]
+        } else {
+            [
+                linear("self_attn.q_proj", q, hidden, qkv_bias)?,
+                linear("self_attn.k_proj", kv, hidden, qkv_bias)?,
+                linear("self_attn.v_proj", kv, hidden, qkv_bias)?,
+                linear("mlp.gate_proj", inner, hidden, mlp_bias)?,
+                linear("mlp.up_proj", inner, hidden, mlp_bias)?,
+            ]
+        };
+        let o_proj = linear("self_attn.o_proj", hidden, q, o_bias)?;
+        // Where all norms are, that behind attention has the name that is otherwise the one before the gated layers'.
+        let both = norms == NormPlaces::Both;
+        let before_mlp = if both { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let turned = |linear: LinearWeights| -> Result<_, ModelError> {
+            let bias = linear.bias.map(|bias| places.turned_vector(bias)).transpose()?;
+            Ok(LinearWeights { weight: places.turned_rows(linear.weight)?, bias })
         };
         Ok(LayerWeights {
-            input_norm: norm("input_layernorm", hidden)?,
-            q: linear("self_attn.q_proj", q, hidden, qkv_bias)?,
-            k: linear("self_attn.k_proj", kv, hidden, qkv_bias)?,
-            v: linear("self_attn.v_proj", kv, hidden, qkv_bias)?,
-            o: linear("self_attn.o_proj", hidden, q, o_bias)?,
-            q_norm: head_norm("q_norm")?,
-            k_norm: head_norm("k_norm")?,
-            post_norm: norm("post_attention_layernorm", hidden)?,
-            gate: linear("mlp.gate_proj", inner, hidden, mlp_bias)?,
-            up: linear("mlp.up_proj", inner, hidden, mlp_bias)?,
+            input_norm: norm_at(norms.before(), "input_layernorm")?,
+            attention_output_norm: norm_at(norms.behind(), "post_attention_layernorm")?,
+            q: turned(q_proj)?,
+            k: turned(k_proj)?,
+            v: LinearWeights {
+                weight: places.value_rows(v_proj.weight)?,
+                bias: v_proj.bias.map(|bias| places.value_vector(bias)).transpose()?,
+            },
+            o: LinearWeights { weight: places.output_columns(o_proj.weight)?, bias: o_proj.bias },
+            q_norm: qk("q_norm", q)?,
+            k_norm: qk("k_norm", kv)?,
+            mlp_norm: norm_at(norms.before(), before_mlp)?,
+            mlp_output_norm: norm_at(norms.behind(), "post_feedforward_layernorm")?,
+            gate,
+            up,
             down: linear("mlp.down_proj", hidden, inner, mlp_bias)?,
         })
     }
@@ -251,15 +300,39 @@ impl Loader<'_> {
         })
     }
 
+    /// A norm, as what it is multiplied by. GGUF files have it so; others without what all weights of norms have in common.
     fn norm(&self, name: &str, width: usize) -> Result<Tensor, ModelError> {
-        match self.source {
-            Source::Checkpoint(_) => self.matrix(name, 1, width),
-            Source::Dummy { .. } => Ok(Tensor::from_f32(vec![1.0; width], DType::F32, 1, width)),
+        let Source::Checkpoint(checkpoint) = &self.source else {
+            return Ok(Tensor::from_f32(vec![1.0; width], DType::F32, 1, width));
+        };
+        let offset = self.config.spec.norm_offset;
+        if offset == 0.0 || checkpoint.is_gguf() {
+            return self.matrix(name, 1, width);
         }
+        let numbers = self.read(name, 1, width)?.to_f32().into_iter().map(|x| x + offset).collect();
+        let tensor = Tensor::from_f32(numbers, DType::F32, 1, width);
+        self.sketch.borrow_mut().add(name, &tensor, DType::F32.name());
+        Ok(tensor)
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
-        let tensor = match &self.source {
+        let tensor = self.read(name, rows, cols)?;
+        let format = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.format(name).unwrap_or_default(),
+            Source::Dummy { .. } => tensor.format(),
+        };
+        self.sketch.borrow_mut().add(name, &tensor, format);
+        let Some(dtype) = self.dtype else { return Ok(tensor) };
+        let converted = tensor.cast(dtype);
+        if !converted.same_numbers(&tensor) {
+            tensor.release();
+        }
+        Ok(converted)
+    }
+
+    /// A tensor as the source has it.
+    fn read(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+        Ok(match &self.source {
             Source::Checkpoint(checkpoint) => {
                 let missing = || checkpoint.missing(name, self.config.architecture.name());
                 let tensor = checkpoint.tensor(name, rows, cols)?.ok_or_else(missing)?;
@@ -274,18 +347,7 @@ impl Loader<'_> {
                     None => Tensor::random(seed, self.config.initializer_range, dtype, rows, cols),
                 }
             }
-        };
-        let format = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint.format(name).unwrap_or_default(),
-            Source::Dummy { .. } => tensor.format(),
-        };
-        self.sketch.borrow_mut().add(name, &tensor, format);
-        let Some(dtype) = self.dtype else { return Ok(tensor) };
-        let converted = tensor.cast(dtype);
-        if !converted.same_numbers(&tensor) {
-            tensor.release();
-        }
-        Ok(converted)
+        })
     }
 }
 

@@ -56,7 +56,7 @@ fn what_is_not_supported_is_named_with_what_is() {
     fails(&set("general.architecture", text("gemma3")), &["'gemma3'", "llama, qwen2, qwen3"]);
     fails(&set("split.count", Value::U16(3)), &["3 files", "llama-gguf-split --merge"]);
     fails(&set("qwen3.expert_count", Value::U32(8)), &["mixture of experts"]);
-    fails(&set("qwen3.rope.scaling.type", text("yarn")), &["'yarn'", "linear"]);
+    fails(&set("qwen3.rope.scaling.type", text("proportional")), &["'proportional'", "linear"]);
     fails(&set("qwen3.rope.dimension_count", Value::U32(32)), &["qwen3.rope.dimension_count 32", "64"]);
     fails(&set("qwen3.attention.sliding_window", Value::U32(128)), &["sliding window of 128"]);
     fails(&set("tokenizer.ggml.model", text("bert")), &["'bert'", "gpt2, llama"]);

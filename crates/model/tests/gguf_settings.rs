@@ -62,7 +62,15 @@ fn rope_scaling_is_what_llama_cpp_makes_of_it() {
     ] {
         assert_eq!(with(&values).unwrap().config.rope.scaling, expected, "{values:?}");
     }
-    fails(with(&[kind("yarn"), factor.clone()]), &["'yarn'", "linear"]);
+    fails(with(&[kind("proportional"), factor.clone()]), &["'proportional'", "linear"]);
+    let yarn = [kind("yarn"), factor.clone(), ("rope.scaling.original_context_length", Value::U32(64))];
+    match with(&yarn).unwrap().config.rope.scaling {
+        RopeScaling::Yarn { factor, original_max_position_embeddings, beta, truncate, attention_factor } => {
+            assert_eq!((factor, original_max_position_embeddings, beta, truncate), (4.0, 64.0, [32.0, 1.0], true));
+            assert!((attention_factor - 1.138_629_4).abs() < 1e-6);
+        }
+        other => panic!("{other:?}"),
+    }
     fails(with(&[("rope.scaling.attn_factor", Value::F32(1.2))]), &["qwen3.rope.scaling.attn_factor 1.2"]);
     let divisors = |file: &mut Gguf| drop(file.tensors.insert("rope_freqs.weight".into(), vector(32)));
     let scaling = load(divisors).unwrap().config.rope.scaling;

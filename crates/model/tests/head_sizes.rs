@@ -71,7 +71,7 @@ impl Case {
         for layer in &weights.layers {
             let (mut keys, mut values) = (Vec::new(), Vec::new());
             for (position, row) in rows.iter_mut().enumerate() {
-                let x = norm(row, &layer.input_norm);
+                let x = norm(row, layer.input_norm.as_ref().unwrap());
                 let [mut q, mut k, v] = [&layer.q, &layer.k, &layer.v].map(|linear| times(linear, &x));
                 turn(&mut q, position);
                 turn(&mut k, position);
@@ -91,7 +91,7 @@ impl Case {
                 };
                 let heads: Vec<f64> = (0..config.num_attention_heads).flat_map(attend).collect();
                 add(row, &times(&layer.o, &heads));
-                let x = norm(row, &layer.post_norm);
+                let x = norm(row, layer.mlp_norm.as_ref().unwrap());
                 let [gate, up] = [&layer.gate, &layer.up].map(|linear| times(linear, &x));
                 let gated: Vec<f64> = gate.iter().zip(&up).map(|(g, up)| g / (1.0 + (-g).exp()) * up).collect();
                 add(row, &times(&layer.down, &gated));

@@ -23,7 +23,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
 }
 
 fn run_on<D: Train + 'static>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcome> {
-    let pretrained = Arc::new(source::load(device, &args.run.model)?);
+    let mut pretrained = source::load(device, &args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, false)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let limit = pretrained.config.max_position_embeddings;
@@ -33,6 +33,8 @@ fn run_on<D: Train + 'static>(device: &Arc<D>, args: &ChatArgs) -> Result<Outcom
         prefill: args.cache.prefill.on(&device.budget()),
     };
     options.check(&pretrained.config)?;
+    pretrained.set_context(options.context);
+    let pretrained = Arc::new(pretrained);
     // The editor takes SIGINT for itself when it is made; a calibration and an answer need it.
     let mut editor: Editor<(), DefaultHistory> = Editor::with_config(Config::builder().auto_add_history(true).build())?;
     let interrupted = interrupt_flag(false)?;

@@ -25,7 +25,7 @@ pub fn run(args: &GenerateArgs) -> Result<Outcome> {
 }
 
 fn run_on<D: Train + 'static>(device: &Arc<D>, args: &GenerateArgs, prompts: &[String]) -> Result<Outcome> {
-    let pretrained = Arc::new(source::load(device, &args.run.model)?);
+    let mut pretrained = source::load(device, &args.run.model)?;
     let sampling = sampling(&args.sampling, &pretrained.generation_config, args.samples > 1)?;
     sampling.validate(pretrained.config.vocab_size)?;
     let requests = requests(args, &pretrained, prompts, &sampling)?;
@@ -35,6 +35,8 @@ fn run_on<D: Train + 'static>(device: &Arc<D>, args: &GenerateArgs, prompts: &[S
         prefill: args.cache.prefill.on(&device.budget()),
     };
     options.check(&pretrained.config)?;
+    pretrained.set_context(options.context);
+    let pretrained = Arc::new(pretrained);
     let interrupted = interrupt_flag(true)?;
     let made_up = args.run.model.load_format == LoadFormat::Dummy;
     let chosen = schemes::chosen(device, &args.cache, &pretrained, made_up, &interrupted)?;

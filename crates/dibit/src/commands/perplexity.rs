@@ -22,6 +22,7 @@ pub fn run(args: &PerplexityArgs) -> Result<Outcome> {
 fn run_on<D: Device>(device: &Arc<D>, args: &PerplexityArgs, text: &str) -> Result<Outcome> {
     let mut pretrained = source::load(device, &args.run.model)?;
     begin_windows(&args.window, &mut pretrained);
+    pretrained.set_context(args.context);
     let schemes = calibrated_schemes(&args.kv, &args.calibration.calibration, &pretrained)?;
     let ids = pretrained.tokenizer.encode(text, false)?;
     schemes.iter().try_for_each(|scheme| announce(scheme, &pretrained.config))?;

@@ -13,6 +13,6 @@ pub(super) fn spec(source: &Source) -> Result<DecoderSpec, ModelError> {
         logits_scaling: source.factor("logits_scaling")?,
         // As in transformers, a configuration that does not say it means 1, not 1 / sqrt(head_dim).
         attention_multiplier: Some(source.factor("attention_multiplier")?),
-        ..DecoderSpec::default()
+        ..source.llama()
     })
 }

@@ -1,8 +1,12 @@
 //! From a `config.json` to what a family computes differently.
 
 mod granite;
+mod olmo2;
+mod phi3;
+mod qwen3;
 mod smollm3;
 
+use crate::head_places::HeadPlaces;
 use crate::json::shown;
 use crate::{Architecture, DecoderSpec, ModelError};
 use serde_json::{Map, Value};
@@ -12,6 +16,7 @@ struct Source<'a> {
     config: &'a Map<String, Value>,
     origin: &'a str,
     num_hidden_layers: usize,
+    places: HeadPlaces,
 }
 
 /// What the configuration of a family says of it.
@@ -22,15 +27,17 @@ pub(crate) fn spec(
     architecture: Architecture,
     config: &Map<String, Value>,
     num_hidden_layers: usize,
+    places: HeadPlaces,
     origin: &str,
 ) -> Result<DecoderSpec, ModelError> {
-    let source = Source { config, origin, num_hidden_layers };
+    let source = Source { config, origin, num_hidden_layers, places };
     match architecture {
         Architecture::Granite => granite::spec(&source),
+        Architecture::Olmo2 => Ok(olmo2::spec(&source)),
+        Architecture::Phi3 => Ok(phi3::spec(&source)),
+        Architecture::Qwen3 => Ok(qwen3::spec(&source)),
         Architecture::SmolLm3 => smollm3::spec(&source),
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => {
-            Ok(DecoderSpec::default())
-        }
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => Ok(source.llama()),
     }
 }
 
@@ -39,11 +46,16 @@ pub(crate) const fn keys(architecture: Architecture) -> &'static [&'static str] 
     match architecture {
         Architecture::Granite => &granite::KEYS,
         Architecture::SmolLm3 => &smollm3::KEYS,
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => &[],
+        _ => &[],
     }
 }
 
 impl Source<'_> {
+    /// What Llama computes.
+    fn llama(&self) -> DecoderSpec {
+        DecoderSpec::new(self.places)
+    }
+
     fn malformed(&self, reason: String) -> ModelError {
         ModelError::Malformed { path: self.origin.to_owned(), reason }
     }

@@ -36,5 +36,5 @@ pub(super) fn spec(source: &Source) -> Result<DecoderSpec, ModelError> {
             (1..=source.num_hidden_layers).map(|layer| layer.is_multiple_of(interval)).collect()
         }
     };
-    Ok(DecoderSpec { no_rope_layers, ..DecoderSpec::default() })
+    Ok(DecoderSpec { no_rope_layers, ..source.llama() })
 }

@@ -139,10 +139,18 @@ fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelEr
         None => "linear",
         Some(kind) => kind,
     };
-    let is_read = matches!(kind, "default" | "linear");
-    for part in ["scaling.attn_factor", "scaling.yarn_attn_factor"] {
-        if let Some(other) = metadata.float(&key(part))?.filter(|other| is_read && *other != 1.0) {
-            return Err(unsupported(&format!("{} {other}", key(part)), "rope scaling without it"));
+    let is_read = matches!(kind, "default" | "linear" | "yarn");
+    let neutral = [("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)];
+    for (part, neutral) in neutral.map(|(part, neutral)| (format!("scaling.{part}"), neutral)) {
+        if let Some(other) = metadata.float(&key(&part))?.filter(|other| is_read && *other != neutral) {
+            return Err(unsupported(&format!("{} {other}", key(&part)), "rope scaling without it"));
+        }
+    }
+    if kind == "yarn" {
+        let original = metadata.number(&key("scaling.original_context_length"))?;
+        rope.insert("original_max_position_embeddings".into(), json!(original));
+        for part in ["beta_fast", "beta_slow"] {
+            rope.insert(part.into(), json!(metadata.float(&key(&format!("scaling.yarn_{part}")))?));
         }
     }
     for tensor in ["rope_factors_long.weight", "rope_factors_short.weight"] {
