@@ -1,7 +1,7 @@
 use crate::stop_tokens::stop_token_ids;
 use crate::{
-    ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, RopeScaling, Tokenizer, TokenizerSettings, WeightSource,
-    Weights,
+    ChatTemplate, GenerationConfig, ModelConfig, ModelError, ModelFiles, RopeScaling, Tokenizer, TokenizerSettings,
+    WeightSource, Weights,
 };
 use dibit_cache::{CacheLayout, CalibratedScheme};
 use dibit_device::DType;
