@@ -134,6 +134,8 @@ pub struct LayerLayout {
     pub states: Option<StateLayout>,
     /// Whether the bias of rounding is taken from logits.
     pub bias: bool,
+    /// How many tokens a query sees, itself included; `None` for all before it.
+    pub span: Option<usize>,
 }
 
 impl LayerLayout {
@@ -200,7 +202,13 @@ impl LayerLayout {
             linear: correction.linear,
             states,
             bias: correction.bias,
+            span: None,
         })
+    }
+
+    /// The first token that a token at this position sees.
+    pub fn first_seen(&self, position: usize) -> usize {
+        self.span.map_or(0, |span| (position + 1).saturating_sub(span))
     }
 
     /// Whether values are stored in another frame than their own.

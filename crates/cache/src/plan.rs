@@ -2,8 +2,8 @@
 
 use crate::shape::{CacheModel, CacheShape};
 use crate::{
-    CalibratedScheme, Calibration, Correction, HALF_BYTES, LayerLayout, PAGE_TOKENS, Scheme, SchemeError, Sees, Sinks,
-    Transform, Window,
+    CalibratedScheme, Calibration, Correction, HALF_BYTES, LayerLayout, PAGE_TOKENS, Scheme, SchemeError, Sees, Side,
+    Sinks, Transform, Window,
 };
 
 /// Where every byte of a cache lies, and how many there are: a scheme compiled for a model, without the numbers that
@@ -52,16 +52,17 @@ impl CachePlan {
             for layer in 0..shape.num_layers {
                 let own = calibration.and_then(|own| own.layers.get(layer));
                 let fuses = model.fuses_values.get(layer).copied().unwrap_or(false);
-                let correction = if class == 0 { scheme.correction(layer) } else { Correction::NONE };
+                let span = model.spans.get(layer).copied().flatten();
+                let mut correction = if class == 0 { scheme.correction(layer) } else { Correction::NONE };
+                // States of tokens cannot be taken out of a sum again.
+                correction.linear = correction.linear.filter(|_| span.is_none());
                 let sides = scheme.sides(class, layer);
-                if matches!(sides.0.transform(), Transform::PreRope(_)) && !model.turns_all_layers {
-                    return Err(error((
-                        "keys before RoPE of a model with layers that have none".to_owned(),
-                        "position = \"post-rope\"".to_owned(),
-                    )));
+                if let Some(problem) = problem(sides, span, !scheme.classes.is_empty(), model.turns_alike) {
+                    return Err(error(problem));
                 }
-                let layer =
+                let mut layer =
                     LayerLayout::new(sides, correction, shape, bytes, scheme.sinks, own, fuses).map_err(error)?;
+                layer.span = span;
                 bytes += layer.bytes();
                 layers.push(layer);
             }
@@ -160,6 +161,30 @@ impl CachePlan {
     pub fn planned_bytes(&self, len: usize) -> usize {
         self.allocated_bytes(self.blocks(len))
     }
+}
+
+/// What of a layer's scheme does not suit the model, and what would.
+fn problem(
+    (keys, values): (Side, Side),
+    span: Option<usize>,
+    has_classes: bool,
+    turns_alike: bool,
+) -> Option<(String, String)> {
+    let has_factors = |side: Side| matches!(side, Side::Packed(own) if own.low_rank > 0);
+    let problem = |what: &str, instead: &str| Some((what.to_owned(), instead.to_owned()));
+    if matches!(keys.transform(), Transform::PreRope(_)) && !turns_alike {
+        return problem("keys before RoPE of a model whose layers turn them differently", "position = \"post-rope\"");
+    }
+    let span = span?;
+    if has_factors(keys) || has_factors(values) {
+        let what = format!("low-rank factors of pages in a layer that sees {span} tokens, which leave one by one");
+        return problem(&what, "schemes without low_rank");
+    }
+    if has_classes {
+        let what = format!("tokens by classes in a layer that sees {span} tokens");
+        return problem(&what, "schemes without classes");
+    }
+    None
 }
 
 impl Scheme {

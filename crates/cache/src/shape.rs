@@ -30,8 +30,10 @@ pub struct CacheModel {
     pub shape: CacheShape,
     /// Rotary frequencies, `head_dim / 2`.
     pub inv_freq: Vec<f32>,
-    /// Whether RoPE turns the keys of every layer.
-    pub turns_all_layers: bool,
+    /// Whether RoPE turns the keys of every layer, and all alike.
+    pub turns_alike: bool,
+    /// For each layer how many tokens a query sees, itself included; a layer that is not there sees all before it.
+    pub spans: Vec<Option<usize>>,
     /// For each layer, whether the transform of values is fused into its projections: its cache takes values as they are
     /// stored, and leaves outputs so. A layer that is not there has none fused.
     pub fuses_values: Vec<bool>,
@@ -40,7 +42,7 @@ pub struct CacheModel {
 impl CacheModel {
     /// A model whose caches transform values themselves.
     pub fn new(shape: CacheShape, inv_freq: Vec<f32>) -> Self {
-        CacheModel { shape, inv_freq, turns_all_layers: true, fuses_values: Vec::new() }
+        CacheModel { shape, inv_freq, turns_alike: true, spans: Vec::new(), fuses_values: Vec::new() }
     }
 
     /// A model of this shape with the rotary frequencies of base 10,000.

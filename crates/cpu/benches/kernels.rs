@@ -3,7 +3,7 @@
 
 use dibit_cache::{Batch, CacheModel, CacheShape, CalibratedScheme, Mode, PAGE_TOKENS, Phase, Sequence};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, DType, Dense, DeviceError, KvCache, Memory, Output, Pass, Tensor};
+use dibit_device::{Arithmetic, DType, Dense, DeviceError, KvCache, Memory, Output, Pass, QueryHeads, Tensor};
 use dibit_timing::{Kernels, Sweep};
 
 /// More than the processor's caches hold, so that every matrix comes from memory.
@@ -119,7 +119,7 @@ fn attention(cpu: &Cpu) -> Result<(), DeviceError> {
             let attend = |pass: &mut Pass<Cpu>| {
                 let mut layer = pass.layer(row, 1)?;
                 let mut rows = layer.stage(1, row, row)?;
-                (0..100).try_for_each(|_| rows.attend(HEADS, q, &mut out))
+                (0..100).try_for_each(|_| rows.attend(QueryHeads::plain(HEADS), q, &mut out))
             };
             cache.cache.pass_once::<DeviceError>(cpu, &batch, attend).expect("nothing is stored here");
         });

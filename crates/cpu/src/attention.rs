@@ -83,7 +83,8 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
                     let own = (kv_head * count + index) * shared + head;
                     &corrections[own * (heads.dim + 1)..][..heads.dim + 1]
                 });
-                join(parts.clone().map(|part| &part[at..at + stride]), correction, out);
+                let sink = call.sinks.map(|own| own[kv_head * shared + head]);
+                join(parts.clone().map(|part| &part[at..at + stride]), correction, sink, out);
                 if let Some(rotation) = &call.store.frames(call.layer).values {
                     SCRATCH.with_borrow_mut(|scratch| rotation.apply_inverse(call.isa, kv_head, out, &mut scratch.row));
                 }
@@ -102,9 +103,11 @@ fn plan(items: &mut Vec<Item>, call: Call, rows: Range<usize>, item_rows: usize)
         for first_head in (0..call.heads.num_key_value).step_by(call.frame()) {
             for first in own.clone().step_by(item_rows) {
                 let rows = first..own.end.min(first + item_rows);
-                let mut start = 0;
+                // Pages are looked at from their first token on.
+                let seen = call.first_seen(span, first) / PAGE_TOKENS * PAGE_TOKENS;
+                let mut start = seen.min(span.cached);
                 loop {
-                    let end = span.cached.min(start + split.min(span.cached));
+                    let end = span.cached.min(start.saturating_add(split));
                     let last = end == span.cached;
                     let incoming = last && call.incoming;
                     items.push(Item { span: index, first_head, rows: rows.clone(), tokens: start..end, incoming });
@@ -119,10 +122,16 @@ fn plan(items: &mut Vec<Item>, call: Call, rows: Range<usize>, item_rows: usize)
 }
 
 /// Joins the partial results of one query: `sum_j w_j Y_j / sum_j w_j l_j` with `w_j = exp(m_j - max m)`
-/// (KVLinC, Algorithm 1). What the correction adds to both sums is in the frame of the largest logit of all.
-fn join<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, correction: Option<&[f32]>, out: &mut [f32]) {
-    let maximum = parts.clone().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
-    let mut normaliser = 0.0;
+/// (KVLinC, Algorithm 1). What the correction adds to both sums is in the frame of the largest logit of all. A sink is the
+/// logit of a token without a value.
+fn join<'a>(
+    parts: impl Iterator<Item = &'a [f32]> + Clone,
+    correction: Option<&[f32]>,
+    sink: Option<f32>,
+    out: &mut [f32],
+) {
+    let maximum = parts.clone().map(|part| part[0]).chain(sink).fold(f32::NEG_INFINITY, f32::max);
+    let mut normaliser = sink.map_or(0.0, |sink| (sink - maximum).exp());
     out.fill(0.0);
     for part in parts {
         let weight = (part[0] - maximum).exp();
@@ -225,7 +234,8 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
         for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
             let kv_head = item.first_head + index;
             let next = next_page(call, span, class, &tokens, packed_keys, kv_head);
-            let mut block = Block { call, span, class, kv_head, index, queries, next, scratch, partials };
+            let rows = item.rows.clone();
+            let mut block = Block { call, span, rows, class, kv_head, index, queries, next, scratch, partials };
             block.look(&tokens, packed_values);
         }
     };
@@ -246,16 +256,19 @@ fn run(call: Call, item: &Item, scratch: &mut Scratch, partials: &mut [f32]) {
         start = end;
     }
     if item.incoming {
-        for first in (span.rows.start..item.rows.end).step_by(PAGE_TOKENS) {
-            let rows = first..item.rows.end.min(first + PAGE_TOKENS);
+        let seen = span.rows.start + call.first_seen(span, item.rows.start).saturating_sub(span.cached);
+        for first in (seen..item.rows.end).step_by(PAGE_TOKENS) {
+            let keys = first..item.rows.end.min(first + PAGE_TOKENS);
             for (index, partials) in partials.chunks_exact_mut(queries * stride).enumerate() {
                 let kv_head = item.first_head + index;
                 let (class, next) = (0, None);
-                let mut block = Block { call, span, class, kv_head, index, queries, next, scratch, partials };
-                block.plain_logits([call.store.incoming_keys(kv_head, rows.clone()), &[]]);
-                block.mask(item.rows.clone(), rows.clone(), shared);
-                block.softmax(rows.len());
-                block.plain_values([call.store.incoming_values(kv_head, rows.clone()), &[]], 0);
+                let rows = item.rows.clone();
+                let mut block = Block { call, span, rows, class, kv_head, index, queries, next, scratch, partials };
+                block.plain_logits([call.store.incoming_keys(kv_head, keys.clone()), &[]]);
+                let first = span.cached + keys.start - span.rows.start;
+                block.limit(first..first + keys.len(), false);
+                block.softmax(keys.len());
+                block.plain_values([call.store.incoming_values(kv_head, keys.clone()), &[]], 0);
             }
         }
     }

@@ -3,6 +3,7 @@
 use super::call::{Call, Scratch};
 use super::dot::{self, dot_rows};
 use super::element::Element;
+use super::elementwise;
 use super::mix::{self, mix_rows};
 use super::page::{Page, Sums, Weights};
 use super::page_sinks;
@@ -26,6 +27,8 @@ pub(super) enum Tokens {
 pub(super) struct Block<'a> {
     pub call: Call<'a>,
     pub span: &'a Span,
+    /// Rows of the batch whose queries these are.
+    pub rows: Range<usize>,
     pub class: usize,
     pub kv_head: usize,
     /// Number of the KV head in its frame.
@@ -59,6 +62,7 @@ impl Block<'_> {
         } else {
             self.plain_logits(store.ring_keys(self.span, layer, self.kv_head, range.clone()));
         }
+        self.limit(range.clone(), in_page && !self.span.classes.is_empty());
         self.softmax(range.len());
         if border > range.start {
             self.page_values(range.start..border);
@@ -223,12 +227,29 @@ impl Block<'_> {
         }
     }
 
-    /// Hides rows of the pass in flight from the queries of earlier rows.
-    pub(super) fn mask(&mut self, query_rows: Range<usize>, key_rows: Range<usize>, group: usize) {
-        for (i, row) in query_rows.enumerate() {
-            let visible = (row + 1).clamp(key_rows.start, key_rows.end) - key_rows.start;
+    /// Caps logits, and hides tokens at these positions from queries that come before them, or so far behind them that they
+    /// do not see them. Numbers of tokens of a class are no positions: all of these are seen.
+    pub(super) fn limit(&mut self, tokens: Range<usize>, all_seen: bool) {
+        let Call { isa, layer, store, heads, softcap, .. } = self.call;
+        let group = heads.per_key_value();
+        if let Some(cap) = softcap {
+            let logits = self.scratch.logits.chunks_exact_mut(PAGE_TOKENS).take(self.queries);
+            logits.for_each(|logits| elementwise::cap(isa, cap, &mut logits[..tokens.len()]));
+        }
+        if all_seen {
+            return;
+        }
+        let layer = &store.layout().layers[layer];
+        for (i, row) in self.rows.clone().enumerate() {
+            let position = self.call.position(self.span, row);
+            let within = |position: usize| position.clamp(tokens.start, tokens.end) - tokens.start;
+            let (first, end) = (within(layer.first_seen(position)), within(position + 1));
+            if (first, end) == (0, tokens.len()) {
+                continue;
+            }
             for logits in self.scratch.logits[i * group * PAGE_TOKENS..].chunks_exact_mut(PAGE_TOKENS).take(group) {
-                logits[visible..key_rows.len()].fill(f32::NEG_INFINITY);
+                logits[..first].fill(f32::NEG_INFINITY);
+                logits[end..tokens.len()].fill(f32::NEG_INFINITY);
             }
         }
     }

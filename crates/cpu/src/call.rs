@@ -55,6 +55,10 @@ pub(super) struct Call<'a> {
     pub layer: usize,
     pub spans: &'a [Span],
     pub heads: Heads,
+    /// [`dibit_device::QueryHeads::softcap`].
+    pub softcap: Option<f32>,
+    /// [`dibit_device::QueryHeads::sinks`].
+    pub sinks: Option<&'a [f32]>,
     /// Tokens of a split.
     pub split_tokens: usize,
     /// Whether the pass in flight is seen exactly. Where it is not, its tokens are stored already.
@@ -62,6 +66,17 @@ pub(super) struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// The position of the row of a span.
+    pub(super) fn position(&self, span: &Span, row: usize) -> usize {
+        let before = if self.incoming { span.cached } else { span.cached - span.rows.len() };
+        before + row - span.rows.start
+    }
+
+    /// The first token that the row of a span sees.
+    pub(super) fn first_seen(&self, span: &Span, row: usize) -> usize {
+        self.store.layout().layers[self.layer].first_seen(self.position(span, row))
+    }
+
     /// KV heads that are read together.
     pub(super) fn frame(&self) -> usize {
         self.store.layout().layers[self.layer].frame

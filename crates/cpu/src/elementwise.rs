@@ -1,5 +1,6 @@
 //! Operations on numbers one by one, and norms of rows.
 
+use super::exp::exp;
 use super::simd::{BASELINE_FMA, WIDTH, dispatch, join, mul_add};
 
 #[inline(always)]
@@ -75,6 +76,26 @@ dispatch! {
 }
 
 #[inline(always)]
+fn cap_body<const FMA: bool>(cap: f32, x: &mut [f32]) {
+    let factor = 2.0 / cap;
+    for x in x {
+        // tanh(y) is 1 - 2 / (exp(2 y) + 1), of the magnitude of y: no power overflows.
+        let power = exp::<FMA>(-(*x * factor).abs());
+        let magnitude = cap * ((1.0 - power) / (1.0 + power));
+        *x = if *x < 0.0 { -magnitude } else { magnitude };
+    }
+}
+
+dispatch! {
+    /// `x <- cap tanh(x / cap)`.
+    fn cap<>(cap: f32, x: &mut [f32]);
+    baseline: cap_body::<BASELINE_FMA>(cap, x);
+    avx2: cap_body::<true>(cap, x);
+    avx512: cap_body::<true>(cap, x);
+    neon: cap_body::<true>(cap, x);
+}
+
+#[inline(always)]
 fn turn_body(heads: &mut [f32], cosines: &[f32], sines: &[f32]) {
     for head in heads.chunks_exact_mut(2 * cosines.len()) {
         let (low, high) = head.split_at_mut(cosines.len());
@@ -147,6 +168,19 @@ mod tests {
                     };
                     prop_assert_eq!(got.to_bits(), expected.to_bits(), "{:?}", isa);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn caps_are_those_of_the_formula() {
+        let x: Vec<f32> = (-40_000..40_000).map(|i| i as f32 * 7e-3).collect();
+        for isa in Isa::available() {
+            let mut capped = x.clone();
+            cap(isa, 30.0, &mut capped);
+            for (x, got) in x.iter().zip(capped) {
+                let exact = 30.0 * (f64::from(*x) / 30.0).tanh();
+                assert!((f64::from(got) - exact).abs() < 1e-5, "{isa:?}: {x} gives {got}");
             }
         }
     }

@@ -45,8 +45,8 @@ use attention::Buffers;
 use call::{Call, Heads};
 use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use dibit_device::{
-    Activation, Attention, Dense, DeviceError, KvStorage, Measure, Memory, Norm, Output, Sweep, Tensor, Values,
-    with_blocks,
+    Activation, Attention, Dense, DeviceError, KvStorage, Measure, Memory, Norm, Output, QueryHeads, Sweep, Tensor,
+    Values, with_blocks,
 };
 use element::Element;
 pub use host_packing::HostPacker;
@@ -303,16 +303,18 @@ impl KvStorage for Cpu {
     fn attend(
         &self,
         cache: &mut CpuCache,
-        attention: Attention,
+        attention: Attention<Vec<f32>>,
         q: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
         let shape = cache.store.layout().shape;
-        let Attention { layer, spans, rows, first, num_heads, incoming, .. } = attention;
-        let heads = Heads { num: num_heads, num_key_value: shape.num_key_value_heads, dim: shape.head_dim };
+        let Attention { layer, spans, rows, first, heads: QueryHeads { num, softcap, sinks }, incoming, .. } =
+            attention;
+        let heads = Heads { num, num_key_value: shape.num_key_value_heads, dim: shape.head_dim };
         let split_tokens = self.split_tokens;
-        let call = Call { isa: self.isa, store: &cache.store, layer, spans, heads, split_tokens, incoming };
-        let at = (rows.start - first) * num_heads * shape.head_dim;
+        let (isa, store, sinks) = (self.isa, &cache.store, sinks.map(|own| &own[..num]));
+        let call = Call { isa, store, layer, spans, heads, softcap, sinks, split_tokens, incoming };
+        let at = (rows.start - first) * num * shape.head_dim;
         attention::attend(call, &mut cache.buffers, rows, &q[at..], &mut out[at..]);
         Ok(())
     }

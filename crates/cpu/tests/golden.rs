@@ -2,7 +2,7 @@
 
 use dibit_cache::{Batch, CacheModel, CacheShape, CalibratedScheme, Mode};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, DeviceError, KvCache, Memory, Pass};
+use dibit_device::{Arithmetic, DeviceError, KvCache, Memory, Pass, QueryHeads};
 use serde_json::Value;
 
 fn rows(value: &Value) -> Vec<Vec<f32>> {
@@ -32,7 +32,7 @@ fn decode_attention_is_that_of_numpy() {
             let (keys, values) = (k[tokens.clone()].concat(), v[tokens.clone()].concat());
             let queries = q.concat().repeat(tokens.len());
             let attend = |pass: &mut Pass<Cpu>| {
-                pass.whole_layer((&Vec::new(), 1), q.len(), [&queries, &keys, &values], &mut out)
+                pass.whole_layer((&Vec::new(), 1), QueryHeads::plain(q.len()), [&queries, &keys, &values], &mut out)
             };
             cache.pass_once::<DeviceError>(&cpu, &batch, attend).unwrap();
             cache.advance(&mut sequence, tokens.len());

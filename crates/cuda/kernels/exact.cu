@@ -207,6 +207,21 @@ struct Attending {
         __syncthreads();
     }
 
+    /// Caps `count` logits, and hides those of tokens at positions from `first` on that a query does not see: later ones, and
+    /// those that it has left behind.
+    __device__ void limit(int first, int count) {
+        __syncwarp();
+        for (int i = 0; i < own(); i++) {
+            const int row = first_row + (4 * warp() + i) / heads;
+            const int last = call.position(span, row), begin = call.first_seen(span, row);
+            for (int t = lane(); t < count; t += 32) {
+                float& x = logits(i)[t];
+                if (call.softcap > 0.0f) x = call.softcap * tanhf(x / call.softcap);
+                if (first + t > last || first + t < begin) x = -INFINITE;
+            }
+        }
+    }
+
     /// Turns `count` logits into weights in the frame of the largest logit so far, and moves the sums there.
     __device__ void softmax(int count) {
         __syncwarp();
@@ -410,6 +425,8 @@ struct Attending {
                 multiply(start, now);
             }
         }
+        // Numbers of tokens of a class are no positions: all of them are seen, and nothing is capped.
+        if (!in_page || !own_class) limit(first, count);
         softmax(count);
         if (border > first) {
             const Side& side = pages.pages[head].values;
@@ -440,18 +457,15 @@ struct Attending {
     __device__ void look_incoming(int last_row) {
         const Cache& cache = call.cache;
         const i64 head_rows = (i64)head * cache.incoming_rows;
-        for (int first = span.first_row; first <= last_row; first += PAGE_TOKENS) {
+        const int seen = max(0, call.first_seen(span, first_row) - span.cached);
+        for (int first = span.first_row + seen; first <= last_row; first += PAGE_TOKENS) {
             const int count = min(PAGE_TOKENS, last_row + 1 - first);
             for (int start = 0; start < count; start += TOKENS) {
                 const int now = min(TOKENS, count - start);
                 copy(cache.incoming_keys + (head_rows + first + start) * HEAD_DIM, now);
                 multiply(start, now);
             }
-            for (int i = 0; i < own(); i++) {
-                const int row = first_row + (4 * warp() + i) / heads;
-                for (int t = lane(); t < count; t += 32)
-                    if (first + t > row) logits(i)[t] = -INFINITE;
-            }
+            limit(span.cached + first - span.first_row, count);
             softmax(count);
             for (int start = 0; start < count; start += TOKENS) {
                 const int now = min(TOKENS, count - start);
@@ -504,7 +518,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_exact(Attention 
     // Prompts, and sequences of several classes, are not split.
     const bool whole = span.rows > 1 || span.class_count > 0;
     const int step = whole ? max(1, span.cached) : split_tokens(span.cached);
-    const int split = blockIdx.z, start = split * step, end = min(span.cached, start + step);
+    const int split = blockIdx.z, seen = call.first_page_seen(span, first);
+    const int start = min(span.cached, seen + split * step), end = min(span.cached, start + step);
     const bool exists = split == 0 || start < span.cached;
     if (exists) {
         for (int c = 0; c < span.class_count; c++) {
@@ -537,9 +552,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_exact(Attention 
 EXPORT(attend_exact)
 
 /// Joins the splits of rows, and adds the linear correction in the frame of the largest logit of all. Blocks: heads, rows.
-/// Corrections, [row][head][HEAD_DIM + 1], may be null.
+/// Corrections, [row][head][HEAD_DIM + 1], may be null, as may sinks: for each head the logit of a token without a value.
 extern "C" __global__ void __launch_bounds__(128)
-join_splits(const float* partials, int splits, const float* corrections, float* out) {
+join_splits(const float* partials, int splits, const float* corrections, const float* sinks, float* out) {
     constexpr int WARPS = 4, STRIDE = HEAD_DIM + 2, CHANNELS = (HEAD_DIM + 31) / 32;
     // For each warp: weighted values, normaliser.
     __shared__ float parts[WARPS][HEAD_DIM + 1];
@@ -549,6 +564,7 @@ join_splits(const float* partials, int splits, const float* corrections, float* 
     float most = -INFINITE;
     for (int split = lane; split < splits; split += 32) most = fmaxf(most, own[split * STRIDE]);
     most = warp_max(most);
+    if (sinks) most = fmaxf(most, sinks[blockIdx.x]);
     float total = 0.0f, sums[CHANNELS] = {};
 #pragma unroll 4
     for (int split = warp; split < splits; split += WARPS) {
@@ -572,6 +588,7 @@ join_splits(const float* partials, int splits, const float* corrections, float* 
     for (int i = 0; i < WARPS; i++) total += parts[i][HEAD_DIM];
     const float* correction = corrections ? corrections + query * (HEAD_DIM + 1) : nullptr;
     if (correction) total += correction[0];
+    if (sinks) total += expf(sinks[blockIdx.x] - most);
     for (int channel = threadIdx.x; channel < HEAD_DIM; channel += blockDim.x) {
         float sum = 0.0f;
         for (int i = 0; i < WARPS; i++) sum += parts[i][channel];

@@ -117,6 +117,8 @@ struct Attention {
     Cache cache;
     const Span* spans;
     int span_count;
+    /// How many tokens a query sees, itself included.
+    int seen;
     /// Block numbers.
     const int* tables;
     /// Queries [row][heads][head_dim] from row first_row of the batch on, in the frame of the stored keys.
@@ -127,9 +129,26 @@ struct Attention {
     int incoming;
     /// The largest number of splits of any span.
     int splits;
+    /// Logits x become softcap tanh(x / softcap), where that is not 0.
+    float softcap;
     /// [row][head][split][head_dim + 2]: largest logit, normaliser, weighted values in the frame of that logit. Splits that
     /// a row does not have hold -inf, 0 and anything.
     float* partials;
+
+    /// The position of a row of a span.
+    __device__ __forceinline__ int position(const Span& span, int row) const {
+        return span.cached + row - span.first_row - (incoming ? 0 : span.rows);
+    }
+    /// The first token that it sees.
+    __device__ __forceinline__ int first_seen(const Span& span, int row) const {
+        int own = position(span, row);
+        return own < seen ? 0 : own + 1 - seen;
+    }
+    /// The same, as the first token of its page, but no further than what is cached.
+    __device__ __forceinline__ int first_page_seen(const Span& span, int row) const {
+        int first = first_seen(span, row) / PAGE_TOKENS * PAGE_TOKENS;
+        return first < span.cached ? first : span.cached;
+    }
 };
 
 /// Pages of the tokens of one class in a layer.

@@ -9,7 +9,7 @@
 // code 0 stands for the scale times minus the zero, LATE_VALUES where values leave the window later than keys.
 // KEY_PLANES is 1 where packed keys have planes, and then INTEGER_KEYS is 0. VALUE_COLUMNS is 0 where the parameters of
 // values belong to tokens; where they belong to channels, a row of packed values has no more than 16 VALUE_COLUMNS bytes.
-// PAGE_SINKS is 1 where pages protect tokens.
+// PAGE_SINKS is 1 where pages protect tokens, SPAN where queries do not see all before them, SOFTCAP where logits are capped.
 
 /// One split of one KV head's history for 8 queries. Grid: (KV heads * tiles of 8 queries, spans, splits). Splits of pages come
 /// first, those of tokens in 16 bit are short and fill what is left.
@@ -26,9 +26,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_packed(A
     tile.shared = a.heads / a.cache.kv_heads;
     tile.first = blockIdx.x % tiles * QUERIES;
     if (!tile.has(0)) return;
-    int pages = (span.packed_keys + PAGE_TOKENS - 1) / PAGE_TOKENS, size = split_pages(pages);
+    int pages = (span.packed_keys + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    int first_page = SPAN ? min(pages, a.first_page_seen(span, tile.row(0)) / PAGE_TOKENS) : 0;
+    int size = split_pages(pages - first_page);
     int most = multiple(a.cache.sink_capacity + span.cached - span.packed_keys, 16) + (a.incoming ? span.rows : 0);
-    int page_splits = (pages + size - 1) / size, plain = split - page_splits;
+    int page_splits = (pages - first_page + size - 1) / size, plain = split - page_splits;
     if (plain * PLAIN_TOKENS >= most) {
         if (threadIdx.x < QUERIES && tile.has(threadIdx.x)) {
             float* partial = partial_of(tile, threadIdx.x, split);
@@ -44,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attend_packed(A
     if (plain >= 0)
         add_plain(sums, tile, memory, plain * PLAIN_TOKENS);
     else
-        add_pages(sums, tile, page, memory, split * size, min(split * size + size, pages));
+        add_pages(sums, tile, page, memory, first_page + split * size, min(first_page + split * size + size, pages));
     join_warps(sums, tile, page, memory, split);
 }
 EXPORT(attend_packed)

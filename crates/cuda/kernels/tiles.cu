@@ -8,7 +8,8 @@
 // attend_tiles is for spans of many queries: its blocks share tiles among 128 queries (64 for large heads).
 // attend_splits is for spans of few queries: its warps share a tile's tokens, its blocks the history.
 //
-// HEAD_DIM is a multiple of 8 up to 256. PAGE_SINKS is 1 where pages protect tokens.
+// HEAD_DIM is a multiple of 8 up to 256. PAGE_SINKS is 1 where pages protect tokens, SPAN where queries do not see all before
+// them, SOFTCAP where logits are capped.
 
 template <bool PACKED>
 __device__ __forceinline__ void attend_many(const Attention& a, const u16* halves, u8* memory, Pages& pages) {
@@ -20,6 +21,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, const u16* halve
     pages.load(a.cache, task.kv_head);
     __syncthreads();
     History<PACKED, TOKENS> history(a, task, pages, halves);
+    if (SPAN) history.begin = a.first_page_seen(task.span, query_row(task, 0));
     if (a.incoming) history.incoming = query_row(task, task.queries - 1) - task.span.first_row + 1;
 
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp * 16 * BLOCKS;
@@ -36,7 +38,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, const u16* halve
         if (!look<BLOCKS>(a, task, tile, first, 0, TOKENS, kept, view)) return;
         if (PACKED && view.biased) biases.find(a, task, history, first, tile.first, sums);
         attend<BLOCKS, TOKENS / 8, TOKENS>(sums, view, keys, values, biases.values,
-                                           [&](int block, int step, u32 (&q)[4]) {
+                                           a.softcap, [&](int block, int step, u32 (&q)[4]) {
                                                uint4 x = own[(block * STEPS + step) * 32];
                                                q[0] = x.x, q[1] = x.y, q[2] = x.z, q[3] = x.w;
                                            });
@@ -75,6 +77,7 @@ __device__ __forceinline__ void attend_few(const Attention& a, const u16* halves
     __syncthreads();
     History<PACKED, TOKENS> history(a, task, pages, halves);
     history.begin = split * split_tokens_of(task.span.cached);
+    if (SPAN) history.begin = min(history.end, history.begin + a.first_page_seen(task.span, query_row(task, 0)));
     history.end = min(history.end, history.begin + split_tokens_of(task.span.cached));
     if (a.incoming && split == splits - 1)
         history.incoming = query_row(task, task.queries - 1) - task.span.first_row + 1;
@@ -90,7 +93,8 @@ __device__ __forceinline__ void attend_few(const Attention& a, const u16* halves
         int token = warp * OWN_TOKENS;
         if (!look<1>(a, task, tile, 0, token, OWN_TOKENS, kept, view)) return;
         if (PACKED && view.biased) biases.find(a, task, history, 0, tile.first + token, sums);
-        attend<1, OWN_TOKENS / 8, TOKENS>(sums, view, keys, values, biases.values, [&](int, int step, u32 (&own)[4]) {
+        attend<1, OWN_TOKENS / 8, TOKENS>(sums, view, keys, values, biases.values, a.softcap,
+                                          [&](int, int step, u32 (&own)[4]) {
             for (int i = 0; i < 4; i++) own[i] = q[step][i];
         });
     });

@@ -126,7 +126,7 @@ pub(crate) struct Attention {
     pub cache: Cache,
     pub spans: u64,
     pub span_count: i32,
-    pub padding: i32,
+    pub seen: i32,
     pub tables: u64,
     pub q: u64,
     pub heads: i32,
@@ -134,7 +134,7 @@ pub(crate) struct Attention {
     pub row_count: i32,
     pub incoming: i32,
     pub splits: i32,
-    pub padding_2: i32,
+    pub softcap: f32,
     pub partials: u64,
 }
 

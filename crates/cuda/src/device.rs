@@ -234,7 +234,7 @@ impl KvStorage for Cuda {
     fn attend(
         &self,
         cache: &mut CudaCache,
-        attention: Attention,
+        attention: Attention<Buffer>,
         q: &Buffer,
         out: &mut Buffer,
     ) -> Result<(), DeviceError> {

@@ -54,6 +54,8 @@ const TILE_FORMS: &[Macros] = &[
     &[("HEAD_DIM", 256)],
     &[("HEAD_DIM", 64), ("PAGE_SINKS", 1)],
     &[("HEAD_DIM", 128), ("PAGE_SINKS", 1)],
+    &[("HEAD_DIM", 64), ("PAGE_SINKS", 1), ("SPAN", 1)],
+    &[("HEAD_DIM", 256), ("SPAN", 1), ("SOFTCAP", 1)],
 ];
 
 /// KIVI, KVLinC and their bias; and planes.
@@ -72,6 +74,9 @@ const PACKED_FORMS: &[Macros] = &[
     &[("HEAD_DIM", 64), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 2), ("PAGE_SINKS", 1)],
     &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 2), ("PAGE_SINKS", 1)],
     &[("HEAD_DIM", 128), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 3), ("PAGE_SINKS", 1)],
+    &[("HEAD_DIM", 64), ("SPAN", 1)],
+    &[("HEAD_DIM", 128), ("BIAS", 1), ("SPAN", 1), ("SOFTCAP", 1)],
+    &[("HEAD_DIM", 64), ("KEY_PLANES", 1), ("VALUE_COLUMNS", 1), ("PAGE_SINKS", 1), ("SPAN", 1)],
 ];
 
 sources! {

@@ -12,9 +12,35 @@ pub enum Arithmetic {
     Exact,
 }
 
+/// The query heads of a layer.
+#[derive(Debug)]
+pub struct QueryHeads<'a, B> {
+    /// How many there are.
+    pub num: usize,
+    /// Logits `x` become `cap tanh(x / cap)`.
+    pub softcap: Option<f32>,
+    /// For each head the logit of a token that has no value, which takes its share of every query's weights.
+    pub sinks: Option<&'a B>,
+}
+
+impl<B> QueryHeads<'_, B> {
+    /// Heads of nothing but queries.
+    pub fn plain(num: usize) -> Self {
+        QueryHeads { num, softcap: None, sinks: None }
+    }
+}
+
+impl<B> Clone for QueryHeads<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for QueryHeads<'_, B> {}
+
 /// Rows that attend.
-#[derive(Debug, Clone)]
-pub struct Attention<'a> {
+#[derive(Debug)]
+pub struct Attention<'a, B> {
     /// The decoder layer.
     pub layer: usize,
     /// The spans in place ([`KvStorage::place`]).
@@ -28,7 +54,7 @@ pub struct Attention<'a> {
     /// The row with which queries and outputs begin.
     pub first: usize,
     /// Query heads.
-    pub num_heads: usize,
+    pub heads: QueryHeads<'a, B>,
     /// Whether the rows of the spans are seen as they came; else they are stored already.
     pub incoming: bool,
 }
@@ -83,15 +109,15 @@ pub trait KvStorage: Memory {
         v: &Self::Buffer,
     ) -> Result<(), DeviceError>;
 
-    /// Causal attention over packed pages, windows and the pass in flight. `q` and `out` hold rows of
-    /// `num_heads * head_dim`. The output is in the frame of the values that [`KvStorage::stage_kv`] got.
+    /// Causal attention over packed pages, windows and the pass in flight, as far back as the layout's layer sees. `q` and
+    /// `out` hold rows of `heads.num * head_dim`. The output is in the frame of the values that [`KvStorage::stage_kv`] got.
     ///
     /// # Errors
     /// [`DeviceError::Failed`].
     fn attend(
         &self,
         store: &mut Self::Store,
-        attention: Attention,
+        attention: Attention<Self::Buffer>,
         q: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<(), DeviceError>;

@@ -26,7 +26,7 @@ pub use dense::{Activation, Dense, Heads, Norm, Output, Projection};
 pub use device::Device;
 pub use error::DeviceError;
 pub use kv_cache::{KvCache, OwnedCache};
-pub use kv_storage::{Arithmetic, Attention, KvStorage};
+pub use kv_storage::{Arithmetic, Attention, KvStorage, QueryHeads};
 pub use measure::{Measure, Sweep};
 pub use memory::{DeviceMemory, Memory};
 pub use pass::{LayerPass, Pass, StagedRows};

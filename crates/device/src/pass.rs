@@ -1,6 +1,6 @@
 //! A forward pass as the cache sees it, in the one order that it has.
 
-use crate::{Arithmetic, Attention, DeviceError, KvStorage};
+use crate::{Arithmetic, Attention, DeviceError, KvStorage, QueryHeads};
 use dibit_cache::{Batch, CachePlan, Phase, Sees, SequenceState};
 use std::ops::Range;
 
@@ -73,7 +73,7 @@ impl<'a, D: KvStorage> Pass<'a, D> {
     /// If the batch is stepwise.
     pub fn attend_in_all_layers(
         &mut self,
-        num_heads: usize,
+        heads: QueryHeads<D::Buffer>,
         q: &D::Buffer,
         out: &mut D::Buffer,
     ) -> Result<(), DeviceError> {
@@ -82,7 +82,7 @@ impl<'a, D: KvStorage> Pass<'a, D> {
         let attend = |layer| {
             let rows = 0..batch.rows();
             let (spans, phase, arithmetic) = (&batch.spans[..], batch.phase(), *arithmetic);
-            let attention = Attention { layer, spans, phase, arithmetic, rows, first: 0, num_heads, incoming: true };
+            let attention = Attention { layer, spans, phase, arithmetic, rows, first: 0, heads, incoming: true };
             device.attend(store, attention, q, out)
         };
         (0..plan.layers.len()).try_for_each(attend)
@@ -95,13 +95,13 @@ impl<'a, D: KvStorage> Pass<'a, D> {
     pub fn whole_layer(
         &mut self,
         (hidden, width): (&D::Buffer, usize),
-        num_heads: usize,
+        heads: QueryHeads<D::Buffer>,
         [q, k, v]: [&D::Buffer; 3],
         out: &mut D::Buffer,
     ) -> Result<(), DeviceError> {
         let rows = self.batch.rows();
         let mut layer = self.layer(hidden, width)?;
-        layer.stage(rows, k, v)?.attend(num_heads, q, out)?;
+        layer.stage(rows, k, v)?.attend(heads, q, out)?;
         layer.pack()
     }
 }
@@ -151,25 +151,23 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
     ///
     /// # Panics
     /// If rows of a stepwise batch attend twice, or out of their order.
-    pub fn attend(&mut self, num_heads: usize, q: &D::Buffer, out: &mut D::Buffer) -> Result<(), DeviceError> {
+    pub fn attend(
+        &mut self,
+        heads: QueryHeads<D::Buffer>,
+        q: &D::Buffer,
+        out: &mut D::Buffer,
+    ) -> Result<(), DeviceError> {
         let LayerPass { pass, layer, stored: stored_rows, .. } = &mut *self.layer;
         let Pass { device, plan, batch, arithmetic, store, .. } = &mut **pass;
         let (rows, layer, arithmetic) = (self.rows.clone(), *layer, *arithmetic);
         if rows.is_empty() {
             return Ok(());
         }
-        let whole = Attention {
-            layer,
-            spans: &batch.spans,
-            phase: batch.phase(),
-            arithmetic,
-            first: rows.start,
-            rows: rows.clone(),
-            num_heads,
-            incoming: true,
-        };
+        let first = rows.start;
         if !batch.is_stepwise(plan) {
-            return device.attend(store, whole, q, out);
+            let (spans, phase) = (&batch.spans[..], batch.phase());
+            let attention = Attention { layer, spans, phase, arithmetic, first, rows, heads, incoming: true };
+            return device.attend(store, attention, q, out);
         }
         assert_eq!(*stored_rows, rows.start, "rows of a stepwise batch attend once, in their order");
         *stored_rows = rows.end;
@@ -186,11 +184,14 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
                     device.place(store, &step, false)?;
                 }
                 let one = Attention {
+                    layer,
                     spans: &step,
                     phase: Phase::Decode,
+                    arithmetic,
+                    first,
                     rows: row..row + 1,
+                    heads,
                     incoming: !stored,
-                    ..whole.clone()
                 };
                 device.attend(store, one, q, out)?;
                 if !stored {

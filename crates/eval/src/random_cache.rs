@@ -2,7 +2,7 @@
 
 use crate::EvalError;
 use dibit_cache::{Batch, CacheLayout, Mode, Sequence, Usage};
-use dibit_device::{Arithmetic, DType, Device, DeviceError, KvCache, Measure, Pass, Tensor};
+use dibit_device::{Arithmetic, DType, Device, DeviceError, KvCache, Measure, Pass, QueryHeads, Tensor};
 use std::time::Duration;
 
 /// Rows that are cached at once.
@@ -101,7 +101,7 @@ impl<D: Device + Measure> RandomCache<D> {
         let (batch, mut time) = (self.batch(), Duration::ZERO);
         self.cache.pass_once::<DeviceError>(device, &batch, |pass| {
             pass.layer(rows, 1)?.stage(batch.rows(), rows, rows)?;
-            let (done, own) = device.timed(|| pass.attend_in_all_layers(num_heads, q, out));
+            let (done, own) = device.timed(|| pass.attend_in_all_layers(QueryHeads::plain(num_heads), q, out));
             time = own;
             done
         })?;

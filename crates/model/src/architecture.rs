@@ -19,10 +19,14 @@ pub enum Architecture {
     Olmo2,
     /// Phi-3 and Phi-4: joint projections, longrope.
     Phi3,
+    /// Gemma 2: norms on both sides, sliding windows in every second layer, capped logits.
+    Gemma2,
+    /// Gemma 3, its text part: sliding windows in five of six layers, norms of q and k.
+    Gemma3,
 }
 
 impl Architecture {
-    pub(crate) const ALL: [Architecture; 8] = [
+    pub(crate) const ALL: [Architecture; 10] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -31,6 +35,8 @@ impl Architecture {
         Architecture::SmolLm3,
         Architecture::Olmo2,
         Architecture::Phi3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
     ];
 
     /// The name in `architectures`.
@@ -44,6 +50,8 @@ impl Architecture {
             Architecture::SmolLm3 => "SmolLM3ForCausalLM",
             Architecture::Olmo2 => "Olmo2ForCausalLM",
             Architecture::Phi3 => "Phi3ForCausalLM",
+            Architecture::Gemma2 => "Gemma2ForCausalLM",
+            Architecture::Gemma3 => "Gemma3ForCausalLM",
         }
     }
 
@@ -68,6 +76,8 @@ impl Architecture {
             Architecture::SmolLm3 => "smollm3",
             Architecture::Olmo2 => "olmo2",
             Architecture::Phi3 => "phi3",
+            Architecture::Gemma2 => "gemma2",
+            Architecture::Gemma3 => "gemma3_text",
         }
     }
 
@@ -76,12 +86,18 @@ impl Architecture {
         matches!(self, Architecture::Qwen2 | Architecture::Qwen3)
     }
 
+    /// Whether it is one of the Gemma families.
+    pub(crate) const fn is_gemma(self) -> bool {
+        matches!(self, Architecture::Gemma2 | Architecture::Gemma3)
+    }
+
     /// Longest context where a configuration does not say.
     pub(crate) const fn default_context(self) -> usize {
         match self {
             Architecture::Llama | Architecture::Granite | Architecture::Olmo2 => 2048,
             Architecture::Phi3 => 4096,
-            Architecture::Mistral => 131_072,
+            Architecture::Gemma2 => 8192,
+            Architecture::Mistral | Architecture::Gemma3 => 131_072,
             Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => 32_768,
         }
     }
@@ -95,6 +111,7 @@ impl Architecture {
     pub(crate) const fn default_rope_theta(self) -> f32 {
         match self {
             Architecture::SmolLm3 => 2_000_000.0,
+            Architecture::Gemma3 => 1_000_000.0,
             _ => 10_000.0,
         }
     }
@@ -114,11 +131,18 @@ impl Architecture {
 
     /// Whether a configuration that does not speak of a sliding window means one.
     pub(crate) const fn implies_window(self) -> bool {
-        matches!(self, Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3)
+        matches!(
+            self,
+            Architecture::Mistral
+                | Architecture::Qwen2
+                | Architecture::Qwen3
+                | Architecture::Gemma2
+                | Architecture::Gemma3
+        )
     }
 
     /// Whether q and k are normalised.
     pub const fn has_qk_norm(self) -> bool {
-        matches!(self, Architecture::Qwen3 | Architecture::Olmo2)
+        matches!(self, Architecture::Qwen3 | Architecture::Olmo2 | Architecture::Gemma3)
     }
 }

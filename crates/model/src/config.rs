@@ -60,9 +60,8 @@ pub struct ModelConfig {
     pub(crate) mlp_bias: Option<bool>,
 }
 
-/// The window and the first layer that it is used in, where a configuration does not say.
+/// The window where a configuration does not say.
 const WINDOW: usize = 4096;
-const FIRST_WINDOWED_LAYER: usize = 28;
 
 #[derive(Deserialize)]
 struct RawConfig {
@@ -87,11 +86,6 @@ struct RawConfig {
     initializer_range: f32,
     #[serde(default = "default_hidden_act")]
     hidden_act: String,
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    max_window_layers: Option<usize>,
-    #[serde(default)]
-    layer_types: Vec<String>,
     quantization_config: Option<Value>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
@@ -160,8 +154,10 @@ impl ModelConfig {
         if !supports_head_dim(stored) {
             return unsupported(format!("head_dim {stored}"), SUPPORTED_HEAD_DIMS);
         }
-        let (rope, rotary) = Rope::parse(&object, architecture, stored, raw.max_position_embeddings, origin)?;
+        let (rope, window_rope, rotary) =
+            families::ropes(architecture, &object, stored, raw.max_position_embeddings, origin)?;
         let places = HeadPlaces { stored, rotary };
+        let spec = families::spec(architecture, &object, raw.num_hidden_layers, places, origin)?;
         Ok(ModelConfig {
             architecture,
             hidden_size: raw.hidden_size,
@@ -174,7 +170,7 @@ impl ModelConfig {
             max_position_embeddings: raw.max_position_embeddings,
             rms_norm_eps: raw.rms_norm_eps,
             rope,
-            spec: families::spec(architecture, &object, raw.num_hidden_layers, places, origin)?,
+            spec: DecoderSpec { window_rope, ..spec },
             tie_word_embeddings: raw.tie_word_embeddings,
             bos_token_id: ids("bos_token_id", &raw.bos_token_id)?.first().copied(),
             eos_token_ids: ids("eos_token_id", &raw.eos_token_id)?,
@@ -207,7 +203,8 @@ impl ModelConfig {
     /// What a cache needs to know of the model, whose plain weights leave transforms of values to it.
     pub fn cache_model(&self) -> CacheModel {
         CacheModel {
-            turns_all_layers: (0..self.num_hidden_layers).all(|layer| self.spec.has_rope(layer)),
+            turns_alike: self.spec.turns_alike(self.num_hidden_layers),
+            spans: self.spec.windows.clone(),
             ..CacheModel::new(self.cache_shape(), self.inv_freq())
         }
     }
@@ -273,8 +270,9 @@ fn architecture(object: &Map<String, Value>, origin: &str) -> Result<Architectur
 
 /// Takes nulls out, writes whole numbers as such, and says what the family has where the configuration is silent.
 fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
-    // A window that is null is none, and not what the family has where the key is absent.
-    config.retain(|key, value| !value.is_null() || key == "sliding_window");
+    // A window, or a cap, that is null is none, and not what the family has where the key is absent.
+    let none = ["sliding_window", "attn_logit_softcapping", "final_logit_softcapping"];
+    config.retain(|key, value| !value.is_null() || none.contains(&key.as_str()));
     for (key, value) in config.iter_mut().filter(|(key, _)| WHOLE.contains(&key.as_str())) {
         if let Some(number) = whole(value).filter(|_| value.is_f64()) {
             tracing::debug!("{key} is {value}, read as {number}");
@@ -289,6 +287,10 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
     if architecture == Architecture::Qwen3 {
         imply("head_dim", 128.into());
     }
+    if architecture.is_gemma() {
+        imply("head_dim", 256.into());
+        imply("tie_word_embeddings", true.into());
+    }
     if architecture == Architecture::Phi3 {
         imply("original_max_position_embeddings", 4096.into());
     }
@@ -299,34 +301,14 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
 }
 
 impl RawConfig {
-    /// The sliding window of a layer, if any has one.
-    fn window(&self, architecture: Architecture) -> Option<usize> {
-        // Mistral has no switch; the Qwen models use their window only where the switch is on, and behind some layers.
-        if !self.use_sliding_window.unwrap_or(architecture == Architecture::Mistral) {
-            return None;
-        }
-        let first = self.max_window_layers.unwrap_or(FIRST_WINDOWED_LAYER);
-        let in_no_layer = !self.layer_types.is_empty() || first >= self.num_hidden_layers;
-        if architecture.is_qwen() && in_no_layer {
-            return None;
-        }
-        self.sliding_window.filter(|window| *window < self.max_position_embeddings)
-    }
-
     fn check_supported(&self, architecture: Architecture) -> Result<(), ModelError> {
-        // Two names of one function.
-        if !["silu", "swish"].contains(&self.hidden_act.as_str()) {
+        // Two names of one function. Gemma has an activation of its own under another key.
+        if !architecture.is_gemma() && !["silu", "swish"].contains(&self.hidden_act.as_str()) {
             return unsupported(format!("hidden_act '{}'", self.hidden_act), "silu");
         }
         if let Some(config) = &self.quantization_config {
             let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
             return unsupported(format!("a checkpoint quantised by '{method}'"), "f32, f16 and bf16 weights");
-        }
-        if let Some(window) = self.window(architecture) {
-            return unsupported(format!("a sliding window of {window} tokens"), "full attention (sliding_window null)");
-        }
-        if let Some(other) = self.layer_types.iter().find(|kind| *kind != "full_attention") {
-            return unsupported(format!("layer type '{other}'"), "full_attention");
         }
         Ok(())
     }
@@ -434,48 +416,19 @@ mod tests {
     }
 
     #[test]
-    fn windows_that_do_nothing_are_accepted() {
-        let qwen = json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 100, "use_sliding_window": false});
-        assert!(with(qwen).is_ok());
-        assert!(with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 512})).is_ok());
-        let none =
-            json!({"architectures": ["MistralForCausalLM"], "sliding_window": null, "max_position_embeddings": 8192});
-        assert!(with(none).is_ok());
-        // Behind the last layer, or in layers that are all full attention.
-        for changes in [
-            json!({"max_window_layers": 2}),
-            json!({}),
-            json!({"max_window_layers": 0, "layer_types": ["full_attention"]}),
-        ] {
-            let mut qwen =
-                json!({"architectures": ["Qwen3ForCausalLM"], "sliding_window": 100, "use_sliding_window": true});
-            qwen.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-            assert!(with(qwen).is_ok(), "{changes}");
-        }
-    }
-
-    #[test]
     fn what_is_not_supported_is_named_with_what_is() {
         let cases = [
             (
                 json!({"architectures": ["GPT2LMHeadModel"]}),
                 "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM",
             ),
-            (json!({"architectures": ["MistralForCausalLM"], "sliding_window": 100}), "sliding window of 100 tokens"),
-            (json!({"layer_types": ["sliding_attention"]}), "'sliding_attention'"),
+            (json!({"layer_types": ["sliding_attention", "linear_attention"]}), "layer type 'linear_attention'"),
             (json!({"hidden_act": "gelu"}), "hidden_act 'gelu'"),
             (json!({"head_dim": 75}), "even numbers from 8 to 256"),
             (json!({"head_dim": 264}), "even numbers from 8 to 256"),
             (json!({"quantization_config": {"quant_method": "gptq"}}), "quantised by 'gptq'"),
             (json!({"rope_scaling": {"rope_type": "mrope"}}), "mrope"),
             (json!({"residual_multiplier": 0.22}), "residual_multiplier 0.22"),
-            // Without the key, Mistral has a window.
-            (json!({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}), "window of 4096"),
-            (
-                json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "sliding_window": 100,
-                    "max_window_layers": 1}),
-                "window of 100",
-            ),
         ];
         for (changes, expected) in cases {
             let message = with(changes).unwrap_err().to_string();

@@ -203,6 +203,7 @@ mod tests {
             o: linear(4, HIDDEN, 6 * d, true, dtype),
             q_norm: None,
             k_norm: None,
+            sinks: None,
             mlp_norm: Some(norm),
             mlp_output_norm: None,
             gate: other.clone(),

@@ -5,7 +5,9 @@ use crate::spec::Turns;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, QkNorm, Weights, Workspace};
 use dibit_cache::{Batch, CacheLayout, Phase, ValueTransform};
-use dibit_device::{Arithmetic, Device, Heads, KvCache, LayerPass, Norm, Output, OwnedCache, Pass, Projection, Tensor};
+use dibit_device::{
+    Arithmetic, Device, Heads, KvCache, LayerPass, Norm, Output, OwnedCache, Pass, Projection, QueryHeads, Tensor,
+};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -37,6 +39,7 @@ pub(crate) struct Layer<D: Device> {
     pub o: Linear<D>,
     q_norm: Option<Arc<D::Buffer>>,
     k_norm: Option<Arc<D::Buffer>>,
+    sinks: Option<Arc<D::Buffer>>,
     mlp_norm: Option<Arc<D::Buffer>>,
     mlp_output_norm: Option<Arc<D::Buffer>>,
     gate: Linear<D>,
@@ -99,6 +102,7 @@ impl<D: Device> Clone for Layer<D> {
             o: o.clone(),
             q_norm: self.q_norm.clone(),
             k_norm: self.k_norm.clone(),
+            sinks: self.sinks.clone(),
             mlp_norm: self.mlp_norm.clone(),
             mlp_output_norm: self.mlp_output_norm.clone(),
             gate: gate.clone(),
@@ -207,6 +211,7 @@ impl<D: Device> Layer<D> {
             o,
             q_norm: norm(&weights.q_norm)?,
             k_norm: norm(&weights.k_norm)?,
+            sinks: norm(&weights.sinks)?,
             mlp_norm: norm(&weights.mlp_norm)?,
             mlp_output_norm: norm(&weights.mlp_output_norm)?,
             gate: Linear::new(device, &weights.gate)?,
@@ -554,6 +559,8 @@ impl<D: Device> Model<D> {
                 device.place_heads([keys], eps, head_dim, of_keys, tile.clone());
             }
         }
+        let softcap = self.config.spec.attention_logit_softcap;
+        let heads = QueryHeads { num: num_attention_heads, softcap, sinks: layer.sinks.as_deref() };
         if let Some(observer) = observer {
             let [mut q, mut k, mut v] = [(); 3].map(|()| Vec::new());
             device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q)?;
@@ -561,7 +568,7 @@ impl<D: Device> Model<D> {
             device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v)?;
             observer(Observation { layer: index, first_row: tile.start, q: &q, k: &k, v: &v });
         }
-        in_cache.stage(tile.end, &ws.k, &ws.v)?.attend(num_attention_heads, &ws.q, &mut ws.attention)?;
+        in_cache.stage(tile.end, &ws.k, &ws.v)?.attend(heads, &ws.q, &mut ws.attention)?;
         let Workspace { attention, normed, hidden, .. } = ws;
         let norm = layer.attention_output_norm.as_deref();
         self.add(phase, &layer.o, norm, attention, (normed, hidden), tile);

@@ -17,6 +17,14 @@ pub struct DecoderSpec {
     pub final_logit_softcap: Option<f32>,
     /// What logits of attention are multiplied by; `1 / sqrt(head_dim)` where nothing is said.
     pub attention_multiplier: Option<f32>,
+    /// Logits of attention `x` become `cap tanh(x / cap)`.
+    pub attention_logit_softcap: Option<f32>,
+    /// Whether each query head has the logit of a token without a value (gpt-oss).
+    pub attention_sinks: bool,
+    /// For each layer how many tokens a query sees, itself included; none where it is empty.
+    pub windows: Vec<Option<usize>>,
+    /// How the heads of layers that have such a window turn, where that is otherwise.
+    pub window_rope: Option<Rope>,
     /// Layers whose heads are not turned by their positions (NoPE); none where it is empty.
     pub no_rope_layers: Vec<bool>,
     /// Where norms of the residual stream are.
@@ -74,6 +82,10 @@ impl DecoderSpec {
             logits_scaling: 1.0,
             final_logit_softcap: None,
             attention_multiplier: padded.then(|| (places.stored as f32).powf(-0.5)),
+            attention_logit_softcap: None,
+            attention_sinks: false,
+            windows: Vec::new(),
+            window_rope: None,
             no_rope_layers: Vec::new(),
             norms: NormPlaces::Before,
             norm_offset: 0.0,
@@ -89,6 +101,16 @@ impl DecoderSpec {
         self.no_rope_layers.get(layer) != Some(&true)
     }
 
+    /// How many tokens a query of a layer sees, itself included; `None` for all before it.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.windows.get(layer).copied().flatten()
+    }
+
+    /// Whether the keys of all `layers` layers are turned, and alike.
+    pub(crate) fn turns_alike(&self, layers: usize) -> bool {
+        self.window_rope.is_none() && (0..layers).all(|layer| self.has_rope(layer))
+    }
+
     /// Rotary frequencies of all pairs of channels of a head: 0 for those that do not turn.
     pub(crate) fn inv_freq(&self, rope: &Rope) -> Vec<f32> {
         let mut all = rope.inv_freq(self.places.rotary);
@@ -100,6 +122,7 @@ impl DecoderSpec {
     /// `1 / sqrt(head_dim)` is the queries'.
     pub(crate) fn turns(&self, rope: &Rope, layer: usize) -> [Turns; 2] {
         let (pairs, turned) = (self.places.head_dim() / 2, self.places.rotary / 2);
+        let rope = self.window_rope.as_ref().filter(|_| self.window(layer).is_some()).unwrap_or(rope);
         let own = match self.has_rope(layer) {
             true => {
                 let mut magnitudes = vec![rope.attention_factor(); turned];

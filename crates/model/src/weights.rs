@@ -53,6 +53,8 @@ pub struct LayerWeights {
     pub q_norm: Option<Tensor>,
     /// Norm of keys.
     pub k_norm: Option<Tensor>,
+    /// For each query head the logit of a token without a value, `[1, num_attention_heads]`.
+    pub sinks: Option<Tensor>,
     /// Norm before the gated layers, `[1, hidden_size]`.
     pub mlp_norm: Option<Tensor>,
     /// Norm behind them.
@@ -275,6 +277,7 @@ impl Loader<'_> {
             o: LinearWeights { weight: places.output_columns(o_proj.weight)?, bias: o_proj.bias },
             q_norm: qk("q_norm", q)?,
             k_norm: qk("k_norm", kv)?,
+            sinks: config.spec.attention_sinks.then(|| self.sinks(&prefix)).transpose()?,
             mlp_norm: norm_at(norms.before(), before_mlp)?,
             mlp_output_norm: norm_at(norms.behind(), "post_feedforward_layernorm")?,
             gate,
@@ -298,6 +301,11 @@ impl Loader<'_> {
             weight: self.matrix(&format!("{name}.weight"), rows, cols)?,
             bias: has_bias.then(|| self.matrix(&bias_name, 1, rows)).transpose()?,
         })
+    }
+
+    /// Logits of sinks of attention, in 32 bit.
+    fn sinks(&self, prefix: &str) -> Result<Tensor, ModelError> {
+        self.matrix(&format!("{prefix}.self_attn.sinks"), 1, self.config.num_attention_heads)
     }
 
     /// A norm, as what it is multiplied by. GGUF files have it so; others without what all weights of norms have in common.

@@ -58,7 +58,6 @@ fn what_is_not_supported_is_named_with_what_is() {
     fails(&set("qwen3.expert_count", Value::U32(8)), &["mixture of experts"]);
     fails(&set("qwen3.rope.scaling.type", text("proportional")), &["'proportional'", "linear"]);
     fails(&set("qwen3.rope.dimension_count", Value::U32(32)), &["qwen3.rope.dimension_count 32", "64"]);
-    fails(&set("qwen3.attention.sliding_window", Value::U32(128)), &["sliding window of 128"]);
     fails(&set("tokenizer.ggml.model", text("bert")), &["'bert'", "gpt2, llama"]);
     for (kind, name) in [(9u32, "Q8_1"), (16, "IQ2_XXS"), (29, "IQ1_M"), (34, "TQ1_0"), (26, "I32"), (4, "type 4")] {
         // The number of the type stands behind a tensor's name and its two dimensions.

@@ -18,8 +18,19 @@ fn repository() -> PathBuf {
 }
 
 /// Families of which a checkpoint is too large to be in the repository.
-const FAMILIES: [&str; 6] =
-    ["granite", "llama-yarn", "olmo2", "phi3-longrope-long", "qwen2-swa-unused", "smollm3-nope"];
+const FAMILIES: [&str; 11] = [
+    "gemma2",
+    "gemma3",
+    "granite",
+    "llama-yarn",
+    "mistral-swa",
+    "olmo2",
+    "phi3-longrope-long",
+    "phi3-longrope-short",
+    "qwen2-swa",
+    "qwen2-swa-unused",
+    "smollm3-nope",
+];
 
 /// Checkpoints with reference outputs: those of the repository, and more where they are at hand.
 fn fixtures() -> Vec<PathBuf> {
@@ -48,7 +59,8 @@ struct Loaded {
 
 fn load(cpu: &Arc<Cpu>, directory: &Path, dtype: Option<DType>) -> Loaded {
     let files = ModelFiles::open(directory).unwrap();
-    let config = ModelConfig::parse(&files.config, "config.json").unwrap();
+    let mut config = ModelConfig::parse(&files.config, "config.json").unwrap();
+    config.set_context(expected(directory).0.len());
     let weights = Weights::load(&files, &config, WeightSource::Checkpoint, dtype).unwrap();
     let model = Arc::new(Model::new(cpu, &config, &weights).unwrap());
     Loaded { config, weights, model }

@@ -15,7 +15,7 @@ use dibit_cache::{
     Adapters, AutoSinks, CacheLayout, CacheManager, CacheModel, CacheShape, CalibratedScheme, Calibration, Mode,
     Pivots, Scheme, Sees, Sequence, Side, Sinks,
 };
-use dibit_device::{Arithmetic, KvCache, Pass};
+use dibit_device::{Arithmetic, KvCache, Pass, QueryHeads};
 use half::f16;
 use made_up::{calibration, corrected, custom, noise, own, protecting, scheme};
 use proptest::prelude::*;
@@ -32,9 +32,23 @@ struct Case {
     sinks: Vec<usize>,
     /// Classes of the tokens.
     classes: Vec<u8>,
+    /// How many tokens a query sees, a cap of logits, and logits of sinks of the query heads.
+    seen: Option<usize>,
+    softcap: Option<f32>,
+    head_sinks: Option<Vec<f32>>,
 }
 
 impl Case {
+    /// With limits of what queries see, and of logits.
+    fn limited(self, seen: Option<usize>, softcap: Option<f32>, has_sinks: bool) -> Self {
+        let head_sinks = has_sinks.then(|| (0..self.heads).map(|head| 1.5 - head as f32).collect());
+        Case { seen, softcap, head_sinks, ..self }
+    }
+
+    fn model(&self) -> CacheModel {
+        CacheModel { spans: vec![self.seen; 2], ..CacheModel::of_shape(self.shape()) }
+    }
+
     fn shape(&self) -> CacheShape {
         CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim }
     }
@@ -47,7 +61,9 @@ impl Case {
             scheme.calibration =
                 Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
         }
-        Case { scheme, heads, kv_heads, head_dim, sinks: Vec::new(), classes: Vec::new() }.protecting(&[0, 5, 133, 260])
+        let (sinks, classes, seen, softcap, head_sinks) = (Vec::new(), Vec::new(), None, None, None);
+        Case { scheme, heads, kv_heads, head_dim, sinks, classes, seen, softcap, head_sinks }
+            .protecting(&[0, 5, 133, 260])
     }
 
     /// Makes schemes that look for massive activations find these tokens.
@@ -61,7 +77,7 @@ impl Case {
     }
 
     fn layout(&self) -> CacheLayout {
-        self.scheme.layout(&CacheModel::of_shape(self.shape())).unwrap()
+        self.scheme.layout(&self.model()).unwrap()
     }
 
     fn manager(&self, len: usize, sequences: usize) -> CacheManager {
@@ -150,15 +166,21 @@ impl Case {
                 let bias = |t: usize| reference.bias(form, &stored_keys, kv_head, &queries[position], t);
                 packed.iter().for_each(|t| logits[*t] -= bias(*t));
             }
-            let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            if let Some(cap) = self.softcap.map(f64::from) {
+                logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
+            }
+            let first = self.seen.map_or(0, |seen| (position + 1).saturating_sub(seen));
+            logits[..first].fill(f64::NEG_INFINITY);
+            let sink = self.head_sinks.as_ref().map(|own| f64::from(own[head]));
+            let largest = logits.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = logits.iter().map(|l| (l - largest).exp()).collect();
-            let mut total: f64 = weights.iter().sum();
+            let mut total = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - largest).exp());
             let mut sums = vec![0.0; self.head_dim];
             let mut add = |weight: f64, value: &[f32]| {
                 sums.iter_mut().zip(value).for_each(|(sum, x)| *sum += weight * f64::from(*x));
             };
             weights.iter().zip(&values[kv_head]).for_each(|(weight, value)| add(*weight, value));
-            let adapters = reference.calibration.adapters.as_ref().filter(|_| correction.linear.is_some());
+            let adapters = reference.calibration.adapters.as_ref().filter(|_| layer.linear.is_some());
             if let Some(Adapters { features, query, key, gates }) = adapters {
                 let phi_q = reference::features(query, head, *features, &queries[position]);
                 for &token in &packed {
@@ -246,7 +268,8 @@ fn pass(
     let [q, k, v] = [data(Data::Query), data(Data::Key), data(Data::Value)];
     let run = |pass: &mut Pass<Cpu>| {
         (0..LAYER).try_for_each(|_| pass.layer(&hidden, 1).map(drop))?;
-        pass.whole_layer((&hidden, 1), case.heads, [&q, &k, &v], out)
+        let heads = QueryHeads { num: case.heads, softcap: case.softcap, sinks: case.head_sinks.as_ref() };
+        pass.whole_layer((&hidden, 1), heads, [&q, &k, &v], out)
     };
     cache.pass_once::<DeviceError>(cpu, &batch, run).unwrap();
     for (sequence, rows) in sequences {
@@ -481,6 +504,40 @@ fn factors_that_fp16_cannot_hold_are_refused() {
     };
     let error = cache.pass_once(&cpu, &batch, pack).unwrap_err().to_string();
     assert!(error.contains("layer 1") && error.contains("--kv fp16"), "{error}");
+}
+
+#[test]
+fn every_scheme_equals_the_reference_within_its_limits() {
+    let cpu = Cpu::new(Some(2)).unwrap();
+    let mut tried = 0;
+    for scheme in all_schemes() {
+        for (seen, passes) in [(40, [300, 1, 70]), (200, [129, 333, 1]), (1, [5, 1, 300])] {
+            let case = Case::new(scheme.clone(), 4, 2, 64).limited(Some(seen), Some(1.5), true);
+            if scheme.layout(&case.model()).is_err() {
+                continue;
+            }
+            tried += 1;
+            let tokens = passes.iter().sum();
+            let [q, k, v] = data(&case, tokens);
+            let width = case.heads * case.head_dim;
+            let out = run(&cpu, &case, Mode::Chunk, &passes, &q, &k, &v);
+            for position in [passes[0] - 1, passes[0], tokens - 1] {
+                let what = format!("{}, {seen} tokens seen, {position}", scheme.name);
+                close(&what, &out[position * width..][..width], &case.reference(&q, &k, &v, position, &passes));
+            }
+            let streamed = run(&cpu, &case, Mode::Streaming, &passes, &q, &k, &v);
+            let single = vec![1; tokens];
+            assert!(streamed == run(&cpu, &case, Mode::Chunk, &single, &q, &k, &v), "{}, {seen}", scheme.name);
+        }
+    }
+    assert!(tried > 60);
+}
+
+#[test]
+fn sequences_with_windows_do_not_see_each_other() {
+    for name in ["fp16", "kivi", "dibit"] {
+        batch_equals_single(&Case::new(scheme(name), 4, 2, 64).limited(Some(100), Some(2.0), true));
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ proptest! {
         (key_quantizer, value_quantizer) in (0usize..5, 0usize..5), (key_transform, value_transform) in (0usize..6, 0usize..4),
         sinks in 0usize..3, window in 0usize..3, head_dim in 1usize..33, kv_heads in 1usize..5,
         passes in prop::collection::vec(1usize..300, 1..4),
+        (seen, caps, has_sinks) in (0usize..4, prop::bool::ANY, prop::bool::ANY),
     ) {
         let quantizer = |which: usize| [
             "float-min\"", "integer-zero\"\nclip = 0.9", "integer-zero\"\ninclude_zero = true",
@@ -35,7 +36,11 @@ proptest! {
         let scheme = CalibratedScheme::parse(&text, "random");
         prop_assume!(scheme.is_ok());
         let scheme = scheme.unwrap();
-        let case = Case::new(scheme, 2 * kv_heads, kv_heads, 8 * head_dim).protecting(&[0]);
+        let case = Case::new(scheme, 2 * kv_heads, kv_heads, 8 * head_dim)
+            .protecting(&[0])
+            .limited([None, Some(30), Some(128), Some(301)][seen], caps.then_some(3.0), has_sinks);
+        // Factors of pages do not go with windows.
+        prop_assume!(case.scheme.layout(&case.model()).is_ok());
         let tokens = passes.iter().sum();
         let [q, k, v] = data(&case, tokens);
         let out = run(&Cpu::new(Some(2)).unwrap(), &case, Mode::Chunk, &passes, &q, &k, &v);

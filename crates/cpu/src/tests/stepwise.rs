@@ -1,6 +1,7 @@
 //! Rows that are stored as they attend.
 
 use super::*;
+use dibit_device::QueryHeads;
 
 /// Attends to the same row of a stepwise pass so many times, and packs.
 fn attend_times(times: usize) {
@@ -15,7 +16,7 @@ fn attend_times(times: usize) {
         pass.skip_to(LAYER);
         let mut layer = pass.layer(&Vec::new(), 1)?;
         let mut rows = layer.stage(1, &row, &row)?;
-        (0..times).try_for_each(|_| rows.attend(1, &row, &mut out))?;
+        (0..times).try_for_each(|_| rows.attend(QueryHeads::plain(1), &row, &mut out))?;
         layer.pack()
     };
     cache.pass_once::<DeviceError>(&cpu, &batch, attend).unwrap();

@@ -1,7 +1,7 @@
 //! Decode attention of every method against values computed by NumPy (tools/golden_schemes.py), on any device.
 
 use dibit_cache::{Batch, CacheModel, CacheShape, CalibratedScheme, Calibration, LayerCalibration, Mode, Sinks};
-use dibit_device::{Arithmetic, Device, DeviceError, KvCache, Pass};
+use dibit_device::{Arithmetic, Device, DeviceError, KvCache, Pass, QueryHeads};
 use dibit_quant::Hadamard;
 use half::f16;
 use safetensors::SafeTensors;
@@ -93,7 +93,7 @@ fn run<D: Device>(device: &D, arithmetic: Arithmetic, golden: &Golden, case: &st
         let (keys, values) = (upload(&k[kv.clone()]), upload(&v[kv]));
         let attend = |pass: &mut Pass<D>| {
             pass.skip_to(LAYER);
-            pass.whole_layer((&hidden, 1), heads, [&queries, &keys, &values], &mut out)
+            pass.whole_layer((&hidden, 1), QueryHeads::plain(heads), [&queries, &keys, &values], &mut out)
         };
         cache.pass_once::<DeviceError>(device, &batch, attend).unwrap();
         cache.advance(&mut sequence, range.len());

@@ -22,6 +22,12 @@
 #ifndef PAGE_SINKS
 #define PAGE_SINKS 0
 #endif
+#ifndef SPAN
+#define SPAN 0
+#endif
+#ifndef SOFTCAP
+#define SOFTCAP 0
+#endif
 
 constexpr int WARPS = 4;
 /// Blocks of a multiprocessor that registers must allow.

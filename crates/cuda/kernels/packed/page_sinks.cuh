@@ -8,9 +8,11 @@ __device__ __forceinline__ int own_page_sink(const PageSinks& sinks, const u8* p
     return lane < sinks.places ? stored::page_sink_slot(sinks, page, lane) : -1;
 }
 
-/// Adds the tokens of the first `count` places of a page. `order` has the channels of keys in the order of the queries.
-__device__ __forceinline__ void add_page_sinks(Sums& sums, const PageSinks& sinks, const u8* page, int count,
-                                               const uint2* q, const int* order, const float (&factor)[2]) {
+/// Adds the tokens of the first `count` places of a page, whose first token is `token`. `order` has the channels of keys in
+/// the order of the queries.
+__device__ __forceinline__ void add_page_sinks(Sums& sums, const Tile& tile, const PageSinks& sinks, const u8* page,
+                                               int token, int count, const uint2* q, const int* order,
+                                               const float (&range)[2]) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     change_unit(sums, 1.0f, false);
 #pragma unroll 1
@@ -36,8 +38,19 @@ __device__ __forceinline__ void add_page_sinks(Sums& sums, const PageSinks& sink
             mma_half(s[0], a, b);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (start + g + i / 2 * 8 >= count) s[0][i] = -infinity();
+        for (int i = 0; i < 4; i++) {
+            int place = start + g + i / 2 * 8;
+            if (place >= count) s[0][i] = -infinity();
+#if SPAN
+            int begin = tile.a->first_seen(*tile.span, tile.row(2 * t + i % 2));
+            if (place < count && token + stored::page_sink_slot(sinks, page, place) < begin) s[0][i] = -infinity();
+#endif
+        }
+        float factor[2] = {range[0], range[1]};
+#if SOFTCAP
+        cap_logits<1, false>(s, tile.a->softcap, factor, offset);
+        for (int i = 0; i < 2; i++) factor[i] = 1.0f;
+#endif
         softmax<1, false>(sums, s, factor, offset);
         u32 pairs[COLUMNS * 4][4];
 #pragma unroll

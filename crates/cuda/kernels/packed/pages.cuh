@@ -106,7 +106,23 @@ __device__ __forceinline__ void add_pages(Sums& sums, const Tile& tile, const Pa
             for (int i = 0; i < 32; i++)
                 if (!visible.has(i / 4, i % 4 / 2)) s[i / 4][i % 4] = -infinity();
         }
+#if SPAN
+        if (token < a.first_seen(span, tile.row(QUERIES - 1))) {
+            for (int j = 0; j < 2; j++) {
+                int begin = a.first_seen(span, tile.row(2 * (threadIdx.x % 4) + j)) - token;
+                Visible later = {~first_bits(begin), ~first_bits(begin - 64)};
+                for (int i = j; i < 32; i += 2)
+                    if (!later.has(i / 4, i % 4 / 2)) s[i / 4][i % 4] = -infinity();
+            }
+        }
+#endif
+#if SOFTCAP
+        cap_logits<8, true>(s, a.softcap, factor, offset);
+        float one[2] = {1.0f, 1.0f}, none[2] = {0.0f, 0.0f};
+        softmax<8, true>(sums, s, one, none);
+#else
         softmax<8, true>(sums, s, factor, offset);
+#endif
         if (index + WARPS < end) copy_values(slots[0], next, values);
         copy_commit();
         copy_wait<2>();
@@ -117,7 +133,7 @@ __device__ __forceinline__ void add_pages(Sums& sums, const Tile& tile, const Pa
         if (!LATE_VALUES || value_count > 0) add_values(sums, s, slots[1], values, value_count, buffer);
 #if PAGE_SINKS
         if (protected_lanes != 0)
-            add_page_sinks(sums, page.sinks, current, __popc(protected_lanes), operands.q, order, factor);
+            add_page_sinks(sums, tile, page.sinks, current, token, __popc(protected_lanes), operands.q, order, factor);
         current = next;
 #endif
         __syncwarp();

@@ -43,6 +43,15 @@ __device__ __forceinline__ const void* plain_row(const Tile& tile, const Plain& 
     return rows_of(KEYS ? cache.key_ring : cache.value_ring, tile, slots) + slot * HEAD_DIM;
 }
 
+/// The position of a plain token.
+template <bool FULL>
+__device__ __forceinline__ int plain_position(const Tile& tile, const Plain& plain, int index) {
+    const Span& span = *tile.span;
+    if (FULL) return span.cached + index - plain.half();
+    if (index >= plain.sinks) return span.packed_keys + index - plain.sinks;
+    return tile.a->cache.sink_positions[(i64)span.slot * tile.a->cache.sink_capacity + index];
+}
+
 /// Adds 16 plain tokens from `start` on.
 template <bool FULL>
 __device__ __forceinline__ void add_plain_tile(Sums& sums, const Tile& tile, const Plain& plain, int start, const uint2* q,
@@ -79,9 +88,17 @@ __device__ __forceinline__ void add_plain_tile(Sums& sums, const Tile& tile, con
     for (int i = 0; i < 4; i++) {
         int row = tile.span->first_row + start + g + i / 2 * 8 - plain.half();
         if (keys[i / 2] == nullptr || (FULL && row > tile.row(2 * t + i % 2))) s[0][i] = -infinity();
+#if SPAN
+        int position = plain_position<FULL>(tile, plain, start + g + i / 2 * 8);
+        if (position < tile.a->first_seen(*tile.span, tile.row(2 * t + i % 2))) s[0][i] = -infinity();
+#endif
     }
     float factor[2];
     range.factors(factor);
+#if SOFTCAP
+    cap_logits<1, false>(s, tile.a->softcap, factor, offset);
+    for (int i = 0; i < 2; i++) factor[i] = 1.0f;
+#endif
     softmax<1, false>(sums, s, factor, offset);
     add_rows(sums, s[0], pairs);
 }

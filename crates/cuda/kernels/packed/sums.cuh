@@ -109,6 +109,21 @@ __device__ __forceinline__ void softmax(Sums& sums, float (&s)[TILES][4], const 
     }
 }
 
+/// Caps the logits of sums of products, which become sums of which the factor is 1 and the offset 0. What is not seen stays so.
+template <int TILES, bool CODES>
+__device__ __forceinline__ void cap_logits(float (&s)[TILES][4], float softcap, const float (&factor)[2],
+                                           const float (&offset)[2]) {
+    float cap = softcap * LOG2_E;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float unit = CODES ? field_unit(tile / 2) : 1.0f;
+            if (s[tile][j] == -infinity()) continue;
+            s[tile][j] = cap * tanhf(fmaf(s[tile][j], factor[j % 2] * unit, offset[j % 2]) / cap) / unit;
+        }
+}
+
 /// Weights of 16 tokens as the second operand of a product over them.
 __device__ __forceinline__ void weights_of(u32 (&p)[2], const float (&s)[4]) {
     p[0] = transpose_matrix(pack_half(s[0], s[1]));

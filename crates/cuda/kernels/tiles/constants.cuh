@@ -8,6 +8,12 @@
 #ifndef PAGE_SINKS
 #define PAGE_SINKS 0
 #endif
+#ifndef SPAN
+#define SPAN 0
+#endif
+#ifndef SOFTCAP
+#define SOFTCAP 0
+#endif
 
 constexpr int INT_END = 0x7fffffff;
 constexpr int THREADS = 128;

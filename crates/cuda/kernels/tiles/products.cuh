@@ -9,6 +9,8 @@ struct View {
     /// Whether some of the tokens are hidden from some of the queries, and from which token of the tile on.
     bool masked;
     int limits[BLOCKS][2];
+    /// The first token of the tile that each query sees.
+    int begins[BLOCKS][2];
     /// Whether biases are taken from products with the keys of all tokens but these.
     bool biased;
     u64 kept;
@@ -17,7 +19,7 @@ struct View {
 /// Adds 8 GROUPS tokens of a tile to the sums. fragments(block, step, registers) yields those of queries.
 template <int BLOCKS, int GROUPS, int TOKENS, class Fragments>
 __device__ __forceinline__ void attend(Sums<BLOCKS>& sums, const View<BLOCKS>& view, const u8* keys, const u8* values,
-                                       const float (&biases)[BLOCKS][2], Fragments fragments) {
+                                       const float (&biases)[BLOCKS][2], float softcap, Fragments fragments) {
     int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
     float s[BLOCKS][GROUPS][4];
 #pragma unroll
@@ -56,7 +58,8 @@ __device__ __forceinline__ void attend(Sums<BLOCKS>& sums, const View<BLOCKS>& v
             load_matrices(k, keys + row_place(token, 2 * step + matrix % 2));
         });
 
-    if (view.masked || view.biased) {
+    if (view.masked || view.biased || SOFTCAP) {
+        float cap = softcap * LOG2_E;
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
@@ -65,7 +68,12 @@ __device__ __forceinline__ void attend(Sums<BLOCKS>& sums, const View<BLOCKS>& v
                 for (int j = 0; j < 4; j++) {
                     int token = view.first + 8 * i + lane % 4 * 2 + j % 2;
                     if (view.biased && !(view.kept >> token & 1)) s[block][i][j] -= biases[block][j / 2];
-                    if (token >= view.limits[block][j / 2]) s[block][i][j] = NO_LOGIT;
+                    if (SOFTCAP) {
+                        float unit = sums.unit[block][j / 2];
+                        s[block][i][j] = cap * tanhf(s[block][i][j] * unit / cap) / unit;
+                    }
+                    if (view.masked && token >= view.limits[block][j / 2]) s[block][i][j] = NO_LOGIT;
+                    if (SPAN && view.masked && token < view.begins[block][j / 2]) s[block][i][j] = NO_LOGIT;
                 }
     }
 
@@ -153,6 +161,12 @@ __device__ __forceinline__ bool look(const Attention& a, const Task& task, const
     view.masked = (tile.incoming ? query_row(task, first) - begin + 1 : tile.count) < first_token + tokens;
     view.biased = tile.columns && a.cache.bias;
     view.kept = kept;
+    int position = tile.first + (tile.incoming ? task.span.cached : 0);
+    if (SPAN) {
+        // Later queries see less of what lies behind.
+        if (a.first_seen(task.span, query_row(task, first)) - position >= first_token + tokens) return false;
+        view.masked |= a.first_seen(task.span, query_row(task, last)) - position > first_token;
+    }
     if (!view.masked && !view.biased) return true;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
@@ -160,6 +174,7 @@ __device__ __forceinline__ bool look(const Attention& a, const Task& task, const
         for (int which = 0; which < 2; which++) {
             int query = min(first + 16 * block + 8 * which + lane / 4, last);
             view.limits[block][which] = tile.incoming ? query_row(task, query) - begin + 1 : tile.count;
+            if (SPAN) view.begins[block][which] = a.first_seen(task.span, query_row(task, query)) - position;
         }
     return true;
 }

@@ -56,11 +56,19 @@ impl Kernels {
     }
 
     /// Those of a layer, compiled where that has not been done.
-    fn layer(&mut self, gpu: &Gpu, layout: &CachePlan, index: usize) -> Result<Arc<LayerKernels>, CudaError> {
+    fn layer(
+        &mut self,
+        gpu: &Gpu,
+        layout: &CachePlan,
+        index: usize,
+        caps: bool,
+    ) -> Result<Arc<LayerKernels>, CudaError> {
         if let Some(own) = &self.layers[index] {
             return Ok(own.clone());
         }
-        let (packed, tiles) = (Packed::new(gpu, layout, index)?, Tiles::new(gpu, layout, index)?);
+        let limits = [("SPAN", layout.layers[index].span.is_some()), ("SOFTCAP", caps)];
+        let limits: Vec<_> = limits.into_iter().filter(|(_, on)| *on).map(|(name, _)| (name, 1)).collect();
+        let (packed, tiles) = (Packed::new(gpu, layout, index, &limits)?, Tiles::new(gpu, layout, index, &limits)?);
         let own = Arc::new(LayerKernels { packed, tiles });
         self.layers[index] = Some(own.clone());
         Ok(own)
@@ -107,13 +115,13 @@ pub(crate) fn attend(
     c: &Cuda,
     store: &mut CudaStore,
     kernels: &mut Kernels,
-    call: Attention,
+    call: Attention<Buffer>,
     q: &Buffer,
     out: &mut Buffer,
 ) -> Result<(), DeviceError> {
     let gpu = &c.gpu;
     let shape = store.layout.shape;
-    let (heads, kv_heads, d) = (call.num_heads, shape.num_key_value_heads, shape.head_dim);
+    let (heads, kv_heads, d) = (call.heads.num, shape.num_key_value_heads, shape.head_dim);
     let (shared, rows, first) = (heads / kv_heads, call.rows.len(), call.rows.start - call.first);
     let (number, width) = (size_of::<f32>(), heads * d);
     assert!((first + rows) * width <= q.len.min(out.len), "queries of rows");
@@ -130,7 +138,7 @@ pub(crate) fn attend(
     let own = if call.arithmetic == Arithmetic::Exact {
         None
     } else {
-        Some(kernels.layer(gpu, &store.layout, call.layer)?)
+        Some(kernels.layer(gpu, &store.layout, call.layer, call.heads.softcap.is_some())?)
     };
     let path = match own.as_deref() {
         Some(LayerKernels { packed: Some(packed), .. }) if call.phase == Phase::Decode => Path::Packed(packed),
@@ -152,7 +160,7 @@ pub(crate) fn attend(
         cache: store.cache(call.layer),
         spans: store.staged.spans(),
         span_count: spans as i32,
-        padding: 0,
+        seen: store.layout.layers[call.layer].span.map_or(i32::MAX, |span| span.min(i32::MAX as usize) as i32),
         tables: store.staged.tables(),
         q,
         heads: heads as i32,
@@ -160,7 +168,7 @@ pub(crate) fn attend(
         row_count: rows as i32,
         incoming: call.incoming.into(),
         splits: splits as i32,
-        padding_2: 0,
+        softcap: call.heads.softcap.unwrap_or(0.0),
         partials,
     };
     let parts = Parts { layer: call.layer, rows: call.rows.clone(), heads, spans, splits, for_kernels };
@@ -170,15 +178,15 @@ pub(crate) fn attend(
         Path::Exact => exact::attend(c, store, &parts),
     }
     let corrections = correct(c, store, &parts, given)?;
-    launch!(
-        gpu,
-        store.kernels.join_splits,
-        Grid::new([heads, rows, 1], 128),
-        partials,
-        splits as i32,
-        corrections,
-        out
-    );
+    let sinks = match call.heads.sinks {
+        Some(sinks) => {
+            assert!(heads <= sinks.len, "a sink for each head");
+            sinks.memory.at(0)
+        }
+        None => 0,
+    };
+    let grid = Grid::new([heads, rows, 1], 128);
+    launch!(gpu, store.kernels.join_splits, grid, partials, splits as i32, corrections, sinks, out);
     let values = &store.layers[call.layer].values;
     if !values.is_none() {
         let (rotation, grid) = (values.for_kernels().inverse(), rotation_grid(rows, heads, d));

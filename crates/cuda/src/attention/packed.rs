@@ -94,8 +94,15 @@ impl Packed {
         Some(Macros { values: own, columns, key_planes })
     }
 
-    pub(super) fn new(gpu: &Gpu, layout: &CachePlan, index: usize) -> Result<Option<Self>, CudaError> {
-        let Some(macros) = Packed::suits(layout, index) else { return Ok(None) };
+    /// `limits` are macros of what limits logits and what is seen.
+    pub(super) fn new(
+        gpu: &Gpu,
+        layout: &CachePlan,
+        index: usize,
+        limits: &[(&'static str, i64)],
+    ) -> Result<Option<Self>, CudaError> {
+        let Some(mut macros) = Packed::suits(layout, index) else { return Ok(None) };
+        macros.values.extend(limits);
         let pages = &layout.layers[index].pages;
         let shared_bytes = pages.iter().map(|page| shared_bytes(page, &macros, layout.shape.head_dim)).max();
         let shared_bytes = shared_bytes.unwrap_or(0);

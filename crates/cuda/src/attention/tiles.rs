@@ -43,7 +43,13 @@ impl Tiles {
             && layer.pages.iter().all(|page| suits(page.keys) && suits(page.values))
     }
 
-    pub(super) fn new(gpu: &Gpu, layout: &CachePlan, index: usize) -> Result<Option<Self>, CudaError> {
+    /// `limits` are macros of what limits logits and what is seen.
+    pub(super) fn new(
+        gpu: &Gpu,
+        layout: &CachePlan,
+        index: usize,
+        limits: &[(&'static str, i64)],
+    ) -> Result<Option<Self>, CudaError> {
         let (layer, d) = (&layout.layers[index], layout.shape.head_dim);
         if !Tiles::suits(layout, index) {
             return Ok(None);
@@ -61,6 +67,7 @@ impl Tiles {
         let few_bytes = tile(64) + tile(64).max(page_bytes);
         let mut macros = vec![("HEAD_DIM", d as i64)];
         macros.extend(protects_in_pages(layer).then_some(("PAGE_SINKS", 1)));
+        macros.extend(limits);
         let kernel = |name| gpu.kernel(TILES, &macros, name);
         let [many, few] = match packed {
             true => ["attend_packed_tiles", "attend_packed_splits"],

@@ -38,6 +38,18 @@ fn tensor_cores_compute_what_the_cpu_does() {
 }
 
 #[test]
+fn tensor_cores_keep_limits_of_what_is_seen_and_of_logits() {
+    let Some(cuda) = cuda() else { return };
+    for scheme in ["fp16", "kivi", "dibit"].map(scheme) {
+        for (heads, kv_heads, head_dim, seen) in [(4, 2, 64, 40), (3, 1, 128, 200), (2, 1, 256, 130)] {
+            let case = Case::new(scheme.clone(), heads, kv_heads, head_dim).fast().limited(Some(seen), Some(2.0), true);
+            println!("{} {head_dim}", case.scheme.origin);
+            compare_within(TOLERANCES, cuda, &case.scheme.origin, &case, Mode::Chunk, &[300, 1, 37, 270, 1]);
+        }
+    }
+}
+
+#[test]
 fn tokens_that_pages_protect_are_seen_on_tensor_cores() {
     let Some(cuda) = cuda() else { return };
     for scheme in schemes::with_page_sinks() {

@@ -1,7 +1,7 @@
 //! Passes that are recorded and done again.
 
 use super::*;
-use dibit_device::{DType, Dense, Tensor};
+use dibit_device::{DType, Dense, QueryHeads, Tensor};
 use made_up::{custom, own, scheme};
 
 /// Lengths of sequences that are decoded together, each from its prompt on; the last one comes later.
@@ -48,7 +48,8 @@ fn decode(cuda: &Cuda, case: &Case) -> (Vec<f32>, usize) {
                 cuda.embed(table, &ids, count, 1.0, rows);
             }
             let [q, k, v] = rows.each_ref();
-            (0..=LAYER).try_for_each(|_| pass.whole_layer((&hidden, 1), case.heads, [q, k, v], &mut out))
+            (0..=LAYER)
+                .try_for_each(|_| pass.whole_layer((&hidden, 1), QueryHeads::plain(case.heads), [q, k, v], &mut out))
         };
         cache.claim(1).unwrap().pass::<DeviceError>(cuda, &batch, work).unwrap();
         for sequence in &mut sequences[..count] {

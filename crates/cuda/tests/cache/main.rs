@@ -18,7 +18,7 @@ use dibit_cache::{
 };
 use dibit_cpu::{Cpu, CpuCache};
 use dibit_cuda::{Cuda, CudaCache};
-use dibit_device::{Arithmetic, Device, DeviceError, KvCache, Memory, Pass};
+use dibit_device::{Arithmetic, Device, DeviceError, KvCache, Memory, Pass, QueryHeads};
 use half::f16;
 use made_up::{calibration, noise};
 use std::sync::Arc;
@@ -42,6 +42,10 @@ pub(crate) struct Case {
     /// Classes of the tokens.
     classes: Vec<u8>,
     arithmetic: Arithmetic,
+    /// How many tokens a query sees, a cap of logits, and logits of sinks of the query heads.
+    seen: Option<usize>,
+    softcap: Option<f32>,
+    head_sinks: Option<Vec<f32>>,
 }
 
 /// Queries, keys and values.
@@ -74,7 +78,23 @@ impl Case {
                 Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
         }
         let (sinks, classes, arithmetic) = (Vec::new(), Vec::new(), Arithmetic::Exact);
-        Case { scheme, heads, kv_heads, head_dim, sinks, classes, arithmetic }.protecting(&[0, 5, 133, 260])
+        let (seen, softcap, head_sinks) = (None, None, None);
+        Case { scheme, heads, kv_heads, head_dim, sinks, classes, arithmetic, seen, softcap, head_sinks }
+            .protecting(&[0, 5, 133, 260])
+    }
+
+    /// With limits of what queries see, and of logits.
+    fn limited(self, seen: Option<usize>, softcap: Option<f32>, has_sinks: bool) -> Self {
+        let head_sinks = has_sinks.then(|| (0..self.heads).map(|head| 1.5 - head as f32).collect());
+        Case { seen, softcap, head_sinks, ..self }
+    }
+
+    fn model(&self) -> CacheModel {
+        CacheModel { spans: vec![self.seen; 2], ..CacheModel::of_shape(self.shape()) }
+    }
+
+    fn shape(&self) -> CacheShape {
+        CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim }
     }
 
     /// With attention on tensor cores.
@@ -93,8 +113,7 @@ impl Case {
     }
 
     fn layout(&self) -> CacheLayout {
-        let shape = CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim };
-        self.scheme.layout(&CacheModel::of_shape(shape)).unwrap()
+        self.scheme.layout(&self.model()).unwrap()
     }
 
     fn widths(&self) -> [usize; 3] {
@@ -153,9 +172,11 @@ impl<'a, D: Device> Machine<'a, D> {
         let [q, k, v] = data.map(|numbers| device.upload(&numbers).unwrap());
         let len = batch.rows() * case.widths()[0];
         let mut out = device.upload(&vec![f32::NAN; len])?;
+        let sinks = case.head_sinks.as_ref().map(|own| device.upload(own).unwrap());
         let run = |pass: &mut Pass<D>| {
             (0..LAYER).try_for_each(|_| pass.layer(&hidden, 1).map(drop))?;
-            pass.whole_layer((&hidden, 1), case.heads, [&q, &k, &v], &mut out)
+            let heads = QueryHeads { num: case.heads, softcap: case.softcap, sinks: sinks.as_ref() };
+            pass.whole_layer((&hidden, 1), heads, [&q, &k, &v], &mut out)
         };
         cache.pass_once::<DeviceError>(device, &batch, run)?;
         for (sequence, rows, _) in sequences.iter_mut() {

@@ -39,6 +39,7 @@ fn random_schemes_equal_the_cpu() {
         (0usize..5, 0usize..5, 0usize..3, 0usize..4),
         (0usize..5, 0usize..5, 0usize..6, 0usize..4),
         (0usize..4, 0usize..3, 0usize..3, 1usize..4),
+        (0usize..4, prop::bool::ANY, prop::bool::ANY),
         prop::collection::vec(1usize..300, 1..4),
     );
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
@@ -49,6 +50,7 @@ fn random_schemes_equal_the_cpu() {
             (key_bits, value_bits, group, axes),
             (key_fit, value_fit, keys, values),
             (sinks, window, size, kv_heads),
+            (seen, caps, has_sinks),
             passes,
         )| {
             let beside = [keys < 3 && axes & 2 == 0, values < 3 && axes & 1 == 0];
@@ -71,7 +73,10 @@ fn random_schemes_equal_the_cpu() {
             // Combinations that are refused are another test's.
             let scheme = CalibratedScheme::parse(&text, "random");
             prop_assume!(scheme.is_ok());
-            let case = Case::new(scheme.unwrap(), 2 * kv_heads, kv_heads, [64, 80, 128][size]).protecting(&[0]);
+            let case = Case::new(scheme.unwrap(), 2 * kv_heads, kv_heads, [64, 80, 128][size])
+                .protecting(&[0])
+                .limited([None, Some(30), Some(128), Some(301)][seen], caps.then_some(3.0), has_sinks);
+            prop_assume!(case.scheme.layout(&case.model()).is_ok());
             let what = format!("{text}, {kv_heads} KV heads");
             compare_within([EXACT, TOLERANCE], cuda, &what, &case, Mode::Chunk, &passes);
             Ok(())

@@ -1,14 +1,16 @@
 //! From a `config.json` to what a family computes differently.
 
+mod gemma;
 mod granite;
 mod olmo2;
 mod phi3;
 mod qwen3;
 mod smollm3;
+mod windows;
 
 use crate::head_places::HeadPlaces;
-use crate::json::shown;
-use crate::{Architecture, DecoderSpec, ModelError};
+use crate::json::{shown, whole};
+use crate::{Architecture, DecoderSpec, ModelError, Rope};
 use serde_json::{Map, Value};
 
 /// A configuration, and what it is called in errors.
@@ -31,19 +33,44 @@ pub(crate) fn spec(
     origin: &str,
 ) -> Result<DecoderSpec, ModelError> {
     let source = Source { config, origin, num_hidden_layers, places };
-    match architecture {
+    let spec = match architecture {
+        Architecture::Gemma2 | Architecture::Gemma3 => gemma::spec(&source, architecture),
         Architecture::Granite => granite::spec(&source),
         Architecture::Olmo2 => Ok(olmo2::spec(&source)),
         Architecture::Phi3 => Ok(phi3::spec(&source)),
         Architecture::Qwen3 => Ok(qwen3::spec(&source)),
         Architecture::SmolLm3 => smollm3::spec(&source),
         Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => Ok(source.llama()),
+    }?;
+    Ok(DecoderSpec { windows: windows::windows(&source, architecture, &spec)?, ..spec })
+}
+
+/// The rotary position embedding, another one of layers with a window where these have it, and how many channels of a head
+/// turn.
+///
+/// # Errors
+/// Those of [`Rope::parse`].
+pub(crate) fn ropes(
+    architecture: Architecture,
+    config: &Map<String, Value>,
+    head_dim: usize,
+    max_position_embeddings: usize,
+    origin: &str,
+) -> Result<(Rope, Option<Rope>, usize), ModelError> {
+    let parse =
+        |config: &Map<String, Value>| Rope::parse(config, architecture, head_dim, max_position_embeddings, origin);
+    if architecture == Architecture::Gemma3 {
+        let [all, window] = gemma::ropes(config);
+        let ((all, rotary), (window, _)) = (parse(&all)?, parse(&window)?);
+        return Ok((all, Some(window), rotary));
     }
+    parse(config).map(|(rope, rotary)| (rope, None, rotary))
 }
 
 /// Keys that the family reads and that would change another one's computation.
 pub(crate) const fn keys(architecture: Architecture) -> &'static [&'static str] {
     match architecture {
+        Architecture::Gemma2 | Architecture::Gemma3 => &gemma::KEYS,
         Architecture::Granite => &granite::KEYS,
         Architecture::SmolLm3 => &smollm3::KEYS,
         _ => &[],
@@ -60,11 +87,43 @@ impl Source<'_> {
         ModelError::Malformed { path: self.origin.to_owned(), reason }
     }
 
+    /// A value that is not null.
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.config.get(key).filter(|value| !value.is_null())
+    }
+
     /// A factor, above 0; 1 where the configuration is silent.
     fn factor(&self, key: &str) -> Result<f32, ModelError> {
-        let Some(value) = self.config.get(key).filter(|value| !value.is_null()) else { return Ok(1.0) };
+        Ok(self.positive(key)?.unwrap_or(1.0))
+    }
+
+    /// A number above 0.
+    fn positive(&self, key: &str) -> Result<Option<f32>, ModelError> {
+        let Some(value) = self.value(key) else { return Ok(None) };
         let number = value.as_f64().map(|x| x as f32).filter(|x| *x > 0.0 && x.is_normal());
-        number.ok_or_else(|| self.malformed(format!("{key} is {}, not a positive number", shown(value))))
+        match number {
+            None => Err(self.malformed(format!("{key} is {}, not a positive number", shown(value)))),
+            number => Ok(number),
+        }
+    }
+
+    /// A number of things, above 0.
+    fn count(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        let number = whole(value).and_then(|own| usize::try_from(own).ok()).filter(|own| *own > 0);
+        match number {
+            None => Err(self.malformed(format!("{key} is {}, not a number of 1 or more", shown(value)))),
+            number => Ok(number),
+        }
+    }
+
+    /// A switch.
+    fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        match self.value(key) {
+            None => Ok(None),
+            Some(Value::Bool(on)) => Ok(Some(*on)),
+            Some(other) => Err(self.malformed(format!("{key} is {}, not true or false", shown(other)))),
+        }
     }
 }
 
@@ -92,9 +151,73 @@ mod tests {
         assert_eq!(of(json!({"no_rope_layers": [1, 0, 0, 1, 1]})).unwrap(), [true, false, false, true, true]);
         for (changes, expected) in [
             (json!({"no_rope_layers": [1, 0]}), "not 0 or 1 for each of 5 layers"),
-            (json!({"no_rope_layer_interval": 0}), "no_rope_layer_interval is 0"),
+            (json!({"no_rope_layer_interval": 0}), "no_rope_layer_interval is 0, not a number of 1"),
         ] {
             let message = of(changes).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    fn windows(name: &str, changes: Value) -> Result<Vec<Option<usize>>, ModelError> {
+        let mut config = json!({"architectures": [name], "sliding_window": 100});
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        with(config).map(|config| (0..5).map(|layer| config.spec.window(layer)).collect())
+    }
+
+    #[test]
+    fn layers_with_a_window_are_those_of_the_family_or_the_list() {
+        let of = |layers: [usize; 5]| layers.map(|own| (own > 0).then_some(100)).to_vec();
+        let none = of([0; 5]);
+        let qwen = |first: usize| json!({"use_sliding_window": true, "max_window_layers": first});
+        let listed = json!({"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention",
+            "sliding_attention"], "use_sliding_window": true});
+        for (name, changes, expected) in [
+            ("MistralForCausalLM", json!({}), of([1; 5])),
+            ("MistralForCausalLM", json!({"sliding_window": null}), none.clone()),
+            // No longer than what a query sees anyway.
+            ("MistralForCausalLM", json!({"sliding_window": 512}), none.clone()),
+            ("LlamaForCausalLM", json!({}), none.clone()),
+            ("Qwen2ForCausalLM", json!({"max_window_layers": 0}), none.clone()),
+            ("Qwen2ForCausalLM", qwen(2), of([0, 0, 1, 1, 1])),
+            ("Qwen3ForCausalLM", json!({"use_sliding_window": true}), none),
+            ("Qwen3ForCausalLM", listed.clone(), of([0, 1, 0, 0, 1])),
+            ("SmolLM3ForCausalLM", json!({"use_sliding_window": true}), of([0, 0, 0, 1, 0])),
+            ("Gemma2ForCausalLM", json!({}), of([1, 0, 1, 0, 1])),
+            ("Gemma3ForCausalLM", json!({"sliding_window_pattern": 3}), of([1, 1, 0, 1, 1])),
+            ("Phi3ForCausalLM", json!({}), of([1; 5])),
+        ] {
+            assert_eq!(windows(name, changes.clone()).unwrap(), expected, "{name} {changes}");
+        }
+        // Where Mistral is silent of its window, it has one.
+        let silent = json!({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192});
+        assert_eq!(with(silent).unwrap().spec.window(0), Some(4096));
+        let message = windows("MistralForCausalLM", json!({"sliding_window": 0})).unwrap_err().to_string();
+        assert!(message.contains("sliding_window is 0, not a number of 1 or more"), "{message}");
+    }
+
+    #[test]
+    fn gemma_caps_and_turns_as_its_configuration_says() {
+        let gemma = |number: u8, changes: Value| {
+            let mut config = json!({"architectures": [format!("Gemma{number}ForCausalLM")]});
+            config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            with(config)
+        };
+        let caps = |config: ModelConfig| (config.spec.attention_logit_softcap, config.spec.final_logit_softcap);
+        assert_eq!(caps(gemma(2, json!({})).unwrap()), (Some(50.0), Some(30.0)));
+        assert_eq!(caps(gemma(2, json!({"attn_logit_softcapping": null})).unwrap()), (None, Some(30.0)));
+        assert_eq!(caps(gemma(3, json!({})).unwrap()), (None, None));
+        let old = gemma(3, json!({"rope_scaling": {"rope_type": "linear", "factor": 8}})).unwrap();
+        let new = json!({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}});
+        assert_eq!(old, gemma(3, new).unwrap());
+        let window = old.spec.window_rope.unwrap();
+        assert_eq!((old.rope.theta, window.theta, window.inv_freq(4)), (1e6, 1e4, vec![1.0, 0.01]));
+        for (changes, expected) in [
+            (json!({"hidden_activation": "relu"}), "hidden_activation 'relu' is not supported"),
+            (json!({"query_pre_attn_scalar": -1}), "query_pre_attn_scalar is -1"),
+            (json!({"use_bidirectional_attention": true}), "use_bidirectional_attention true"),
+        ] {
+            let message = gemma(3, changes).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
         }
     }

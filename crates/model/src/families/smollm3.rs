@@ -11,8 +11,7 @@ pub(super) const KEYS: [&str; 2] = ["no_rope_layer_interval", "no_rope_layers"];
 const INTERVAL: usize = 4;
 
 pub(super) fn spec(source: &Source) -> Result<DecoderSpec, ModelError> {
-    let value = |key: &str| source.config.get(key).filter(|value| !value.is_null());
-    let no_rope_layers = match value("no_rope_layers") {
+    let no_rope_layers = match source.value("no_rope_layers") {
         // 1, or true, for a layer that is turned.
         Some(list) => {
             let turned = |value: &Value| value.as_bool().or_else(|| whole(value).map(|number| number != 0));
@@ -25,14 +24,7 @@ pub(super) fn spec(source: &Source) -> Result<DecoderSpec, ModelError> {
             turned.into_iter().map(|own| !own).collect()
         }
         None => {
-            let interval = match value("no_rope_layer_interval") {
-                None => INTERVAL,
-                Some(value) => {
-                    whole(value).and_then(|own| usize::try_from(own).ok()).filter(|own| *own > 0).ok_or_else(|| {
-                        source.malformed(format!("no_rope_layer_interval is {}, not a number of layers", shown(value)))
-                    })?
-                }
-            };
+            let interval = source.count("no_rope_layer_interval")?.unwrap_or(INTERVAL);
             (1..=source.num_hidden_layers).map(|layer| layer.is_multiple_of(interval)).collect()
         }
     };

@@ -2,7 +2,7 @@ use super::*;
 use crate::study::tests::{layer, normal, shape};
 use dibit_cache::{Batch, CacheLayout, CacheModel, CacheShape, CalibratedScheme, Mode, Schedule};
 use dibit_cpu::Cpu;
-use dibit_device::{Arithmetic, DeviceError, KvCache, Pass};
+use dibit_device::{Arithmetic, DeviceError, KvCache, Pass, QueryHeads};
 use dibit_quant::{Affine, Bits, Hadamard};
 
 const WINDOW: Window = Window { tokens: 128, schedule: Schedule::Guaranteed };
@@ -168,7 +168,7 @@ fn streamed(cpu: &Cpu, layout: &CacheLayout, shape: StudyShape, sample: &LayerSa
     // First tokens are sinks without a look at the residual stream.
     let hidden = vec![1.0; shape.tokens];
     let run = |pass: &mut Pass<Cpu>| {
-        pass.whole_layer((&hidden, 1), shape.num_heads, [&sample.q, &sample.k, &sample.v], &mut out)
+        pass.whole_layer((&hidden, 1), QueryHeads::plain(shape.num_heads), [&sample.q, &sample.k, &sample.v], &mut out)
     };
     cache.pass_once::<DeviceError>(cpu, &batch, run).unwrap();
     out
