@@ -15,6 +15,7 @@ mod element;
 mod elementwise;
 mod encode;
 mod exp;
+mod experts;
 mod feedback;
 mod frames;
 mod ggml;
@@ -49,6 +50,7 @@ use dibit_device::{
     Values, with_blocks,
 };
 use element::Element;
+pub use experts::{ChosenExperts, ExpertStack};
 pub use host_packing::HostPacker;
 pub use missed::missed_keys;
 use rayon::prelude::*;

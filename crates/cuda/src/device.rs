@@ -2,6 +2,7 @@
 
 use crate::blas::Blas;
 use crate::cuda::{Buffer, Cuda, Ids};
+use crate::experts::{self, ChosenExperts, ExpertStack};
 use crate::gpu::Gpu;
 use crate::linear;
 use crate::matrix::Matrix;
@@ -13,8 +14,8 @@ use crate::timing::{self, CudaSweep};
 use crate::{CudaError, attention};
 use dibit_cache::{Batch, CacheLayout, Phase, Span};
 use dibit_device::{
-    Activation, Attention, Budget, Dense, DeviceError, DeviceMemory, Heads, KvStorage, Measure, Norm, Output,
-    Projection, Sweep, Tensor,
+    Activation, Attention, Budget, Dense, DeviceError, DeviceMemory, Experts, Heads, KvStorage, Measure, Norm, Output,
+    Projection, Routing, Sweep, Tensor,
 };
 use std::ops::Range;
 use std::time::Duration;
@@ -188,6 +189,39 @@ impl Dense for Cuda {
 
     fn argmax_rows(&self, x: &Buffer, rows: usize, width: usize) -> Result<Vec<Option<u32>>, DeviceError> {
         Ok(rows::argmax_rows(self, x, rows, width)?)
+    }
+}
+
+impl Experts for Cuda {
+    type Stack = ExpertStack;
+    type Chosen = ChosenExperts;
+
+    fn stack(&self, matrices: Vec<Tensor>, bias: Option<Tensor>) -> Result<ExpertStack, DeviceError> {
+        Ok(experts::stack(self, matrices, bias)?)
+    }
+
+    fn chosen(&self, routing: Routing, rows: usize) -> Result<ChosenExperts, DeviceError> {
+        Ok(experts::chosen(self, routing, rows)?)
+    }
+
+    fn choose(&self, routing: Routing, logits: &Buffer, rows: usize, out: &mut ChosenExperts) {
+        self.keep(experts::choose(self, routing, logits, rows, out));
+    }
+
+    fn expert_linear(
+        &self,
+        _: Phase,
+        x: &Buffer,
+        of_pairs: bool,
+        chosen: &mut ChosenExperts,
+        stack: &ExpertStack,
+        out: &mut Buffer,
+    ) {
+        self.keep(experts::expert_linear(self, x, of_pairs, chosen, stack, out));
+    }
+
+    fn add_experts(&self, x: &Buffer, chosen: &ChosenExperts, width: usize, out: &mut Buffer, first: usize) {
+        self.keep(experts::add_experts(self, x, chosen, width, out, first));
     }
 }
 

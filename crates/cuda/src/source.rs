@@ -88,6 +88,7 @@ sources! {
         "tiles/constants.cuh", "tiles/tasks.cuh", "tiles/fields.cuh", "tiles/expansion.cuh", "tiles/history.cuh",
         "tiles/sums.cuh", "tiles/biases.cuh", "tiles/products.cuh" => "tiles.cu", exact: false, TILE_FORMS;
     LINEAR = => "linear.cu", exact: false, WEIGHTS;
+    EXPERTS = => "experts.cu", exact: false, WEIGHTS;
     ROWS = => "rows.cu", exact: false, NO_MACROS;
     SWEEP = => "sweep.cu", exact: false, NO_MACROS;
     TRAIN = => "train.cu", exact: false, NO_MACROS;

@@ -6,7 +6,9 @@ mod common;
 use dibit_cache::Phase;
 use dibit_cpu::Cpu;
 use dibit_cuda::Cuda;
-use dibit_device::{Activation, BlockType, Bytes, DType, Dense, Heads, Memory, Norm, Output, Projection, Tensor};
+use dibit_device::{
+    Activation, BlockType, Bytes, DType, Dense, Experts, Heads, Memory, Norm, Output, Projection, Routing, Tensor,
+};
 use std::sync::{Arc, OnceLock};
 
 type Buffer = <Cuda as Memory>::Buffer;
@@ -349,5 +351,43 @@ fn quantised_matrices_are_widened() {
     // fp16 rounds what eight bits times a scale are.
     for (got, expected) in down(cuda, &got, rows * cols).iter().zip(weight.to_f32()) {
         assert!((got - expected).abs() <= expected.abs() / 2048.0, "{got}, {expected}");
+    }
+}
+
+#[test]
+fn sanitized_experts() {
+    let Some(cuda) = common::cuda() else { return };
+    for (i, [experts, chosen, inputs, outputs, rows]) in
+        [[4, 2, 40, 17, 1], [8, 3, 64, 33, 9], [40, 4, 30, 8, 25], [3, 3, 72, 50, 70]].into_iter().enumerate()
+    {
+        for dtype in DTYPES {
+            let routing = Routing { experts, chosen, normalised: i % 2 == 0 };
+            let matrices = |seed: u64, rows: usize, cols: usize| -> Vec<Tensor> {
+                (0..experts as u64).map(|expert| matrix(seed + expert, dtype, rows, cols)).collect()
+            };
+            let bias = (i % 2 == 1).then(|| matrix(90, dtype, experts, outputs));
+            let (logits, same_logits) = both(cuda, &numbers(1, rows * experts));
+            let (x, same_x) = both(cuda, &numbers(2, rows * inputs));
+            let (mut choice, mut same_choice) =
+                (cuda.chosen(routing, rows).unwrap(), cpu().chosen(routing, rows).unwrap());
+            cuda.choose(routing, &logits, rows, &mut choice);
+            cpu().choose(routing, &same_logits, rows, &mut same_choice);
+            let stacks = [(matrices(10, outputs, inputs), bias), (matrices(50, inputs, outputs), None)];
+            let on_gpu = stacks.clone().map(|(all, bias)| cuda.stack(all, bias).unwrap());
+            let same: Vec<_> = stacks.into_iter().map(|(all, bias)| cpu().stack(all, bias).unwrap()).collect();
+            let what = format!("{routing:?}, {rows} rows, {dtype:?}");
+            let (mut mid, mut same_mid) = poisoned(cuda, (rows * chosen + 1) * outputs);
+            cuda.expert_linear(Phase::Decode, &x, false, &mut choice, &on_gpu[0], &mut mid);
+            cpu().expert_linear(Phase::Decode, &same_x, false, &mut same_choice, &same[0], &mut same_mid);
+            assert_close(&down(cuda, &mid, same_mid.len()), &same_mid, EXACT, &what);
+            let (mut end, mut same_end) = poisoned(cuda, (rows * chosen + 1) * inputs);
+            cuda.expert_linear(Phase::Decode, &mid, true, &mut choice, &on_gpu[1], &mut end);
+            cpu().expert_linear(Phase::Decode, &same_mid, true, &mut same_choice, &same[1], &mut same_end);
+            assert_close(&down(cuda, &end, same_end.len()), &same_end, EXACT, &what);
+            let (mut out, mut same_out) = both(cuda, &numbers(3, (rows + 2) * inputs));
+            cuda.add_experts(&end, &choice, inputs, &mut out, 1);
+            cpu().add_experts(&same_end, &same_choice, inputs, &mut same_out, 1);
+            assert_close(&down(cuda, &out, same_out.len()), &same_out, EXACT, &what);
+        }
     }
 }

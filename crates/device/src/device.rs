@@ -1,6 +1,6 @@
-use crate::{Dense, KvStorage};
+use crate::{Dense, Experts, KvStorage};
 
 /// A machine that a model runs on: the whole contract of inference.
-pub trait Device: Dense + KvStorage {}
+pub trait Device: Dense + Experts + KvStorage {}
 
-impl<D: Dense + KvStorage> Device for D {}
+impl<D: Dense + Experts + KvStorage> Device for D {}

@@ -1,6 +1,6 @@
 //! The contract between a dibit model and the machine that it runs on.
 //!
-//! [`Device`] is all that inference takes, in three parts: [`Memory`], [`Dense`] and [`KvStorage`]. [`Measure`] is what
+//! [`Device`] is all that inference takes, in four parts: [`Memory`], [`Dense`], [`Experts`] and [`KvStorage`]. [`Measure`] is what
 //! benchmarks take besides, [`Train`] what training does. [`KvCache`] is a cache on a device, and [`Pass`] the order of what
 //! a forward pass does with it.
 
@@ -12,6 +12,7 @@ mod budget;
 mod dense;
 mod device;
 mod error;
+mod experts;
 mod kv_cache;
 mod kv_storage;
 mod measure;
@@ -25,6 +26,7 @@ pub use budget::Budget;
 pub use dense::{Activation, Dense, Heads, Norm, Output, Projection};
 pub use device::Device;
 pub use error::DeviceError;
+pub use experts::{Experts, Routing};
 pub use kv_cache::{KvCache, OwnedCache};
 pub use kv_storage::{Arithmetic, Attention, KvStorage, QueryHeads};
 pub use measure::{Measure, Sweep};

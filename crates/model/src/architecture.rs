@@ -23,10 +23,16 @@ pub enum Architecture {
     Gemma2,
     /// Gemma 3, its text part: sliding windows in five of six layers, norms of q and k.
     Gemma3,
+    /// Mixtral: mixtures of experts.
+    Mixtral,
+    /// Qwen3-MoE: norms of q and k, mixtures of experts.
+    Qwen3Moe,
+    /// gpt-oss: mixtures of experts, learned sinks of attention, sliding windows in every second layer.
+    GptOss,
 }
 
 impl Architecture {
-    pub(crate) const ALL: [Architecture; 10] = [
+    pub(crate) const ALL: [Architecture; 13] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -37,6 +43,9 @@ impl Architecture {
         Architecture::Phi3,
         Architecture::Gemma2,
         Architecture::Gemma3,
+        Architecture::Mixtral,
+        Architecture::Qwen3Moe,
+        Architecture::GptOss,
     ];
 
     /// The name in `architectures`.
@@ -52,6 +61,9 @@ impl Architecture {
             Architecture::Phi3 => "Phi3ForCausalLM",
             Architecture::Gemma2 => "Gemma2ForCausalLM",
             Architecture::Gemma3 => "Gemma3ForCausalLM",
+            Architecture::Mixtral => "MixtralForCausalLM",
+            Architecture::Qwen3Moe => "Qwen3MoeForCausalLM",
+            Architecture::GptOss => "GptOssForCausalLM",
         }
     }
 
@@ -62,7 +74,7 @@ impl Architecture {
 
     /// Whether `attention_bias` gives the projections of attention biases.
     pub(crate) const fn may_have_attention_bias(self) -> bool {
-        !matches!(self, Architecture::Mistral | Architecture::Qwen2 | Architecture::Phi3)
+        !matches!(self, Architecture::Mistral | Architecture::Mixtral | Architecture::Qwen2 | Architecture::Phi3)
     }
 
     /// `model_type` of its configurations.
@@ -78,12 +90,15 @@ impl Architecture {
             Architecture::Phi3 => "phi3",
             Architecture::Gemma2 => "gemma2",
             Architecture::Gemma3 => "gemma3_text",
+            Architecture::Mixtral => "mixtral",
+            Architecture::Qwen3Moe => "qwen3_moe",
+            Architecture::GptOss => "gpt_oss",
         }
     }
 
     /// Whether it is one of the Qwen families.
     pub(crate) const fn is_qwen(self) -> bool {
-        matches!(self, Architecture::Qwen2 | Architecture::Qwen3)
+        matches!(self, Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen3Moe)
     }
 
     /// Whether it is one of the Gemma families.
@@ -97,8 +112,8 @@ impl Architecture {
             Architecture::Llama | Architecture::Granite | Architecture::Olmo2 => 2048,
             Architecture::Phi3 => 4096,
             Architecture::Gemma2 => 8192,
-            Architecture::Mistral | Architecture::Gemma3 => 131_072,
-            Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3 => 32_768,
+            Architecture::Mistral | Architecture::Gemma3 | Architecture::Mixtral | Architecture::GptOss => 131_072,
+            Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::SmolLm3 => 32_768,
         }
     }
 
@@ -111,7 +126,8 @@ impl Architecture {
     pub(crate) const fn default_rope_theta(self) -> f32 {
         match self {
             Architecture::SmolLm3 => 2_000_000.0,
-            Architecture::Gemma3 => 1_000_000.0,
+            Architecture::Gemma3 | Architecture::Mixtral => 1_000_000.0,
+            Architecture::GptOss => 150_000.0,
             _ => 10_000.0,
         }
     }
@@ -119,7 +135,7 @@ impl Architecture {
     /// What norms add to the mean square where a configuration does not say.
     pub(crate) const fn default_rms_norm_eps(self) -> f64 {
         match self {
-            Architecture::Olmo2 | Architecture::Phi3 => 1e-5,
+            Architecture::Olmo2 | Architecture::Phi3 | Architecture::Mixtral | Architecture::GptOss => 1e-5,
             _ => 1e-6,
         }
     }
@@ -136,6 +152,7 @@ impl Architecture {
             Architecture::Mistral
                 | Architecture::Qwen2
                 | Architecture::Qwen3
+                | Architecture::Qwen3Moe
                 | Architecture::Gemma2
                 | Architecture::Gemma3
         )
@@ -143,6 +160,6 @@ impl Architecture {
 
     /// Whether q and k are normalised.
     pub const fn has_qk_norm(self) -> bool {
-        matches!(self, Architecture::Qwen3 | Architecture::Olmo2 | Architecture::Gemma3)
+        matches!(self, Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::Olmo2 | Architecture::Gemma3)
     }
 }

@@ -197,7 +197,9 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<Option<Tensor>, ModelError> {
         let name = self.file_name(name);
         let Some(entry) = self.entries.get(&name) else { return Ok(None) };
-        let matches = entry.shape == [rows, cols] || (rows == 1 && entry.shape == [cols]);
+        // Matrices of experts lie in one tensor.
+        let stacked = matches!(entry.shape[..], [a, b, c] if a.checked_mul(b) == Some(rows) && c == cols);
+        let matches = stacked || entry.shape == [rows, cols] || (rows == 1 && entry.shape == [cols]);
         if !matches {
             let expected = if rows == 1 { vec![cols] } else { vec![rows, cols] };
             return Err(ModelError::Shape { name, found: entry.shape.clone(), expected });
@@ -210,6 +212,25 @@ impl Checkpoint {
                 reason: format!("'{name}' has no even number of rows for each of {heads} heads"),
             })?,
         }))
+    }
+
+    /// The bytes of a tensor of bytes, if there is one of this name.
+    ///
+    /// # Errors
+    /// [`ModelError::Malformed`] where there are not so many.
+    pub(crate) fn bytes(&self, name: &str, len: usize) -> Result<Option<Vec<u8>>, ModelError> {
+        let name = self.file_name(name);
+        let Some(entry) = self.entries.get(&name) else { return Ok(None) };
+        let found = entry.shape.iter().try_fold(1usize, |len, n| len.checked_mul(*n));
+        let range = entry.offset.checked_add(len).map(|end| entry.offset..end);
+        let bytes = range.filter(|_| found == Some(len)).and_then(|range| entry.bytes.get(range));
+        match (&entry.format, bytes) {
+            (Format::Other(kind), Some(bytes)) if kind == "U8" => Ok(Some(bytes.to_vec())),
+            _ => Err(ModelError::Malformed {
+                path: entry.file.clone(),
+                reason: format!("'{name}' of {} {:?} is no {len} bytes", entry.format.name(), entry.shape),
+            }),
+        }
     }
 
     /// The names of all tensors, as the file has them.

@@ -231,9 +231,15 @@ impl ModelConfig {
         };
         let places = if self.spec.norms == NormPlaces::Both { 4 } else { 2 };
         let norms = places * self.hidden_size + qk_norms;
-        let layer = 2 * self.hidden_size * (q + kv) + 3 * self.hidden_size * self.intermediate_size + biases + norms;
+        let attention = 2 * self.hidden_size * (q + kv) + biases + norms;
+        let gated = |inner: usize| 3 * self.hidden_size * inner;
+        let mlp = |layer: usize| match self.spec.experts_of(layer) {
+            None => gated(self.intermediate_size),
+            Some(own) => own.routing.experts * (gated(own.intermediate_size) + self.hidden_size),
+        };
+        let layers: usize = (0..self.num_hidden_layers).map(|layer| attention + mlp(layer)).sum();
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        self.num_hidden_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
+        layers + tables * self.vocab_size * self.hidden_size + self.hidden_size
     }
 }
 
@@ -279,6 +285,7 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
             *value = number.into();
         }
     }
+    let config_has_rope = ["rope_parameters", "rope_scaling"].into_iter().any(|key| config.contains_key(key));
     let mut imply = |key: &str, value: Value| {
         config.entry(key).or_insert(value);
     };
@@ -291,6 +298,14 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
         imply("head_dim", 256.into());
         imply("tie_word_embeddings", true.into());
     }
+    if architecture == Architecture::GptOss {
+        imply("head_dim", 64.into());
+        imply("sliding_window", 128.into());
+        imply("attention_bias", true.into());
+        if !config_has_rope {
+            imply("rope_parameters", gpt_oss_rope());
+        }
+    }
     if architecture == Architecture::Phi3 {
         imply("original_max_position_embeddings", 4096.into());
     }
@@ -300,13 +315,22 @@ fn normalise(config: &mut Map<String, Value>, architecture: Architecture) {
     imply("rope_theta", architecture.default_rope_theta().into());
 }
 
+/// The rope of gpt-oss where a configuration has none.
+fn gpt_oss_rope() -> Value {
+    serde_json::json!({"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+        "original_max_position_embeddings": 4096})
+}
+
 impl RawConfig {
     fn check_supported(&self, architecture: Architecture) -> Result<(), ModelError> {
         // Two names of one function. Gemma has an activation of its own under another key.
         if !architecture.is_gemma() && !["silu", "swish"].contains(&self.hidden_act.as_str()) {
             return unsupported(format!("hidden_act '{}'", self.hidden_act), "silu");
         }
-        if let Some(config) = &self.quantization_config {
+        // gpt-oss comes with experts in MXFP4, which are widened.
+        let is_mxfp4 = |config: &Value| config.get("quant_method").and_then(Value::as_str) == Some("mxfp4");
+        let own = self.quantization_config.as_ref();
+        if let Some(config) = own.filter(|config| !(architecture == Architecture::GptOss && is_mxfp4(config))) {
             let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
             return unsupported(format!("a checkpoint quantised by '{method}'"), "f32, f16 and bf16 weights");
         }

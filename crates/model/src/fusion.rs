@@ -178,6 +178,7 @@ fn or_infinite(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{GatedWeights, MlpWeights};
     use dibit_cache::{CacheModel, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration};
     use dibit_cpu::Cpu;
 
@@ -206,9 +207,7 @@ mod tests {
             sinks: None,
             mlp_norm: Some(norm),
             mlp_output_norm: None,
-            gate: other.clone(),
-            up: other.clone(),
-            down: other,
+            mlp: MlpWeights::Gated(GatedWeights { gate: other.clone(), up: other.clone(), down: other }),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The forward pass.
 
 use crate::fusion::Fusion;
+use crate::mlp::Mlp;
 use crate::spec::Turns;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelConfig, ModelError, QkNorm, Weights, Workspace};
@@ -42,9 +43,7 @@ pub(crate) struct Layer<D: Device> {
     sinks: Option<Arc<D::Buffer>>,
     mlp_norm: Option<Arc<D::Buffer>>,
     mlp_output_norm: Option<Arc<D::Buffer>>,
-    gate: Linear<D>,
-    up: Linear<D>,
-    down: Linear<D>,
+    mlp: Mlp<D>,
 }
 
 /// Queries, keys and values of some rows of a pass in one layer, after RoPE.
@@ -92,7 +91,7 @@ impl<D: Device> Clone for Linear<D> {
 
 impl<D: Device> Clone for Layer<D> {
     fn clone(&self) -> Self {
-        let Layer { q, k, v, o, gate, up, down, .. } = self;
+        let Layer { q, k, v, o, mlp, .. } = self;
         Layer {
             input_norm: self.input_norm.clone(),
             attention_output_norm: self.attention_output_norm.clone(),
@@ -105,9 +104,7 @@ impl<D: Device> Clone for Layer<D> {
             sinks: self.sinks.clone(),
             mlp_norm: self.mlp_norm.clone(),
             mlp_output_norm: self.mlp_output_norm.clone(),
-            gate: gate.clone(),
-            up: up.clone(),
-            down: down.clone(),
+            mlp: mlp.clone(),
         }
     }
 }
@@ -124,7 +121,7 @@ impl<D: Device> Linear<D> {
         Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
     }
 
-    fn onto<'a>(&'a self, out: &'a mut D::Buffer) -> Projection<'a, D> {
+    pub(crate) fn onto<'a>(&'a self, out: &'a mut D::Buffer) -> Projection<'a, D> {
         Projection { weight: &self.weight, bias: self.bias.as_deref(), out }
     }
 
@@ -214,9 +211,7 @@ impl<D: Device> Layer<D> {
             sinks: norm(&weights.sinks)?,
             mlp_norm: norm(&weights.mlp_norm)?,
             mlp_output_norm: norm(&weights.mlp_output_norm)?,
-            gate: Linear::new(device, &weights.gate)?,
-            up: Linear::new(device, &weights.up)?,
-            down: Linear::new(device, &weights.down)?,
+            mlp: Mlp::new(device, &weights.mlp)?,
         })
     }
 }
@@ -596,17 +591,21 @@ impl<D: Device> Model<D> {
         let ModelConfig { hidden_size, intermediate_size, rms_norm_eps, .. } = self.config;
         let eps = self.config.spec.residual_eps(rms_norm_eps);
         let (device, rows) = (&*self.device, tile.len());
-        device.norm_linear(
-            phase,
-            &ws.hidden,
-            tile.clone(),
-            hidden_size,
-            layer.mlp_norm.as_deref().map(|weight| Norm { weight, eps }),
-            &mut ws.normed,
-            [layer.gate.onto(&mut ws.gate), layer.up.onto(&mut ws.up)],
-        );
-        device.activate(self.config.spec.activation, &mut ws.gate, &ws.up, rows * intermediate_size);
-        let Workspace { gate, normed, hidden, .. } = ws;
-        self.add(phase, &layer.down, layer.mlp_output_norm.as_deref(), gate, (normed, hidden), tile);
+        let activation = self.config.spec.activation;
+        let norm = layer.mlp_norm.as_deref().map(|weight| Norm { weight, eps });
+        let Workspace { gate, up, normed, hidden, experts, .. } = ws;
+        match (&layer.mlp, experts, norm) {
+            (Mlp::Gated { gate: own_gate, up: own_up, down }, _, norm) => {
+                let to = [own_gate.onto(gate), own_up.onto(up)];
+                device.norm_linear(phase, hidden, tile.clone(), hidden_size, norm, normed, to);
+                device.activate(activation, gate, up, rows * intermediate_size);
+                self.add(phase, down, layer.mlp_output_norm.as_deref(), gate, (normed, hidden), tile);
+            }
+            (Mlp::Experts(own), Some(space), Some(norm)) => {
+                device.rms_norm(hidden, tile.clone(), hidden_size, norm, normed, Output::Write(0));
+                own.run(device, phase, (normed, rows), activation, space, (hidden, tile.start, hidden_size));
+            }
+            (Mlp::Experts(_), ..) => unreachable!("families with mixtures have a norm before them, and their space"),
+        }
     }
 }

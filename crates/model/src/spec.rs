@@ -2,7 +2,7 @@
 
 use crate::Rope;
 use crate::head_places::HeadPlaces;
-use dibit_device::Activation;
+use dibit_device::{Activation, Routing};
 
 /// How a decoder computes, beside its sizes.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,10 +35,36 @@ pub struct DecoderSpec {
     pub qk_norm: QkNorm,
     /// The activation of gated layers.
     pub activation: Activation,
-    /// How projections lie in a checkpoint.
+    /// The experts of gated layers, where these are mixtures.
+    pub experts: Option<ExpertSpec>,
+    /// Whether projections of attention lie in one matrix, and those of the gated layers in another.
     pub joint_projections: bool,
     /// Where the channels of heads lie.
     pub(crate) places: HeadPlaces,
+}
+
+/// Gated layers that are mixtures of experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertSpec {
+    /// How a token's experts are chosen.
+    pub routing: Routing,
+    /// Width of an expert's gated activation.
+    pub intermediate_size: usize,
+    /// Layers that are no mixtures.
+    pub dense_layers: Vec<bool>,
+    /// How they lie in a checkpoint.
+    pub(crate) names: ExpertNames,
+}
+
+/// How experts lie in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ExpertNames {
+    /// `block_sparse_moe.experts.N.w1`
+    Mixtral,
+    /// `mlp.experts.N.gate_proj`
+    Qwen,
+    /// `mlp.experts.gate_up_proj`, of all experts together.
+    GptOss,
 }
 
 /// Where norms are.
@@ -91,9 +117,15 @@ impl DecoderSpec {
             norm_offset: 0.0,
             qk_norm: QkNorm::None,
             activation: Activation::Silu,
+            experts: None,
             joint_projections: false,
             places,
         }
+    }
+
+    /// The experts of a layer, where it is a mixture.
+    pub fn experts_of(&self, layer: usize) -> Option<&ExpertSpec> {
+        self.experts.as_ref().filter(|own| own.dense_layers.get(layer) != Some(&true))
     }
 
     /// Whether the heads of a layer are turned.

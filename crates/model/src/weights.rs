@@ -1,7 +1,10 @@
 //! The weights of a model on the host, checked against its configuration.
 
 use crate::mixture::mixture;
-use crate::{Checkpoint, DecoderSpec, ModelConfig, ModelError, ModelFiles, NormPlaces, QkNorm, Sketch, unread_tensors};
+use crate::{
+    Checkpoint, DecoderSpec, GatedWeights, MlpWeights, ModelConfig, ModelError, ModelFiles, NormPlaces, QkNorm, Sketch,
+    unread_tensors,
+};
 use dibit_cache::{CacheLayout, CalibratedScheme, SchemeError};
 use dibit_device::{Arithmetic, Bytes, DType, Tensor};
 use std::cell::RefCell;
@@ -59,12 +62,8 @@ pub struct LayerWeights {
     pub mlp_norm: Option<Tensor>,
     /// Norm behind them.
     pub mlp_output_norm: Option<Tensor>,
-    /// `[intermediate_size, hidden_size]`
-    pub gate: LinearWeights,
-    /// `[intermediate_size, hidden_size]`
-    pub up: LinearWeights,
-    /// `[hidden_size, intermediate_size]`
-    pub down: LinearWeights,
+    /// The gated layers.
+    pub mlp: MlpWeights,
 }
 
 /// All weights of a model.
@@ -93,8 +92,8 @@ impl LayerWeights {
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const OUTPUT_LAYER: &str = "lm_head.weight";
 
-struct Loader<'a> {
-    config: &'a ModelConfig,
+pub(crate) struct Loader<'a> {
+    pub config: &'a ModelConfig,
     source: Source,
     dtype: Option<DType>,
     /// Tensors that were asked for, by the names of the file.
@@ -157,10 +156,12 @@ impl Weights {
         if self.matrices().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
     }
 
-    /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row.
+    /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row, and of
+    /// mixtures only the experts that the token takes.
     pub fn bytes_per_token(&self) -> usize {
         let table = if self.embed.same_numbers(&self.lm_head) { 0 } else { self.embed.num_bytes() };
-        self.num_bytes() - table
+        let unread: usize = self.layers.iter().map(|layer| layer.mlp.unread_bytes()).sum();
+        self.num_bytes() - table - unread
     }
 
     /// Bytes of the embedding, the output layer and all linear layers; norms and biases are too small to count.
@@ -176,8 +177,8 @@ impl Weights {
     /// The embedding, the output layer where it is another, and all linear layers.
     fn matrices(&self) -> impl Iterator<Item = &Tensor> {
         let linear = self.layers.iter().flat_map(|layer| {
-            let LayerWeights { q, k, v, o, gate, up, down, .. } = layer;
-            [q, k, v, o, gate, up, down].map(|linear| &linear.weight)
+            let LayerWeights { q, k, v, o, mlp, .. } = layer;
+            [q, k, v, o].into_iter().map(|linear| &linear.weight).chain(mlp.matrices())
         });
         let head = (!self.embed.same_numbers(&self.lm_head)).then_some(&self.lm_head);
         [&self.embed].into_iter().chain(head).chain(linear)
@@ -232,30 +233,43 @@ impl Loader<'_> {
             };
             norm(&format!("self_attn.{name}"), width).and_then(|norm| places.turned_vector(norm)).map(Some)
         };
-        let (mut all_of_attention, mut all_of_mlp);
-        let [q_proj, k_proj, v_proj, gate, up] = if config.spec.joint_projections {
-            all_of_attention = linear("self_attn.qkv_proj", q + 2 * kv, hidden, Some(false))?.weight;
-            all_of_mlp = linear("mlp.gate_up_proj", 2 * inner, hidden, Some(false))?.weight;
-            let part = |of: &mut Tensor, rows: usize| {
-                let part = of.part_rows(0..rows);
-                *of = of.part_rows(rows..of.rows());
-                LinearWeights { weight: part, bias: None }
+        // Rows of a matrix that holds several.
+        let parts = |name: &str, sizes: &[usize]| -> Result<Vec<LinearWeights>, ModelError> {
+            let all = linear(name, sizes.iter().sum(), hidden, Some(false))?.weight;
+            let mut end = 0;
+            let mut part = |rows: &usize| {
+                end += rows;
+                LinearWeights { weight: all.part_rows(end - rows..end), bias: None }
             };
-            [
-                part(&mut all_of_attention, q),
-                part(&mut all_of_attention, kv),
-                part(&mut all_of_attention, kv),
-                part(&mut all_of_mlp, inner),
-                part(&mut all_of_mlp, inner),
-            ]
-        } else {
-            [
+            Ok(sizes.iter().map(&mut part).collect())
+        };
+        let joint = config.spec.joint_projections;
+        let mut attention = match joint {
+            true => parts("self_attn.qkv_proj", &[q, kv, kv])?,
+            false => vec![
                 linear("self_attn.q_proj", q, hidden, qkv_bias)?,
                 linear("self_attn.k_proj", kv, hidden, qkv_bias)?,
                 linear("self_attn.v_proj", kv, hidden, qkv_bias)?,
-                linear("mlp.gate_proj", inner, hidden, mlp_bias)?,
-                linear("mlp.up_proj", inner, hidden, mlp_bias)?,
-            ]
+            ],
+        }
+        .into_iter();
+        let mut next = || attention.next().expect("queries, keys and values");
+        let (q_proj, k_proj, v_proj) = (next(), next(), next());
+        let mlp = match config.spec.experts_of(layer) {
+            Some(experts) => MlpWeights::Experts(self.experts(&prefix, experts)?),
+            None => {
+                let mut halves = match joint {
+                    true => parts("mlp.gate_up_proj", &[inner, inner])?,
+                    false => vec![
+                        linear("mlp.gate_proj", inner, hidden, mlp_bias)?,
+                        linear("mlp.up_proj", inner, hidden, mlp_bias)?,
+                    ],
+                }
+                .into_iter();
+                let mut next = || halves.next().expect("a gate and another half");
+                let (gate, up) = (next(), next());
+                MlpWeights::Gated(GatedWeights { gate, up, down: linear("mlp.down_proj", hidden, inner, mlp_bias)? })
+            }
         };
         let o_proj = linear("self_attn.o_proj", hidden, q, o_bias)?;
         // Where all norms are, that behind attention has the name that is otherwise the one before the gated layers'.
@@ -280,14 +294,12 @@ impl Loader<'_> {
             sinks: config.spec.attention_sinks.then(|| self.sinks(&prefix)).transpose()?,
             mlp_norm: norm_at(norms.before(), before_mlp)?,
             mlp_output_norm: norm_at(norms.behind(), "post_feedforward_layernorm")?,
-            gate,
-            up,
-            down: linear("mlp.down_proj", hidden, inner, mlp_bias)?,
+            mlp,
         })
     }
 
     /// A linear layer. Where nothing says whether it has a bias, the checkpoint tells.
-    fn linear(
+    pub fn linear(
         &self,
         name: &str,
         rows: usize,
@@ -323,27 +335,55 @@ impl Loader<'_> {
         Ok(tensor)
     }
 
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         let tensor = self.read(name, rows, cols)?;
         let format = match &self.source {
             Source::Checkpoint(checkpoint) => checkpoint.format(name).unwrap_or_default(),
             Source::Dummy { .. } => tensor.format(),
         };
         self.sketch.borrow_mut().add(name, &tensor, format);
-        let Some(dtype) = self.dtype else { return Ok(tensor) };
+        Ok(self.converted(tensor))
+    }
+
+    /// A tensor in the storage type that was asked for.
+    pub fn converted(&self, tensor: Tensor) -> Tensor {
+        let Some(dtype) = self.dtype else { return tensor };
         let converted = tensor.cast(dtype);
         if !converted.same_numbers(&tensor) {
             tensor.release();
         }
-        Ok(converted)
+        converted
+    }
+
+    /// The error for a tensor that is missing.
+    pub fn missing(&self, name: &str) -> ModelError {
+        let architecture = self.config.architecture.name();
+        match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.missing(name, architecture),
+            Source::Dummy { .. } => ModelError::MissingTensor { name: name.to_owned(), architecture },
+        }
+    }
+
+    /// A tensor of so many bytes, if a checkpoint has one of this name.
+    pub fn bytes(&self, name: &str, len: usize) -> Result<Option<Vec<u8>>, ModelError> {
+        let Source::Checkpoint(checkpoint) = &self.source else { return Ok(None) };
+        let bytes = checkpoint.bytes(name, len)?;
+        if bytes.is_some() {
+            self.read.borrow_mut().insert(checkpoint.file_name(name));
+        }
+        Ok(bytes)
+    }
+
+    /// Notes a tensor that was made of such bytes.
+    pub fn sketch(&self, name: &str, tensor: &Tensor, format: &str) {
+        self.sketch.borrow_mut().add(name, tensor, format);
     }
 
     /// A tensor as the source has it.
     fn read(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         Ok(match &self.source {
             Source::Checkpoint(checkpoint) => {
-                let missing = || checkpoint.missing(name, self.config.architecture.name());
-                let tensor = checkpoint.tensor(name, rows, cols)?.ok_or_else(missing)?;
+                let tensor = checkpoint.tensor(name, rows, cols)?.ok_or_else(|| self.missing(name))?;
                 self.read.borrow_mut().insert(checkpoint.file_name(name));
                 tensor
             }

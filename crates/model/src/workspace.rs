@@ -1,3 +1,4 @@
+use crate::mlp::{ExpertSpace, expert_width};
 use crate::model::turns;
 use crate::{ModelConfig, ModelError};
 use dibit_device::{Budget, Device};
@@ -6,7 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Numbers that a row takes inside a layer.
 fn tile_width(config: &ModelConfig) -> usize {
     let heads = config.num_attention_heads + config.num_key_value_heads;
-    config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    let experts = config.spec.experts.as_ref().map_or(0, |own| expert_width(own, config.hidden_size));
+    config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size + experts
 }
 
 /// Rows that pass through a layer together.
@@ -40,6 +42,8 @@ pub struct Workspace<D: Device> {
     pub(crate) gate: D::Buffer,
     /// `[tile, intermediate_size]`
     pub(crate) up: D::Buffer,
+    /// What mixtures of experts write, where there are any.
+    pub(crate) experts: Option<ExpertSpace<D>>,
     /// Rows whose logits are asked for `[max_outputs, hidden_size]`.
     pub(crate) selected: D::Buffer,
     /// The same after the last norm.
@@ -81,6 +85,10 @@ impl<D: Device> Workspace<D> {
             attention: device.buffer(tile * q)?,
             gate: device.buffer(tile * config.intermediate_size)?,
             up: device.buffer(tile * config.intermediate_size)?,
+            experts: match &config.spec.experts {
+                Some(own) => Some(ExpertSpace::new(device, own, config.hidden_size, tile)?),
+                None => None,
+            },
             selected: device.buffer(max_outputs * config.hidden_size)?,
             selected_normed: device.buffer(max_outputs * config.hidden_size)?,
             logits: device.buffer(max_outputs * config.vocab_size)?,

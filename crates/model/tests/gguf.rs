@@ -140,7 +140,8 @@ fn only_query_and_key_projections_of_a_llama_are_copied() {
     let gguf = load_gguf(&Gguf::of_checkpoint(&tiny(), GgmlDType::Q8_0), None).unwrap();
     let layer = &gguf.weights.layers[3];
     assert!(!layer.q.weight.is_shared() && !layer.k.weight.is_shared());
-    for matrix in [&layer.v, &layer.o, &layer.gate, &layer.up, &layer.down].map(|linear| &linear.weight) {
+    let mlp = layer.mlp.gated().unwrap();
+    for matrix in [&layer.v, &layer.o, &mlp.gate, &mlp.up, &mlp.down].map(|linear| &linear.weight) {
         assert!(matrix.is_shared());
     }
     assert!(gguf.weights.embed.is_shared() && gguf.weights.embed.same_numbers(&gguf.weights.lm_head));

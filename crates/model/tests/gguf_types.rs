@@ -5,7 +5,7 @@ mod common;
 use candle_core::quantized::GgmlDType;
 use common::made_up;
 use dibit_device::{DType, Tensor};
-use dibit_model::{Checkpoint, ModelFiles, Pretrained, WeightFile, WeightSource};
+use dibit_model::{Checkpoint, ModelFiles, Pretrained, WeightFile, WeightSource, Weights};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -68,10 +68,13 @@ fn packed_blocks_load_as_matrices_of_16_bits() {
     assert!(packed.formats().starts_with("f16 ") && packed.formats().contains("Q4_0"), "{}", packed.formats());
     const LEVELS: [f32; 16] =
         [-127., -104., -83., -65., -49., -35., -22., -10., 1., 13., 25., 38., 53., 69., 89., 113.];
+    fn down(weights: &Weights) -> &Tensor {
+        &weights.layers[0].mlp.gated().unwrap().down.weight
+    }
     let pairs: [(&Tensor, &Tensor); 3] = [
         (&plain.embed, &packed.embed),
         (&plain.layers[1].q.weight, &packed.layers[1].q.weight),
-        (&plain.layers[0].down.weight, &packed.layers[0].down.weight),
+        (down(&plain), down(&packed)),
     ];
     for (plain, packed) in pairs {
         assert_eq!(packed.format(), "f16");

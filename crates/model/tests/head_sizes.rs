@@ -92,9 +92,10 @@ impl Case {
                 let heads: Vec<f64> = (0..config.num_attention_heads).flat_map(attend).collect();
                 add(row, &times(&layer.o, &heads));
                 let x = norm(row, layer.mlp_norm.as_ref().unwrap());
-                let [gate, up] = [&layer.gate, &layer.up].map(|linear| times(linear, &x));
+                let mlp = layer.mlp.gated().unwrap();
+                let [gate, up] = [&mlp.gate, &mlp.up].map(|linear| times(linear, &x));
                 let gated: Vec<f64> = gate.iter().zip(&up).map(|(g, up)| g / (1.0 + (-g).exp()) * up).collect();
-                add(row, &times(&layer.down, &gated));
+                add(row, &times(&mlp.down, &gated));
             }
         }
         let head = LinearWeights { weight: weights.lm_head.clone(), bias: None };

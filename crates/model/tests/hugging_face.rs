@@ -18,17 +18,20 @@ fn repository() -> PathBuf {
 }
 
 /// Families of which a checkpoint is too large to be in the repository.
-const FAMILIES: [&str; 11] = [
+const FAMILIES: [&str; 14] = [
     "gemma2",
     "gemma3",
+    "gptoss",
     "granite",
     "llama-yarn",
     "mistral-swa",
+    "mixtral",
     "olmo2",
     "phi3-longrope-long",
     "phi3-longrope-short",
     "qwen2-swa",
     "qwen2-swa-unused",
+    "qwen3moe",
     "smollm3-nope",
 ];
 

@@ -1,17 +1,24 @@
 //! From a `config.json` to what a family computes differently.
 
 mod gemma;
+mod gpt_oss;
 mod granite;
+mod mixtral;
 mod olmo2;
 mod phi3;
 mod qwen3;
+mod qwen3_moe;
 mod smollm3;
 mod windows;
 
 use crate::head_places::HeadPlaces;
 use crate::json::{shown, whole};
 use crate::{Architecture, DecoderSpec, ModelError, Rope};
+use dibit_device::Routing;
 use serde_json::{Map, Value};
+
+/// Far above every model.
+const MOST_EXPERTS: usize = 4096;
 
 /// A configuration, and what it is called in errors.
 struct Source<'a> {
@@ -35,10 +42,13 @@ pub(crate) fn spec(
     let source = Source { config, origin, num_hidden_layers, places };
     let spec = match architecture {
         Architecture::Gemma2 | Architecture::Gemma3 => gemma::spec(&source, architecture),
+        Architecture::GptOss => gpt_oss::spec(&source),
         Architecture::Granite => granite::spec(&source),
+        Architecture::Mixtral => mixtral::spec(&source),
         Architecture::Olmo2 => Ok(olmo2::spec(&source)),
         Architecture::Phi3 => Ok(phi3::spec(&source)),
         Architecture::Qwen3 => Ok(qwen3::spec(&source)),
+        Architecture::Qwen3Moe => qwen3_moe::spec(&source),
         Architecture::SmolLm3 => smollm3::spec(&source),
         Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => Ok(source.llama()),
     }?;
@@ -71,7 +81,10 @@ pub(crate) fn ropes(
 pub(crate) const fn keys(architecture: Architecture) -> &'static [&'static str] {
     match architecture {
         Architecture::Gemma2 | Architecture::Gemma3 => &gemma::KEYS,
+        Architecture::GptOss => &gpt_oss::KEYS,
         Architecture::Granite => &granite::KEYS,
+        Architecture::Mixtral => &mixtral::KEYS,
+        Architecture::Qwen3Moe => &qwen3_moe::KEYS,
         Architecture::SmolLm3 => &smollm3::KEYS,
         _ => &[],
     }
@@ -115,6 +128,23 @@ impl Source<'_> {
             None => Err(self.malformed(format!("{key} is {}, not a number of 1 or more", shown(value)))),
             number => Ok(number),
         }
+    }
+
+    /// A number of things that must be there.
+    fn size(&self, key: &str) -> Result<usize, ModelError> {
+        self.count(key)?.ok_or_else(|| self.malformed(format!("it has no {key}")))
+    }
+
+    /// How experts are chosen, of which there are as many as a key says.
+    fn routing(&self, experts: &str, normalised: bool, own: [usize; 2]) -> Result<Routing, ModelError> {
+        const CHOSEN: &str = "num_experts_per_tok";
+        let count = self.count(experts)?.unwrap_or(own[0]);
+        let chosen = self.count(CHOSEN)?.unwrap_or(own[1]);
+        if count > MOST_EXPERTS || chosen > count {
+            let reason = format!("{CHOSEN} is {chosen} and {experts} {count}, of at most {MOST_EXPERTS}");
+            return Err(self.malformed(reason));
+        }
+        Ok(Routing { experts: count, chosen, normalised })
     }
 
     /// A switch.
@@ -239,5 +269,51 @@ mod tests {
         );
         let message = granite(json!({"residual_multiplier": 0})).unwrap_err().to_string();
         assert!(message.contains("residual_multiplier is 0, not a positive number"), "{message}");
+    }
+
+    #[test]
+    fn experts_are_those_of_the_configuration_or_the_family() {
+        let of = |name: &str, changes: Value| {
+            let mut config = json!({"architectures": [name]});
+            config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            with(config)
+        };
+        let qwen = of(
+            "Qwen3MoeForCausalLM",
+            json!({"mlp_only_layers": [2], "norm_topk_prob": true, "num_experts": 6,
+            "num_experts_per_tok": 3, "moe_intermediate_size": 40}),
+        )
+        .unwrap();
+        let own = qwen.spec.experts_of(0).unwrap();
+        assert_eq!((own.routing.experts, own.routing.chosen, own.routing.normalised), (6, 3, true));
+        assert_eq!((own.intermediate_size, qwen.spec.experts_of(2).is_none()), (40, true));
+        let sparse = of("Qwen3MoeForCausalLM", json!({"decoder_sparse_step": 2})).unwrap();
+        assert_eq!(
+            (0..4).map(|layer| sparse.spec.experts_of(layer).is_some()).collect::<Vec<_>>(),
+            [false, true, false, true]
+        );
+        let mixtral = of("MixtralForCausalLM", json!({})).unwrap();
+        assert_eq!(
+            mixtral.spec.experts_of(4).unwrap().routing,
+            dibit_device::Routing { experts: 8, chosen: 2, normalised: true }
+        );
+        let oss = of("GptOssForCausalLM", json!({"quantization_config": {"quant_method": "mxfp4"}})).unwrap();
+        assert!(
+            oss.spec.attention_sinks && matches!(oss.rope.scaling, crate::RopeScaling::Yarn { truncate: false, .. })
+        );
+        assert_eq!((oss.spec.window(0), oss.spec.window(1)), (Some(128), None));
+        for (name, changes, expected) in [
+            (
+                "MixtralForCausalLM",
+                json!({"num_experts_per_tok": 9}),
+                "num_experts_per_tok is 9 and num_local_experts 8",
+            ),
+            ("Qwen3MoeForCausalLM", json!({"mlp_only_layers": "none"}), "mlp_only_layers is \"none\""),
+            ("GptOssForCausalLM", json!({"swiglu_alpha": 1.5}), "swiglu_alpha 1.5"),
+            ("LlamaForCausalLM", json!({"quantization_config": {"quant_method": "mxfp4"}}), "quantised by 'mxfp4'"),
+        ] {
+            let message = of(name, changes).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
     }
 }

@@ -27,7 +27,9 @@ pub(super) fn windows(
     let is_windowed: Vec<bool> = match kinds(source)? {
         Some(kinds) => kinds,
         None => match architecture {
-            Architecture::Mistral | Architecture::Phi3 => vec![true; layers.len()],
+            Architecture::Mistral | Architecture::Mixtral | Architecture::Phi3 | Architecture::Qwen3Moe => {
+                vec![true; layers.len()]
+            }
             Architecture::Qwen2 | Architecture::Qwen3 => {
                 let first = match source.value("max_window_layers").and_then(serde_json::Value::as_u64) {
                     None => FIRST_OF_QWEN,
@@ -36,7 +38,7 @@ pub(super) fn windows(
                 layers.map(|layer| layer >= first).collect()
             }
             Architecture::SmolLm3 => layers.map(|layer| !spec.has_rope(layer)).collect(),
-            Architecture::Gemma2 => layers.map(|layer| layer.is_multiple_of(2)).collect(),
+            Architecture::Gemma2 | Architecture::GptOss => layers.map(|layer| layer.is_multiple_of(2)).collect(),
             Architecture::Gemma3 => {
                 let pattern = source.count("sliding_window_pattern")?.unwrap_or(PATTERN);
                 layers.map(|layer| !(layer + 1).is_multiple_of(pattern)).collect()

@@ -9,8 +9,7 @@ const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 3
 /// The magnitudes of four-bit floats (one sign, two exponent bits, one fraction bit), doubled.
 const MAGNITUDES: [f32; 8] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0];
 
-/// Numbers that share a scale.
-const GROUP: usize = 32;
+const GROUP: usize = Packed::GROUP;
 
 /// A format of blocks that are widened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +23,24 @@ pub(crate) enum Packed {
 }
 
 impl Packed {
+    /// Numbers that share a scale.
+    pub const GROUP: usize = 32;
+
+    /// The matrix of MXFP4 whose powers of two lie apart from its codes, of which neighbours share a byte (gpt-oss).
+    pub fn widen_mxfp4(codes: &[u8], exponents: &[u8], rows: usize, cols: usize) -> Tensor {
+        let (width, groups) = (cols / 2, cols / GROUP);
+        Tensor::from_blocks(Packed::Mxfp4.dtype(), rows, cols, 1, |row, out| {
+            let codes = codes[row * width..(row + 1) * width].chunks_exact(GROUP / 2);
+            let all = codes.zip(&exponents[row * groups..(row + 1) * groups]).zip(out.chunks_exact_mut(GROUP));
+            for ((codes, exponent), out) in all {
+                let scale = mxfp4_scale(*exponent);
+                for (code, out) in codes.iter().zip(out.chunks_exact_mut(2)) {
+                    (out[0], out[1]) = (mxfp4(code & 15, scale), mxfp4(code >> 4, scale));
+                }
+            }
+        })
+    }
+
     /// The name that llama.cpp uses.
     pub const fn name(self) -> &'static str {
         match self {
@@ -97,19 +114,25 @@ impl Packed {
                 }
             }
             Packed::Mxfp4 => {
-                let (exponent, codes) = (block[0], &block[1..]);
-                // Half of 2^(exponent - 127), as magnitudes are doubled; the smallest two are subnormal.
-                let scale = match u32::from(exponent) {
-                    exponent @ 0..=1 => f32::from_bits(1 << (21 + exponent)),
-                    exponent => f32::from_bits((exponent - 1) << 23),
-                };
-                halves(codes, out, |code| {
-                    let magnitude = scale * MAGNITUDES[usize::from(code & 7)];
-                    if code & 8 == 0 { magnitude } else { -magnitude }
-                });
+                let (scale, codes) = (mxfp4_scale(block[0]), &block[1..]);
+                halves(codes, out, |code| mxfp4(code, scale));
             }
         }
     }
+}
+
+/// Half of 2^(exponent - 127), as magnitudes are doubled; the smallest two are subnormal.
+fn mxfp4_scale(exponent: u8) -> f32 {
+    match u32::from(exponent) {
+        exponent @ 0..=1 => f32::from_bits(1 << (21 + exponent)),
+        exponent => f32::from_bits((exponent - 1) << 23),
+    }
+}
+
+/// The number of a code of MXFP4.
+fn mxfp4(code: u8, scale: f32) -> f32 {
+    let magnitude = scale * MAGNITUDES[usize::from(code & 7)];
+    if code & 8 == 0 { magnitude } else { -magnitude }
 }
 
 /// The numbers of a group of codes of 4 bits: the low halves of all bytes, then the high ones.
