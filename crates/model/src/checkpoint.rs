@@ -58,7 +58,8 @@ struct Entry {
 pub struct Checkpoint {
     /// By the names of the file.
     entries: HashMap<String, Entry>,
-    is_gguf: bool,
+    /// What a GGUF file calls its architecture.
+    gguf: Option<String>,
 }
 
 impl Checkpoint {
@@ -68,7 +69,7 @@ impl Checkpoint {
     /// [`ModelError::Malformed`] for files that are no safetensors or GGUF files or are cut short,
     /// [`ModelError::Unsupported`] for GGUF files of a kind that dibit does not read.
     pub fn open(files: &[WeightFile]) -> Result<Self, ModelError> {
-        let mut checkpoint = Checkpoint { entries: HashMap::new(), is_gguf: false };
+        let mut checkpoint = Checkpoint { entries: HashMap::new(), gguf: None };
         for file in files {
             if gguf::is_gguf(&file.bytes) {
                 checkpoint.add_gguf(file)?;
@@ -105,8 +106,8 @@ impl Checkpoint {
     }
 
     fn add_gguf(&mut self, file: &WeightFile) -> Result<(), ModelError> {
-        self.is_gguf = true;
         let content = gguf::read(&file.bytes, &file.name)?;
+        self.gguf = Some(gguf::name(&content, &file.name)?);
         let heads = gguf::heads(&content, &file.name)?;
         let (mut kinds, mut widened) = (BTreeSet::new(), 0);
         for (name, info) in content.tensor_infos {
@@ -147,12 +148,15 @@ impl Checkpoint {
 
     /// The name that the files have for what Hugging Face calls `name`.
     pub(crate) fn file_name(&self, name: &str) -> String {
-        if self.is_gguf { gguf::file_name(name) } else { name.to_owned() }
+        match &self.gguf {
+            Some(architecture) => gguf::file_name(name, architecture),
+            None => name.to_owned(),
+        }
     }
 
     /// Whether it is a GGUF file.
     pub(crate) fn is_gguf(&self) -> bool {
-        self.is_gguf
+        self.gguf.is_some()
     }
 
     /// Whether there is a tensor of this name.
@@ -195,8 +199,17 @@ impl Checkpoint {
     /// [`ModelError::Shape`], [`ModelError::Malformed`] where the file lacks the numbers and, for a storage type that dibit
     /// does not read, [`ModelError::Unsupported`].
     pub fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<Option<Tensor>, ModelError> {
+        let expert = gguf::expert(name).filter(|_| self.is_gguf());
         let name = self.file_name(name);
         let Some(entry) = self.entries.get(&name) else { return Ok(None) };
+        if let (Some((expert, _)), [experts, own_rows, own_cols]) = (expert, &entry.shape[..]) {
+            if expert >= *experts || [*own_rows, *own_cols] != [rows, cols] {
+                let expected = vec![expert + 1, rows, cols];
+                return Err(ModelError::Shape { name, found: entry.shape.clone(), expected });
+            }
+            let all = entry.view(&name, experts.saturating_mul(rows), cols)?;
+            return Ok(Some(all.part_rows(expert * rows..(expert + 1) * rows)));
+        }
         // Matrices of experts lie in one tensor.
         let stacked = matches!(entry.shape[..], [a, b, c] if a.checked_mul(b) == Some(rows) && c == cols);
         let matches = stacked || entry.shape == [rows, cols] || (rows == 1 && entry.shape == [cols]);

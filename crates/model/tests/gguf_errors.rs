@@ -53,7 +53,7 @@ fn what_is_missing_is_named() {
 fn what_is_not_supported_is_named_with_what_is() {
     let set = |key: &str, value: Value| changed(|file| file.set(key, value));
     let text = |text: &str| Value::String(text.into());
-    fails(&set("general.architecture", text("gemma3")), &["'gemma3'", "llama, qwen2, qwen3"]);
+    fails(&set("general.architecture", text("gemma4")), &["'gemma4'", "llama, qwen2, qwen3"]);
     fails(&set("split.count", Value::U16(3)), &["3 files", "llama-gguf-split --merge"]);
     fails(&set("qwen3.expert_count", Value::U32(8)), &["mixture of experts"]);
     fails(&set("qwen3.rope.scaling.type", text("proportional")), &["'proportional'", "linear"]);

@@ -7,20 +7,34 @@ use crate::{Architecture, ModelError};
 use dibit_device::{Bytes, DType, Tensor};
 use serde_json::{Map, Value, json};
 
-/// The architecture that a file calls `name`. Mistral is a Llama there.
+/// The architecture that a file calls `name`. Mistral, and Mixtral where there are experts, are a Llama there.
 ///
 /// # Errors
 /// [`ModelError::Unsupported`].
-pub(super) fn architecture(name: &str) -> Result<Architecture, ModelError> {
+pub(super) fn architecture(name: &str, experts: usize) -> Result<Architecture, ModelError> {
     match name {
+        "llama" if experts > 0 => Ok(Architecture::Mixtral),
         "llama" => Ok(Architecture::Llama),
         "qwen2" => Ok(Architecture::Qwen2),
         "qwen3" => Ok(Architecture::Qwen3),
+        "qwen3moe" => Ok(Architecture::Qwen3Moe),
+        "gemma2" => Ok(Architecture::Gemma2),
+        "gemma3" => Ok(Architecture::Gemma3),
         other => Err(ModelError::Unsupported {
             what: format!("GGUF architecture '{other}'"),
-            supported: "llama, qwen2, qwen3".into(),
+            supported: "llama, qwen2, qwen3, qwen3moe, gemma2, gemma3".into(),
         }),
     }
+}
+
+/// What a file calls its architecture.
+///
+/// # Errors
+/// [`ModelError::Malformed`].
+pub(crate) fn name(content: &Content, name: &str) -> Result<String, ModelError> {
+    let metadata = Metadata::new(content, name);
+    let architecture = metadata.text("general.architecture")?;
+    architecture.map(str::to_owned).ok_or_else(|| metadata.missing("general.architecture"))
 }
 
 /// Query and KV heads of a file whose rows of query and key projections lie in pairs; `None` where they do not.
@@ -43,18 +57,20 @@ pub(crate) fn heads(content: &Content, name: &str) -> Result<Option<(usize, usiz
 /// [`ModelError::Malformed`] and [`ModelError::Unsupported`].
 pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelError> {
     let name = metadata.text("general.architecture")?.ok_or_else(|| metadata.missing("general.architecture"))?;
-    let architecture = architecture(name)?;
     let key = |key: &str| format!("{name}.{key}");
+    let experts = metadata.number(&key("expert_count"))?.unwrap_or(0);
+    let architecture = architecture(name, experts)?;
     let number = |part: &str| -> Result<usize, ModelError> {
         metadata.number(&key(part))?.ok_or_else(|| metadata.missing(&key(part)))
     };
     if metadata.text("general.type")? == Some("adapter") {
         return Err(unsupported("a GGUF file that is a LoRA adapter", "models: merge it with llama-export-lora first"));
     }
-    if metadata.number(&key("expert_count"))?.is_some_and(|count| count > 0) {
-        return Err(unsupported("a mixture of experts", "dense models"));
+    let is_mixture = matches!(architecture, Architecture::Mixtral | Architecture::Qwen3Moe);
+    if experts > 0 && !is_mixture {
+        return Err(unsupported(&format!("a mixture of experts of {name}"), "those of llama and qwen3moe"));
     }
-    check_unread(metadata, &key)?;
+    check_unread(metadata, architecture, &key)?;
     let tokens = metadata.texts("tokenizer.ggml.tokens")?.ok_or_else(|| metadata.missing("tokenizer.ggml.tokens"))?;
     let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let head_dim = match metadata.number(&key("attention.key_length"))? {
@@ -71,7 +87,7 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
     for id in ["eos_token_id", "eot_token_id", "eom_token_id"] {
         ends.extend(metadata.id(&format!("tokenizer.ggml.{id}"))?.filter(|end| !ends.contains(end)));
     }
-    Ok(json!({
+    let mut config = json!({
         "architectures": [architecture.name()],
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length")?,
@@ -89,7 +105,54 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
         "sliding_window": metadata.number(&key("attention.sliding_window"))?,
         "use_sliding_window": true,
         "max_window_layers": 0,
-    }))
+    });
+    if is_mixture {
+        config["num_experts_per_tok"] = json!(number("expert_used_count")?);
+        let count = if architecture == Architecture::Mixtral { "num_local_experts" } else { "num_experts" };
+        config[count] = json!(experts);
+        if architecture == Architecture::Qwen3Moe {
+            config["moe_intermediate_size"] = json!(number("expert_feed_forward_length")?);
+            config["norm_topk_prob"] = json!(true);
+        }
+    }
+    if architecture.is_gemma() {
+        let layers = number("block_count")?;
+        gemma(metadata, architecture, &key, &mut config, [layers, hidden, heads])?;
+    }
+    Ok(config)
+}
+
+/// Layers of the models of 27 billion parameters, which scale attention by the width of a head's share of the residual stream.
+const LAYERS_OF_27B: [usize; 2] = [46, 62];
+
+/// What a file of Gemma says beside, and what llama.cpp knows of these models.
+fn gemma(
+    metadata: &Metadata,
+    architecture: Architecture,
+    key: &dyn Fn(&str) -> String,
+    config: &mut Value,
+    [layers, hidden, heads]: [usize; 3],
+) -> Result<(), ModelError> {
+    let scalar =
+        if LAYERS_OF_27B.contains(&layers) { json!(hidden / heads.max(1)) } else { config["head_dim"].clone() };
+    config["query_pre_attn_scalar"] = scalar;
+    if architecture == Architecture::Gemma2 {
+        for (part, name) in [
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ] {
+            if let Some(cap) = metadata.float(&key(part))? {
+                config[name] = json!(cap);
+            }
+        }
+        return Ok(());
+    }
+    let window = metadata.float(&key("rope.freq_base_swa"))?.unwrap_or(10_000.0);
+    config["rope_parameters"] = json!({
+        "full_attention": config["rope_parameters"].take(),
+        "sliding_attention": {"rope_type": "default", "rope_theta": window},
+    });
+    Ok(())
 }
 
 /// Keys that change what a model computes and that dibit does not follow, where they are not 0 or this factor.
@@ -105,8 +168,13 @@ const UNREAD: [(&str, f64); 9] = [
     ("residual_scale", 1.0),
 ];
 
-fn check_unread(metadata: &Metadata, key: &dyn Fn(&str) -> String) -> Result<(), ModelError> {
-    for (part, neutral) in UNREAD {
+fn check_unread(
+    metadata: &Metadata,
+    architecture: Architecture,
+    key: &dyn Fn(&str) -> String,
+) -> Result<(), ModelError> {
+    let is_read = |part: &str| architecture == Architecture::Gemma2 && part.ends_with("_logit_softcapping");
+    for (part, neutral) in UNREAD.into_iter().filter(|(part, _)| !is_read(part)) {
         if let Some(value) = metadata.float(&key(part))?.filter(|value| *value != 0.0 && *value != neutral) {
             return Err(unsupported(&format!("{} {value}", key(part)), "models without it"));
         }

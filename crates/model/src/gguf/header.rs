@@ -81,7 +81,7 @@ pub(crate) fn read(bytes: &[u8], name: &str) -> Result<Content, ModelError> {
     let alignment = walk.alignment(metadata.get("general.alignment"))?;
     walk.one_file(metadata.get("split.count"))?;
     if let Some(Value::String(architecture)) = metadata.get("general.architecture") {
-        config::architecture(architecture)?;
+        config::architecture(architecture, 0)?;
     }
     let mut tensor_infos = HashMap::new();
     for _ in 0..tensors {

@@ -20,9 +20,9 @@ use metadata::Metadata;
 use std::path::Path;
 use std::sync::Arc;
 
-pub(crate) use config::heads;
+pub(crate) use config::{heads, name};
 pub(crate) use header::read;
-pub(crate) use names::file_name;
+pub(crate) use names::{expert, file_name};
 pub(crate) use rows::halves_from_pairs;
 pub(crate) use types::SUPPORTED_TYPES;
 pub(crate) use widen::Packed;
