@@ -29,8 +29,8 @@ pub enum Phase {
 pub struct Span {
     /// The sequence's window rings.
     pub slot: u32,
-    /// Its block table, long enough for the new tokens; empty where the scheme has classes.
-    pub blocks: Vec<u32>,
+    /// Its block table for each group of layers, long enough for the new tokens; empty where the scheme has classes.
+    pub blocks: Vec<Vec<u32>>,
     /// For each packed block the place in the table of the first one of its chunk; empty where the scheme has no chunks.
     pub chunks: Vec<u32>,
     /// Its tokens by their classes, the new ones included; empty where the scheme has none.
@@ -51,6 +51,12 @@ pub struct Batch {
 }
 
 impl Span {
+    /// The block of a page of a group of layers. Where these see no more than so many tokens, blocks are used in turn.
+    pub fn block(&self, group: usize, page: usize) -> u32 {
+        let blocks = &self.blocks[group];
+        blocks[page % blocks.len()]
+    }
+
     /// The place in the block table of the first block of the chunk that block number `index` belongs to.
     pub fn chunk_start(&self, index: usize) -> usize {
         self.chunks.get(index).map_or(index, |first| *first as usize)
@@ -89,7 +95,7 @@ impl Batch {
         let len = sequence.len() + tokens;
         let classes = sequence.class_tokens(len);
         let reserved = match classes.as_slice() {
-            [] => sequence.blocks().len() >= window.blocks(len),
+            [] => manager.plan().group_blocks(len).zip(&sequence.blocks).all(|(own, table)| table.len() >= own),
             classes => {
                 classes.iter().all(|own| own.blocks.len() >= own.packed(window.packed_keys(len)).div_ceil(PAGE_TOKENS))
             }
@@ -97,7 +103,7 @@ impl Batch {
         assert!(reserved, "blocks must be reserved first");
         self.spans.push(Span {
             slot: sequence.slot(),
-            blocks: sequence.blocks().to_vec(),
+            blocks: sequence.blocks.clone(),
             chunks: manager.chunks(sequence),
             classes,
             cached: sequence.len(),

@@ -1,6 +1,6 @@
 //! Which tokens enter which pages when a sequence grows.
 
-use crate::{PAGE_TOKENS, Span, Window};
+use crate::{Leaving, PAGE_TOKENS, Span};
 use std::ops::Range;
 
 /// Keys, or values, that enter consecutive slots of one page.
@@ -19,43 +19,45 @@ pub struct Run {
 }
 
 impl Span {
-    /// Shows the runs that leave the window while the sequence grows from `cached.start` to `cached.end` tokens: keys, then
-    /// values, by rising pages of each class.
+    /// Shows the runs that leave the window, and enter pages, while the sequence grows from `cached.start` to `cached.end`
+    /// tokens: keys, then values, by rising pages of each class. Pages that nobody will see again are left out.
     ///
     /// # Errors
     /// The first error of `run`, after which nothing more is shown.
     pub fn try_each_run<E>(
         &self,
-        window: Window,
+        leaving: Leaving,
         cached: Range<usize>,
         mut run: impl FnMut(Run) -> Result<(), E>,
     ) -> Result<(), E> {
-        for (keys, tokens) in [true, false].into_iter().zip(window.leaving(cached)) {
-            let mut cut = |class: usize, blocks: &[u32], tokens: Range<usize>| {
+        for (keys, tokens) in [true, false].into_iter().zip(leaving.window.leaving(cached)) {
+            let mut cut = |class: usize, block: &dyn Fn(usize) -> u32, tokens: Range<usize>| {
                 let mut first = tokens.start;
                 while first < tokens.end {
-                    let (block, slot) = (first / PAGE_TOKENS, first % PAGE_TOKENS);
-                    let end = tokens.end.min((block + 1) * PAGE_TOKENS);
-                    run(Run { keys, class, tokens: first..end, block: blocks[block], slot })?;
+                    let (page, slot) = (first / PAGE_TOKENS, first % PAGE_TOKENS);
+                    let end = tokens.end.min((page + 1) * PAGE_TOKENS);
+                    if (page + 1) * PAGE_TOKENS > leaving.kept {
+                        run(Run { keys, class, tokens: first..end, block: block(page), slot })?;
+                    }
                     first = end;
                 }
                 Ok(())
             };
             if self.classes.is_empty() {
-                cut(0, &self.blocks, tokens)?;
+                cut(0, &|page| self.block(leaving.group, page), tokens)?;
                 continue;
             }
             for (class, own) in self.classes.iter().enumerate() {
-                cut(class, &own.blocks, own.packed(tokens.start)..own.packed(tokens.end))?;
+                cut(class, &|page| own.blocks[page], own.packed(tokens.start)..own.packed(tokens.end))?;
             }
         }
         Ok(())
     }
 
     /// All of these runs.
-    pub fn runs(&self, window: Window, cached: Range<usize>) -> Vec<Run> {
+    pub fn runs(&self, leaving: Leaving, cached: Range<usize>) -> Vec<Run> {
         let mut all = Vec::new();
-        let Ok(()) = self.try_each_run(window, cached, |run| {
+        let Ok(()) = self.try_each_run(leaving, cached, |run| {
             all.push(run);
             Ok::<_, std::convert::Infallible>(())
         });
@@ -63,9 +65,9 @@ impl Span {
     }
 
     /// Blocks that tokens enter while the sequence grows so, by rising numbers, each with its class.
-    pub fn filled_blocks(&self, window: Window, cached: Range<usize>) -> Vec<(u32, usize)> {
+    pub fn filled_blocks(&self, leaving: Leaving, cached: Range<usize>) -> Vec<(u32, usize)> {
         let mut blocks: Vec<(u32, usize)> =
-            self.runs(window, cached).into_iter().map(|run| (run.block, run.class)).collect();
+            self.runs(leaving, cached).into_iter().map(|run| (run.block, run.class)).collect();
         blocks.sort_unstable();
         blocks.dedup();
         blocks
@@ -75,7 +77,7 @@ impl Span {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ClassTokens, Schedule};
+    use crate::{ClassTokens, Schedule, Window};
     use proptest::prelude::*;
 
     fn window(schedule: Schedule, tokens: usize) -> Window {
@@ -100,7 +102,7 @@ mod tests {
             };
             let span = Span {
                 slot: 0,
-                blocks: if classes == 0 { (50..65).collect() } else { Vec::new() },
+                blocks: vec![if classes == 0 { (50..65).collect() } else { Vec::new() }],
                 chunks: Vec::new(),
                 classes: (0..classes).map(own).collect(),
                 cached: 0,
@@ -110,15 +112,16 @@ mod tests {
             let mut cached = 0;
             for rows in steps {
                 let grown = cached..cached + rows;
-                let runs = span.runs(window, grown.clone());
+                let leaving = Leaving { window, group: 0, kept: 0 };
+                let runs = span.runs(leaving, grown.clone());
                 let mut blocks: Vec<_> = runs.iter().map(|run| (run.block, run.class)).collect();
                 blocks.sort_unstable();
                 blocks.dedup();
-                prop_assert_eq!(blocks, span.filled_blocks(window, grown));
+                prop_assert_eq!(blocks, span.filled_blocks(leaving, grown));
                 for run in runs {
                     prop_assert!(run.slot + run.tokens.len() <= PAGE_TOKENS);
                     for (i, token) in run.tokens.enumerate() {
-                        let table = span.classes.get(run.class).map_or(&span.blocks, |own| &own.blocks);
+                        let table = span.classes.get(run.class).map_or(&span.blocks[0], |own| &own.blocks);
                         prop_assert_eq!((run.block, run.slot + i), (table[token / PAGE_TOKENS], token % PAGE_TOKENS));
                         prop_assert!(seen.insert((run.keys, run.block, run.slot + i)));
                     }

@@ -116,7 +116,9 @@ impl PageLayout {
 pub struct LayerLayout {
     /// One page of each KV head. They differ where channels have planes by calibration.
     pub pages: Vec<PageLayout>,
-    /// Offset of the layer's first page in a block.
+    /// Number of the layer's group.
+    pub group: usize,
+    /// Offset of the layer's first page in a block of that group.
     pub offset: usize,
     /// What happens to keys before they are stored.
     pub keys: Transform,
@@ -143,7 +145,6 @@ impl LayerLayout {
         (keys, values): (Side, Side),
         correction: Correction,
         shape: CacheShape,
-        offset: usize,
         sinks: Sinks,
         calibration: Option<&LayerCalibration>,
         fuses_values: bool,
@@ -193,7 +194,8 @@ impl LayerLayout {
         let states = correction.linear.zip(adapters).and_then(|(linear, own)| StateLayout::new(linear, own, shape));
         Ok(LayerLayout {
             pages,
-            offset,
+            group: 0,
+            offset: 0,
             keys: keys.transform(),
             values: values.transform(),
             values_fused: fuses_values && matches!(values.transform(), Transform::Hadamard | Transform::Basis),

@@ -71,7 +71,7 @@ impl CacheManager {
         let slot = self.free_slots.pop().ok_or(CacheError::TooManySequences { capacity: self.states.len() })?;
         let none = Classes { of_tokens: Vec::new(), blocks: vec![Vec::new(); self.plan.classes.len() + 1] };
         let classes = (!self.plan.classes.is_empty()).then_some(none);
-        Ok(Sequence { slot, len: 0, blocks: Vec::new(), classes })
+        Ok(Sequence { slot, len: 0, blocks: vec![Vec::new(); self.plan.groups.len()], classes })
     }
 
     /// Says of which classes the tokens are that come next: 0 for none, 1 and on in the scheme's order. Tokens of which
@@ -113,8 +113,11 @@ impl CacheManager {
     /// Blocks that each table of a sequence of `len` tokens needs.
     fn wanted(&self, sequence: &Sequence, len: usize) -> Vec<usize> {
         match &sequence.classes {
-            Some(classes) => std::iter::once(0).chain(classes.blocks(self.plan.window.packed_keys(len))).collect(),
-            None => vec![self.plan.window.blocks(len)],
+            Some(classes) => {
+                let none = self.plan.groups.iter().map(|_| 0);
+                none.chain(classes.blocks(self.plan.window.packed_keys(len))).collect()
+            }
+            None => self.plan.group_blocks(len).collect(),
         }
     }
 
@@ -170,7 +173,7 @@ mod tests {
         manager.reserve(&mut a, 200).unwrap();
         manager.advance(&mut a, 200);
         assert_eq!(manager.reserve(&mut b, 129), Err(CacheError::PoolExhausted { needed: 2, free: 1, capacity: 3 }));
-        assert_eq!((b.blocks().len(), manager.free_blocks()), (0, 1));
+        assert_eq!((b.blocks(0).len(), manager.free_blocks()), (0, 1));
         manager.reserve(&mut b, 128).unwrap();
         manager.close(a);
         manager.reserve(&mut b, 384).unwrap();
@@ -184,9 +187,9 @@ mod tests {
         let mut manager = manager("kvlinc", 1, 1);
         let mut sequence = manager.open().unwrap();
         manager.reserve(&mut sequence, 255).unwrap();
-        assert_eq!(sequence.blocks().len(), 0);
+        assert_eq!(sequence.blocks(0).len(), 0);
         manager.reserve(&mut sequence, 256).unwrap();
-        assert_eq!(sequence.blocks(), [0]);
+        assert_eq!(sequence.blocks(0), [0]);
     }
 
     /// A pass of so many tokens.
@@ -252,7 +255,7 @@ mod tests {
                 } else if manager.reserve(&mut open[who], len).is_ok() {
                     manager.advance(&mut open[who], len);
                 }
-                let held: Vec<u32> = open.iter().flat_map(|s| s.blocks().iter().copied()).collect();
+                let held: Vec<u32> = open.iter().flat_map(|s| s.blocks(0).iter().copied()).collect();
                 let distinct: HashSet<u32> = held.iter().copied().collect();
                 prop_assert_eq!(distinct.len(), held.len());
                 prop_assert_eq!(held.len() + manager.free_blocks(), 12);

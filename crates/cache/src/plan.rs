@@ -1,5 +1,6 @@
 //! Planning: what a scheme is in a model, and how many bytes it takes.
 
+use crate::group::{Group, Leaving, groups};
 use crate::shape::{CacheModel, CacheShape};
 use crate::{
     CalibratedScheme, Calibration, Correction, HALF_BYTES, LayerLayout, PAGE_TOKENS, Scheme, SchemeError, Sees, Side,
@@ -16,6 +17,8 @@ pub struct CachePlan {
     pub layers: Vec<LayerLayout>,
     /// Every layer for the tokens of each class, from class 1 on. A block holds tokens of one class.
     pub classes: Vec<Vec<LayerLayout>>,
+    /// Layers by their block tables. Where tokens have classes, all are one group.
+    pub groups: Vec<Group>,
     /// The window of recent tokens.
     pub window: Window,
     /// Other tokens in 16 bit.
@@ -43,12 +46,9 @@ impl CachePlan {
                 format!("ranges within 0..{}", shape.num_layers),
             )));
         }
-        // Blocks are of one size, that of the largest class.
-        let mut block_bytes = 0;
         let mut classes = Vec::new();
         for class in 0..=scheme.classes.len() {
             let mut layers = Vec::with_capacity(shape.num_layers);
-            let mut bytes = 0;
             for layer in 0..shape.num_layers {
                 let own = calibration.and_then(|own| own.layers.get(layer));
                 let fuses = model.fuses_values.get(layer).copied().unwrap_or(false);
@@ -60,14 +60,25 @@ impl CachePlan {
                 if let Some(problem) = problem(sides, span, !scheme.classes.is_empty(), model.turns_alike) {
                     return Err(error(problem));
                 }
-                let mut layer =
-                    LayerLayout::new(sides, correction, shape, bytes, scheme.sinks, own, fuses).map_err(error)?;
+                let mut layer = LayerLayout::new(sides, correction, shape, scheme.sinks, own, fuses).map_err(error)?;
                 layer.span = span;
-                bytes += layer.bytes();
                 layers.push(layer);
             }
-            block_bytes = block_bytes.max(bytes);
             classes.push(layers);
+        }
+        let groups = groups(&classes[0]);
+        // Blocks are of one size, that of the largest group and class.
+        let mut block_bytes = 0;
+        for layers in &mut classes {
+            for (number, group) in groups.iter().enumerate() {
+                let mut bytes = 0;
+                for layer in &group.layers {
+                    let own = &mut layers[*layer];
+                    (own.group, own.offset) = (number, bytes);
+                    bytes += own.bytes();
+                }
+                block_bytes = block_bytes.max(bytes);
+            }
         }
         let mut layers = classes.remove(0);
         let mut state_bytes = 0;
@@ -79,6 +90,7 @@ impl CachePlan {
             shape,
             layers,
             classes,
+            groups,
             window: scheme.window,
             sinks: scheme.sinks,
             sees: scheme.sees,
@@ -94,7 +106,7 @@ impl CachePlan {
         &self.name
     }
 
-    /// Bytes of a block: 128 tokens of every layer and KV head.
+    /// Bytes of a block: 128 tokens of every layer of a group and KV head.
     pub fn block_bytes(&self) -> usize {
         self.block_bytes
     }
@@ -154,7 +166,37 @@ impl CachePlan {
 
     /// Blocks that a sequence of `len` tokens may need: each class ends in a block of its own.
     pub fn blocks(&self, len: usize) -> usize {
-        self.window.blocks(len) + self.classes.len()
+        self.group_blocks(len).sum::<usize>() + self.classes.len()
+    }
+
+    /// Blocks of each group that a sequence of `len` tokens without classes needs.
+    pub fn group_blocks(&self, len: usize) -> impl Iterator<Item = usize> {
+        self.groups.iter().map(move |group| group.blocks(self.window, len))
+    }
+
+    /// Bytes that a token adds to pages of a long sequence: those of layers that see all tokens before them.
+    pub fn token_bytes(&self) -> f64 {
+        let grows = self.groups.iter().filter(|group| group.span.is_none()).count();
+        (grows * self.block_bytes()) as f64 / PAGE_TOKENS as f64
+    }
+
+    /// How many layers see no more than so many tokens, by rising numbers of tokens: `(tokens, layers)`.
+    pub fn spans(&self) -> Vec<(usize, usize)> {
+        let mut all: Vec<(usize, usize)> = Vec::new();
+        for span in self.layers.iter().filter_map(|layer| layer.span) {
+            match all.iter_mut().find(|own| own.0 == span) {
+                Some(own) => own.1 += 1,
+                None => all.push((span, 1)),
+            }
+        }
+        all.sort_unstable();
+        all
+    }
+
+    /// What enters the pages of a layer of the tokens that leave the window, once a sequence has `len` tokens.
+    pub fn leaving(&self, layer: usize, len: usize) -> Leaving {
+        let LayerLayout { group, span, .. } = self.layers[layer];
+        Leaving { window: self.window, group, kept: span.map_or(0, |span| len.saturating_sub(span)) }
     }
 
     /// Bytes allocated for one sequence of `len` tokens.

@@ -7,7 +7,8 @@
 pub struct Sequence {
     pub(crate) slot: u32,
     pub(crate) len: usize,
-    pub(crate) blocks: Vec<u32>,
+    /// A table for each group of layers.
+    pub(crate) blocks: Vec<Vec<u32>>,
     pub(crate) classes: Option<Classes>,
 }
 
@@ -66,9 +67,10 @@ impl Sequence {
         self.len == 0
     }
 
-    /// The block table: block `i` holds tokens `128 i .. 128 (i + 1)`. Empty where the scheme has classes.
-    pub fn blocks(&self) -> &[u32] {
-        &self.blocks
+    /// The block table of a group of layers: block `i` holds tokens `128 i .. 128 (i + 1)`, or of a group whose layers see no
+    /// more than so many tokens the last such tokens in turn. Empty where the scheme has classes.
+    pub fn blocks(&self, group: usize) -> &[u32] {
+        &self.blocks[group]
     }
 
     /// The first `len` tokens by their classes; empty where the scheme has none.
@@ -82,11 +84,12 @@ impl Sequence {
 
     /// Blocks that the sequence holds, of all classes.
     pub fn num_blocks(&self) -> usize {
-        self.blocks.len() + self.classes.iter().flat_map(|classes| &classes.blocks).map(Vec::len).sum::<usize>()
+        let of_classes = self.classes.iter().flat_map(|classes| &classes.blocks);
+        self.blocks.iter().chain(of_classes).map(Vec::len).sum()
     }
 }
 
-/// The block tables of a sequence: that of tokens without classes, and one for each class.
+/// The block tables of a sequence: those of groups, and one for each class.
 pub(crate) fn tables(sequence: &mut Sequence) -> impl Iterator<Item = &mut Vec<u32>> {
-    std::iter::once(&mut sequence.blocks).chain(sequence.classes.iter_mut().flat_map(|classes| &mut classes.blocks))
+    sequence.blocks.iter_mut().chain(sequence.classes.iter_mut().flat_map(|classes| &mut classes.blocks))
 }

@@ -51,6 +51,11 @@ impl CacheModel {
         Self::new(shape, (0..shape.head_dim / 2).map(frequency).collect())
     }
 
+    /// The same model, all layers of which see all tokens before them.
+    pub fn seeing_all(self) -> Self {
+        CacheModel { spans: Vec::new(), ..self }
+    }
+
     /// The same model with the transform of values fused into the projections of these layers.
     pub fn fusing(self, layers: impl Fn(usize) -> bool) -> Self {
         CacheModel { fuses_values: (0..self.shape.num_layers).map(layers).collect(), ..self }

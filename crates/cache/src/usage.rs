@@ -69,7 +69,12 @@ impl CachePlan {
     pub fn usage(&self, len: usize, blocks: usize, extras: Extras) -> Usage {
         let keys = self.window.packed_keys(len);
         let values = self.window.packed_values(len);
-        let packed = packed_bytes(&self.layers, keys, values);
+        let packed = self.layers.iter().map(|layer| {
+            // What is no longer seen is another page's, or was never written.
+            let gone = layer.span.map_or(0, |span| len.saturating_sub(span) / PAGE_TOKENS * PAGE_TOKENS);
+            packed_bytes([layer], keys.saturating_sub(gone), values.saturating_sub(gone))
+        });
+        let packed = packed.sum();
         self.usage_of(len, blocks, extras, packed)
     }
 

@@ -195,11 +195,12 @@ impl Frame<'_> {
         self.scratch.errors.resize_with(self.heads(), Default::default);
         self.scratch.errors.iter_mut().flatten().for_each(Vec::clear);
         let (span, window) = (self.span, self.layout.window);
+        let leaving = self.layout.leaving(self.layer, span.len());
         for (token, row) in (span.cached..).zip(span.rows.clone()) {
             let (heads, d) = (self.heads(), self.layout.shape.head_dim);
             self.keys.append(heads, d, token, row);
             self.values.append(heads, d, token, row);
-            span.try_each_run(window, token..token + 1, |run| self.pack(run))?;
+            span.try_each_run(leaving, token..token + 1, |run| self.pack(run))?;
         }
         let filled = window.filled_pages(span.cached..span.len());
         (0..self.heads()).try_for_each(|head| self.finish_chunk(head, filled.clone()))
@@ -321,13 +322,14 @@ impl Frame<'_> {
 
     /// Factors what the codes of newly filled pages miss.
     fn finish_chunk(&mut self, head: usize, blocks: Range<usize>) -> Result<(), QuantError> {
+        let group = self.layout.layers[self.layer].group;
         let page_layout = self.layout.layers[self.layer].pages[self.first_head + head];
         for (side, error) in [page_layout.keys, page_layout.values].into_iter().zip(&self.scratch.errors[head]) {
             let SideLayout::Packed(side) = side else { continue };
             let Some(factors) = side.factors.filter(|_| !blocks.is_empty()) else { continue };
             let all = low_rank(error, self.layout.shape.head_dim, factors.rank);
             for (place, block) in blocks.clone().enumerate() {
-                let pages = pages_of(&mut self.pages, self.span.blocks[block]);
+                let pages = pages_of(&mut self.pages, self.span.block(group, block));
                 let first = self.layout.layers[self.layer].pages[self.first_head].offset;
                 let page = &mut pages[page_layout.offset - first..][..page_layout.bytes];
                 write_page_factor(factors, &all, place, page)?;

@@ -286,22 +286,24 @@ fn next_page<'a>(
 ) -> Option<&'a [u8]> {
     let Tokens::Packed(slots) = tokens else { return None };
     let index = slots.start / PAGE_TOKENS + 1;
-    let page = &call.store.layout().layer(class, call.layer).pages[kv_head];
+    let layer = call.store.layout().layer(class, call.layer);
+    let page = &layer.pages[kv_head];
     let packed = matches!((page.keys, page.values), (SideLayout::Packed(_), SideLayout::Packed(_)));
     if !packed || !span.classes.is_empty() || index * PAGE_TOKENS >= packed_keys {
         return None;
     }
-    let bytes = call.store.page(class, span.blocks[index], call.layer, kv_head);
+    let bytes = call.store.page(class, span.block(layer.group, index), call.layer, kv_head);
     Some(page.sinks.map_or(bytes, |sinks| &bytes[..sinks.keys]))
 }
 
 /// Expands the keys of a page that are stored before RoPE, for all heads of a frame.
 fn expand(call: Call, span: &Span, first_head: usize, token: usize, scratch: &mut Scratch) {
     let Some(pre_rope) = &call.store.frames(call.layer).pre_rope else { return };
-    let SideLayout::Packed(side) = &call.store.layout().layers[call.layer].pages[first_head].keys else { return };
+    let layer = &call.store.layout().layers[call.layer];
+    let SideLayout::Packed(side) = &layer.pages[first_head].keys else { return };
     let Scratch { expanded, folding, .. } = scratch;
     pre_rope.load(call.isa, first_head, expanded, |head, place, out| {
-        let bytes = call.store.page(0, span.blocks[token / PAGE_TOKENS], call.layer, first_head + head);
+        let bytes = call.store.page(0, span.block(layer.group, token / PAGE_TOKENS), call.layer, first_head + head);
         Page { bytes, chunk: bytes, side, next: &[] }.expand(call.isa, folding, place, out);
     });
     pre_rope.turn_back(token / PAGE_TOKENS * PAGE_TOKENS, &scratch.queries, &mut scratch.turned);

@@ -103,7 +103,10 @@ impl Block<'_> {
         let index = token / PAGE_TOKENS;
         match self.span.classes.get(self.class) {
             Some(own) => [own.blocks[index]; 2],
-            None => [index, self.span.chunk_start(index)].map(|index| self.span.blocks[index]),
+            None => {
+                let group = self.call.store.layout().layers[self.call.layer].group;
+                [index, self.span.chunk_start(index)].map(|index| self.span.block(group, index))
+            }
         }
     }
 

@@ -197,7 +197,7 @@ impl CpuStore {
         let mut rest = &mut pages[..];
         let mut start = 0;
         let mut blocks = Vec::new();
-        for (block, class) in span.filled_blocks(layout.window, span.cached..span.len()) {
+        for (block, class) in span.filled_blocks(layout.leaving(layer, span.len()), span.cached..span.len()) {
             let offset = layout.page_offset(class, block, layer, 0);
             let behind = &mut rest[offset - start..];
             let bytes = layout.layer(class, layer).bytes();

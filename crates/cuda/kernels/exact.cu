@@ -392,7 +392,8 @@ struct Attending {
         const int index = first / PAGE_TOKENS, slot = first % PAGE_TOKENS, end = first + count;
         int border = own_class ? (in_page ? end : first) : max(first, min(end, span.packed_values));
         const bool reads_page = in_page || border > first;
-        const int block = reads_page ? table[index] : 0;
+        const int place = in_page && own_class ? index : index % span.block_count;
+        const int block = reads_page ? table[place] : 0;
         const u8* page = stored::page_at(cache, pages, block, head);
         const u8* chunk = page;
         const bool factors = pages.pages[head].keys.rank > 0 || pages.pages[head].values.rank > 0;

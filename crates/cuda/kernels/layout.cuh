@@ -66,8 +66,9 @@ struct Span {
     int first_row, rows;
     /// Tokens cached before this pass, and how many of them have packed keys and values.
     int cached, packed_keys, packed_values;
-    /// Where its block table begins among all.
-    int blocks;
+    /// Where its block table begins among all, and how many blocks it has: where pages are used in turn, page p lies in block
+    /// p % block_count.
+    int blocks, block_count;
     /// Where its chunks begin: for each block, the index of the first block of its chunk.
     int chunks;
     /// Its classes, as places in the array of ClassSpan; class_count is 0 where the scheme has none.

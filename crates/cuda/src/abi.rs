@@ -75,6 +75,7 @@ pub(crate) struct Span {
     pub packed_keys: i32,
     pub packed_values: i32,
     pub blocks: i32,
+    pub block_count: i32,
     pub chunks: i32,
     pub classes: i32,
     pub class_count: i32,

@@ -89,6 +89,33 @@ fn planned_bytes_are_those_that_generation_allocates() {
 }
 
 #[test]
+fn layers_with_a_window_take_no_more_than_what_they_see() {
+    let folder = Folder::new();
+    let config = json!({"architectures": ["Gemma3ForCausalLM"], "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 384,
+        "max_position_embeddings": 32768, "sliding_window": 512});
+    let model = folder.write("config.json", config.to_string());
+    let model = ["--load-format", "dummy", "-m", &model];
+    let report = inspect(&[&model[..], &["--kv", "fp16,kivi", "--context", "32768"]].concat());
+    let (half, packed) = (scheme(&report, "fp16"), scheme(&report, "kivi"));
+    // Of fp16 one layer keeps 256 pages and five keep five each; pages of 64 channels take 32 KiB.
+    let pages = f64::from(256 + 5 * 5) * 32.0 * 1024.0;
+    assert!((number(&half["cache_bytes"]) / pages - 1.0).abs() < 0.01, "{half}");
+    assert!((number(&half["full_attention_bytes"]) / number(&half["fp16_bytes"]) - 1.0).abs() < 0.01, "{half}");
+    assert!(number(&packed["full_attention_bytes"]) > 3.0 * number(&packed["cache_bytes"]), "{packed}");
+    let table = run(&[&["inspect"], &model[..], &["--kv", "kivi"]].concat()).succeeds().stdout;
+    assert!(table.contains("kivi: 5 layers see the last 512 tokens: a cache of "), "{table}");
+    // What is planned is what is allocated.
+    for name in ["fp16", "kivi", "k3v2"] {
+        let run = ["--kv", name, "-n", "2", &words(1500)];
+        let cache = greedy(&[&model[..], &run].concat())["cache"].clone();
+        let report = inspect(&[&model[..], &["--kv", name, "--context", &cache["tokens"].to_string()]].concat());
+        let (planned, allocated) = (number(&scheme(&report, name)["cache_bytes"]), number(&cache["allocated_bytes"]));
+        assert!((planned / allocated - 1.0).abs() < 0.01, "{name}: {planned} for {cache}");
+    }
+}
+
+#[test]
 fn a_context_that_the_model_does_not_support_can_be_planned_for() {
     let model = fixture("llama32-old-bf16");
     let table = run(&["inspect", "-m", &model, "--context", "4096"]).succeeds().stdout;

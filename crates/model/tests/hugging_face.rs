@@ -167,6 +167,22 @@ fn streaming_in_one_pass_is_decoding_token_by_token() {
     }
 }
 
+/// What is cached is read by every family as if its tokens had come one by one, across windows too.
+#[test]
+fn every_family_streams_as_it_decodes() {
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
+    for directory in fixtures() {
+        let (ids, ..) = expected(&directory);
+        let ids: Vec<u32> = ids.iter().copied().cycle().take(420).collect();
+        let loaded = load(&cpu, &directory, None);
+        for scheme in ["fp16", "kivi"] {
+            let one_pass = logits(&loaded.model, scheme, Mode::Streaming, &ids, &[300, 120]);
+            let decoded = logits(&loaded.model, scheme, Mode::Chunk, &ids, &[1; 420]);
+            assert!(one_pass == decoded, "{}, {scheme}", directory.display());
+        }
+    }
+}
+
 #[test]
 fn aligned_weights_are_mapped_and_tied_ones_shared() {
     let cpu = Arc::new(Cpu::new(Some(1)).unwrap());

@@ -41,7 +41,10 @@ __device__ __forceinline__ void add_pages(Sums& sums, const Tile& tile, const Pa
     first += threadIdx.x / 32;
     const u8* pool = cache.pool + cache.layer_offset + page.offset;
     const int* table = a.tables + span.blocks;
-    auto block_of = [&](int index) { return table[min(index, end - 1)]; };
+    auto block_of = [&](int index) {
+        int own = min(index, end - 1);
+        return table[SPAN ? own % span.block_count : own];
+    };
     Place keys = place_of(page.keys), values = place_of(page.values);
     // Half h of the warp's pages lies in slot h % 3; two halves come while one is read.
     u8* memory_of_warp = memory.of_warp(threadIdx.x / 32);

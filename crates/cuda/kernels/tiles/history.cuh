@@ -65,6 +65,7 @@ template <bool PACKED, int TOKENS>
 struct History {
     const Cache& cache;
     const int* blocks;
+    int block_count;
     const Pages& pages;
     const Page& layout;
     const u16* halves;
@@ -76,7 +77,7 @@ struct History {
     int first_sink, last_sink;
 
     __device__ __forceinline__ History(const Attention& a, const Task& task, const Pages& pages, const u16* halves)
-        : cache(a.cache), blocks(a.tables + task.span.blocks), pages(pages), layout(pages.page), halves(halves),
+        : cache(a.cache), blocks(a.tables + task.span.blocks), block_count(task.span.block_count), pages(pages), layout(pages.page), halves(halves),
           slot(task.span.slot), kv_head(task.kv_head), first_row(task.span.first_row),
           packed_keys(task.span.packed_keys), packed_values(task.span.packed_values), begin(0), end(task.span.cached),
           incoming(0), first_sink(INT_END), last_sink(-1) {
@@ -104,7 +105,8 @@ struct History {
     }
 
     __device__ __forceinline__ const u8* page_of(int token) const {
-        return cache.pool + blocks[token / PAGE_TOKENS] * cache.block_bytes + cache.layer_offset + layout.offset;
+        int page = token / PAGE_TOKENS;
+        return cache.pool + blocks[SPAN ? page % block_count : page] * cache.block_bytes + cache.layer_offset + layout.offset;
     }
     __device__ __forceinline__ const u16* ring_row(const u16* ring, int slots, int token) const {
         i64 head = (i64)slot * cache.kv_heads + kv_head;

@@ -158,7 +158,7 @@ pub(crate) fn attend(
     let spans = store.staged.shape.spans;
     let for_kernels = abi::Attention {
         cache: store.cache(call.layer),
-        spans: store.staged.spans(),
+        spans: store.staged.spans(store.layout.layers[call.layer].group),
         span_count: spans as i32,
         seen: store.layout.layers[call.layer].span.map_or(i32::MAX, |span| span.min(i32::MAX as usize) as i32),
         tables: store.staged.tables(),

@@ -33,19 +33,19 @@ pub(super) fn flush(store: &mut CudaStore, c: &Cuda, layer: usize) -> Result<(),
         }
     };
     let own = &store.layers[layer];
-    let staged = &store.staged;
+    let (staged, group) = (&store.staged, store.layout.layers[layer].group);
     let flush = abi::Flush {
         cache: store.cache(layer),
         layer: layer as i32,
         span_count: shape.spans as i32,
-        spans: staged.spans(),
-        runs: staged.runs(),
-        run_count: staged.run_count(),
+        spans: staged.spans(group),
+        runs: staged.runs(group),
+        run_count: staged.run_count(group),
         positions: staged.positions(),
         classes: own.classes.at(0),
         pre_rope: own.pre_rope(),
         feedback: own.feedback(),
-        angles: staged.angles(),
+        angles: staged.angles(group),
         turned: store.turned.at(0),
         errors: store.errors.at(),
         spilled,

@@ -51,7 +51,7 @@ impl HostPacking {
         span: &Span,
         of: &Bytes,
     ) -> Result<(), DeviceError> {
-        let blocks = span.filled_blocks(layout.window, span.cached..span.len());
+        let blocks = span.filled_blocks(layout.leaving(layer, span.len()), span.cached..span.len());
         if blocks.is_empty() {
             return Ok(());
         }

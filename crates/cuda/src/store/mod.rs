@@ -276,7 +276,7 @@ impl CudaStore {
         }
         let rows: usize = spans.iter().map(|span| span.rows.len()).sum();
         let grid = Grid::new([rows, self.layout.shape.num_key_value_heads, 2], 128);
-        let (cache, spans_at) = (self.cache(layer), self.staged.spans());
+        let (cache, spans_at) = (self.cache(layer), self.staged.spans(self.layout.layers[layer].group));
         launch!(c.gpu, self.kernels.append_rows, grid, cache, spans_at, spans.len() as i32);
         Ok(())
     }

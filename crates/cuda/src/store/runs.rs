@@ -1,7 +1,7 @@
 //! What leaves the window in a pass, as kernels see it.
 
 use crate::abi::Run;
-use dibit_cache::{CacheLayout, Span};
+use dibit_cache::{CacheLayout, Group, Span};
 
 /// The runs of some spans, and how many keys they hold.
 #[derive(Default)]
@@ -12,10 +12,11 @@ pub(super) struct Runs {
 
 impl Runs {
     /// Adds those of a span, which is number `index`; `positions` says where the positions of each class begin.
-    pub(super) fn add(&mut self, layout: &CacheLayout, index: usize, span: &Span, positions: &[i32]) {
-        let window = layout.window;
+    pub(super) fn add(&mut self, layout: &CacheLayout, group: &Group, index: usize, span: &Span, positions: &[i32]) {
+        let Some(layer) = group.layers.first() else { return };
+        let (window, leaving) = (layout.window, layout.leaving(*layer, span.len()));
         let flush = if span.classes.is_empty() { window.flush_tokens() } else { 1 };
-        for run in span.runs(window, span.cached..span.len()) {
+        for run in span.runs(leaving, span.cached..span.len()) {
             let count = run.tokens.len();
             self.all.push(Run {
                 span: index as i32,

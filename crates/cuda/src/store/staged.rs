@@ -16,16 +16,13 @@ const GAP: usize = 1 << 14;
 /// Spans, tables and runs of a pass.
 pub(crate) struct Staged {
     image: Image,
-    run_count: Region,
-    spans: Region,
+    /// Of each group of layers.
+    groups: Vec<GroupRegions>,
     class_spans: Region,
-    runs: Region,
     /// Block tables, and for each block the first one of its chunk.
     tables: Region,
     /// Positions of the tokens of classes.
     positions: Region,
-    /// Angles by which keys are turned back, where they are stored before RoPE.
-    angles: Region,
     pre_rope: bool,
     has_chunks: bool,
     /// Keys that leave the window in a pass at most.
@@ -51,6 +48,15 @@ pub(crate) struct StagedShape {
     pub tokens: usize,
     /// Cached tokens of the spans of few rows, the most of them; a page at least.
     pub longest: usize,
+}
+
+/// What layers of a group have for themselves.
+struct GroupRegions {
+    run_count: Region,
+    spans: Region,
+    runs: Region,
+    /// Angles by which keys are turned back, where they are stored before RoPE.
+    angles: Region,
 }
 
 /// Memory of the GPU, and what it holds.
@@ -120,14 +126,17 @@ impl Staged {
             Region { what, bytes: start..start + count * bytes }
         };
         // What changes with every token comes first, and close together.
-        Ok(Staged {
+        let groups = layout.groups.iter().map(|_| GroupRegions {
             run_count: region("runs", 1, size_of::<i32>()),
             spans: region("spans", num_sequences, size_of::<DeviceSpan>()),
-            class_spans: region("spans", num_sequences * classes, size_of::<ClassSpan>()),
             runs: region("runs", most_runs, size_of::<Run>()),
+            angles: region("angles", angles, size_of::<f32>()),
+        });
+        Ok(Staged {
+            groups: groups.collect(),
+            class_spans: region("spans", num_sequences * classes, size_of::<ClassSpan>()),
             tables: region("block tables", 2 * num_blocks, size_of::<i32>()),
             positions: region("positions", positions, size_of::<i32>()),
-            angles: region("angles", angles, size_of::<f32>()),
             image: Image { memory: Memory::zeros(gpu, "spans", end)?, bytes: vec![0; end], changed: Vec::new() },
             pre_rope,
             has_chunks,
@@ -142,10 +151,11 @@ impl Staged {
     /// Puts spans in place, with what leaves the window once their rows are stored, where that is wanted.
     pub(super) fn fill(&mut self, layout: &CacheLayout, spans: &[Span], leaves: bool) -> Result<(), CudaError> {
         let window = layout.window;
-        let (mut own, mut classes, mut tables, mut positions) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let mut runs = Runs::default();
+        let (mut classes, mut tables, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         let numbers = |values: &[u32]| values.iter().map(|value| *value as i32).collect::<Vec<_>>();
         let mut longest = 0;
+        let mut own: Vec<Vec<DeviceSpan>> = layout.groups.iter().map(|_| Vec::new()).collect();
+        let mut runs: Vec<Runs> = layout.groups.iter().map(|_| Runs::default()).collect();
         for (index, span) in spans.iter().enumerate() {
             if span.rows.len() <= FEW_ROWS && span.classes.is_empty() {
                 longest = longest.max(span.cached);
@@ -163,65 +173,72 @@ impl Staged {
                 positions.extend(numbers(&class.tokens));
                 tables.extend(numbers(&class.blocks));
             }
-            let blocks = tables.len();
-            tables.extend(numbers(&span.blocks));
-            let chunk_starts = tables.len();
-            if self.has_chunks {
-                tables.extend((0..span.blocks.len()).map(|index| span.chunk_start(index) as i32));
-            }
-            own.push(DeviceSpan {
-                slot: span.slot as i32,
-                first_row: span.rows.start as i32,
-                rows: span.rows.len() as i32,
-                cached: span.cached as i32,
-                packed_keys: window.packed_keys(span.cached) as i32,
-                packed_values: window.packed_values(span.cached) as i32,
-                blocks: blocks as i32,
-                chunks: chunk_starts as i32,
-                classes: first_class as i32,
-                class_count: span.classes.len() as i32,
-            });
-            if leaves {
-                runs.add(layout, index, span, &starts);
+            for (number, group) in layout.groups.iter().enumerate() {
+                let own_blocks = &span.blocks[number];
+                let blocks = tables.len();
+                tables.extend(numbers(own_blocks));
+                let chunk_starts = tables.len();
+                if self.has_chunks {
+                    tables.extend((0..own_blocks.len()).map(|index| span.chunk_start(index) as i32));
+                }
+                own[number].push(DeviceSpan {
+                    slot: span.slot as i32,
+                    first_row: span.rows.start as i32,
+                    rows: span.rows.len() as i32,
+                    cached: span.cached as i32,
+                    packed_keys: window.packed_keys(span.cached) as i32,
+                    packed_values: window.packed_values(span.cached) as i32,
+                    blocks: blocks as i32,
+                    block_count: own_blocks.len().max(1) as i32,
+                    chunks: chunk_starts as i32,
+                    classes: first_class as i32,
+                    class_count: span.classes.len() as i32,
+                });
+                if leaves {
+                    runs[number].add(layout, group, index, span, &starts);
+                }
             }
         }
         let rows = || spans.iter().map(|span| span.rows.len());
         (self.most_rows, self.least_rows) = (rows().max().unwrap_or(0), rows().min().unwrap_or(0));
         self.farthest = spans.iter().map(|span| span.cached).max().unwrap_or(0);
         let rounded = |count: usize| if count == 0 { 0 } else { count.next_power_of_two() };
+        let all_runs = runs.iter().flat_map(|own| &own.all);
         self.shape = StagedShape {
             spans: spans.len(),
-            runs: rounded(runs.all.len()),
-            tokens: rounded(runs.all.iter().map(|run| run.count as usize).max().unwrap_or(0)),
+            runs: rounded(runs.iter().map(|own| own.all.len()).max().unwrap_or(0)),
+            tokens: rounded(all_runs.map(|run| run.count as usize).max().unwrap_or(0)),
             longest: longest.next_power_of_two().max(PAGE_TOKENS),
         };
         let image = &mut self.image;
-        image.set(&self.run_count, &[runs.all.len() as i32]);
-        image.set(&self.spans, &own);
+        for ((regions, own), runs) in self.groups.iter().zip(&own).zip(&runs) {
+            image.set(&regions.run_count, &[runs.all.len() as i32]);
+            image.set(&regions.spans, own);
+            image.set(&regions.runs, &runs.all);
+            if self.pre_rope {
+                image.set(&regions.angles, &angles(layout, &runs.all));
+            }
+        }
         image.set(&self.class_spans, &classes);
-        image.set(&self.runs, &runs.all);
         image.set(&self.tables, &tables);
         image.set(&self.positions, &positions);
-        if self.pre_rope {
-            image.set(&self.angles, &angles(layout, &runs.all));
-        }
         image.send()
     }
 
-    pub(crate) fn run_count(&self) -> u64 {
-        self.image.at(&self.run_count)
+    pub(crate) fn run_count(&self, group: usize) -> u64 {
+        self.image.at(&self.groups[group].run_count)
     }
 
-    pub(crate) fn spans(&self) -> u64 {
-        self.image.at(&self.spans)
+    pub(crate) fn spans(&self, group: usize) -> u64 {
+        self.image.at(&self.groups[group].spans)
     }
 
     pub(crate) fn class_spans(&self) -> u64 {
         self.image.at(&self.class_spans)
     }
 
-    pub(crate) fn runs(&self) -> u64 {
-        self.image.at(&self.runs)
+    pub(crate) fn runs(&self, group: usize) -> u64 {
+        self.image.at(&self.groups[group].runs)
     }
 
     pub(crate) fn tables(&self) -> u64 {
@@ -232,8 +249,8 @@ impl Staged {
         self.image.at(&self.positions)
     }
 
-    pub(crate) fn angles(&self) -> u64 {
-        self.image.at(&self.angles)
+    pub(crate) fn angles(&self, group: usize) -> u64 {
+        self.image.at(&self.groups[group].angles)
     }
 }
 

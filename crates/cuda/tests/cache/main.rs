@@ -197,7 +197,7 @@ impl<'a, D: Device> Machine<'a, D> {
         D::Store: Pages,
     {
         let classes = sequence.class_tokens(0);
-        let plain = sequence.blocks().iter().map(|block| (0, *block));
+        let plain = sequence.blocks(0).iter().map(|block| (0, *block));
         let of_classes =
             classes.iter().enumerate().flat_map(|(class, own)| own.blocks.iter().map(move |b| (class, *b)));
         let heads = |(class, block)| {

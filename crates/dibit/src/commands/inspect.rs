@@ -58,6 +58,9 @@ struct Row {
     values: TransformedValues,
     /// What the model's shape changes of the scheme.
     notes: Vec<String>,
+    /// Layers that see no more than so many tokens, and what the cache would take if all saw all of them.
+    spans: Vec<(usize, usize)>,
+    full_bytes: usize,
     /// The calibration of a scheme that takes one, where the weights are here to look for it.
     calibration: Lookup,
 }
@@ -103,8 +106,9 @@ pub fn run(args: &InspectArgs) -> Result<Outcome> {
     };
     let free = available.saturating_sub(weights);
     let row = |scheme: &Scheme| {
-        let plan = scheme.plan(&config.cache_model().fusing(|layer| takes_fused_values[layer]))?;
-        Ok(row(plan, &config, options, &budget, free))
+        let model = config.cache_model().fusing(|layer| takes_fused_values[layer]);
+        let full = MemoryPlan::new(&config, &scheme.plan(&model.clone().seeing_all())?, options, &budget);
+        Ok(Row { full_bytes: full.cache_bytes, ..row(scheme.plan(&model)?, &config, options, &budget, free) })
     };
     let mut rows = schemes.iter().map(row).collect::<Result<Vec<_>>>()?;
     for (row, calibration) in rows.iter_mut().zip(calibrations(args, &files, &schemes)?) {
@@ -202,7 +206,6 @@ impl Stored {
 fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budget, free: usize) -> Row {
     let plan = MemoryPlan::new(config, &layout, options, budget);
     let usage = layout.planned_usage(options.context, options.prefill.chunk(options.context));
-    let token_bytes = layout.block_bytes() as f64 / dibit_cache::PAGE_TOKENS as f64;
     let fits = |options: Options| {
         let plan = MemoryPlan::new(config, &layout, options, budget);
         plan.cache_bytes.saturating_add(plan.pass_bytes) <= free
@@ -210,13 +213,15 @@ fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budge
     Row {
         scheme: layout.scheme_name().to_owned(),
         plan,
-        token_bytes,
+        token_bytes: layout.token_bytes(),
         bits: usage.bits(),
         allocated_bits: usage.allocated_bits(),
         fitting_tokens: largest(|context| fits(Options { context, sequences: 1, ..options })),
         fitting_batch: largest(|sequences| fits(Options { sequences, ..options })),
         values: layout.transformed_values(config.num_attention_heads),
         notes: layout.notes(),
+        spans: layout.spans(),
+        full_bytes: plan.cache_bytes,
         calibration: Lookup::NotNeeded,
     }
 }
@@ -255,6 +260,18 @@ fn calibrations(args: &InspectArgs, files: &ModelFiles, schemes: &[Scheme]) -> R
         })
     };
     schemes.iter().map(lookup).collect()
+}
+
+impl Row {
+    /// What layers with a sliding window save, as a line.
+    fn windows(&self) -> Option<String> {
+        let of_span = |(tokens, layers): &(usize, usize)| format!("{layers} layers see the last {tokens} tokens");
+        let all: Vec<String> = self.spans.iter().map(of_span).collect();
+        (!all.is_empty()).then(|| {
+            let (own, full) = (bytes(self.plan.cache_bytes), bytes(self.full_bytes));
+            format!("{}: {}: a cache of {own}, which would be {full} with full attention", self.scheme, all.join(", "))
+        })
+    }
 }
 
 impl Lookup {
@@ -309,7 +326,7 @@ impl Report {
         };
         let lines = |row: &Row| {
             let own = row.notes.iter().cloned();
-            own.chain(values(row)).chain(row.calibration.line(&row.scheme)).collect::<Vec<_>>()
+            own.chain(row.windows()).chain(values(row)).chain(row.calibration.line(&row.scheme)).collect::<Vec<_>>()
         };
         let notes: Vec<String> = rows.iter().flat_map(lines).map(|note| format!("{note}\n")).collect();
         let gap = if notes.is_empty() { "" } else { "\n" };
@@ -345,6 +362,7 @@ impl Report {
                     "bytes_per_token": row.token_bytes,
                     "cache_bytes": row.plan.cache_bytes,
                     "fp16_bytes": row.plan.fp16_bytes,
+                    "full_attention_bytes": row.full_bytes,
                     "bits": row.bits,
                     "allocated_bits": row.allocated_bits,
                     "pass_rows": row.plan.pass_rows,
