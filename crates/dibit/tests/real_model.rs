@@ -1,4 +1,4 @@
-//! The whole on a real model: SmolLM2-135M-Instruct, where DIBIT_REAL_MODEL names its file (tools/real_model.sh fetches it).
+//! The whole on real models: SmolLM2-135M-Instruct, where DIBIT_REAL_MODEL names its file (tools/real_model.sh fetches it), and Gemma.
 
 mod common;
 
@@ -36,6 +36,43 @@ fn its_perplexity_is_that_of_other_programs() {
     // PyTorch's figures, of an independent program; the KL of two-bit codes moves with the rounding of f32 sums.
     assert!((of(0, "perplexity") / 24.39 - 1.0).abs() < 0.005, "{}", of(0, "perplexity"));
     assert!((of(1, "kl_mean") / 0.4555 - 1.0).abs() < 0.1, "{}", of(1, "kl_mean"));
+}
+
+/// Gemma 3 270M, where DIBIT_GEMMA names its file (tools/real_model.sh --gemma fetches it).
+fn gemma() -> Option<String> {
+    let model = std::env::var("DIBIT_GEMMA").ok().filter(|model| !model.is_empty());
+    if model.is_none() {
+        eprintln!("skipped: DIBIT_GEMMA names no model; tools/real_model.sh --gemma fetches one");
+    }
+    model
+}
+
+#[test]
+fn gemma_goes_on_as_in_other_programs() {
+    let Some(model) = gemma() else { return };
+    let prompt = "The capital of France is";
+    let done = greedy(&["--model", &model, "--kv", "fp16", "-n", "8", prompt]);
+    assert_eq!(done["text"], " the capital of the country of France.", "{done}");
+}
+
+#[test]
+fn the_perplexity_of_gemma_is_that_of_other_programs() {
+    let (Some(model), Some(text)) = (gemma(), wikitext()) else { return };
+    let folder = Folder::new();
+    let figures = |args: &[&str]| -> Value {
+        let json = folder.file("figures.json");
+        let all =
+            [&["perplexity", "--model", &model, "--text", text.to_str().unwrap(), "--dtype", "f32"], args].concat();
+        run(&[&all[..], &["--json", &json]].concat()).succeeds();
+        serde_json::from_slice(&folder.read("figures.json")).unwrap()
+    };
+    let of = |figures: &Value, scheme: usize, name: &str| figures["schemes"][scheme][name].as_f64().unwrap();
+    // PyTorch's figures, of independent programs.
+    let whole = figures(&["--windows", "1", "--context", "2048", "--kv", "fp16"]);
+    assert!((of(&whole, 0, "perplexity") / 11.868 - 1.0).abs() < 0.005, "{whole}");
+    let packed = figures(&["--windows", "2", "--context", "1024", "--kv", "kivi"]);
+    assert!((of(&packed, 0, "perplexity") / 15.17 - 1.0).abs() < 0.005, "{packed}");
+    assert!((of(&packed, 1, "kl_mean") / 0.266 - 1.0).abs() < 0.15, "{packed}");
 }
 
 #[test]
