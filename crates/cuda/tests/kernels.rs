@@ -34,6 +34,7 @@ const MORE: &[Budget] = &[
     budget("packed-head_dim-128-key_planes-1-value_columns-1", "attend_packed", 168, [80, 0]),
     budget("packed-head_dim-128-key_planes-1-value_columns-2", "attend_packed", 168, [128, 144]),
     budget("packed-head_dim-128-key_planes-1-value_columns-3", "attend_packed", 255, [0, 56]),
+    budget("packed-head_dim-128-bias-1-span-1-softcap-1", "attend_packed", 168, [20, 4]),
     budget("packed-head_dim-128-bias-1", "attend_packed", 168, [8, 0]),
     budget("packed", "attend_packed", 168, [0, 0]),
     // Two blocks of 128 threads run at once. A warp keeps the sums of 32 queries, or of 16 with heads of 256, so that
@@ -47,6 +48,8 @@ const MORE: &[Budget] = &[
     // rows are expanded there are their fields and places too.
     budget("tiles-head_dim-128-page_sinks", "attend_packed_splits", 168, [228, 168]),
     budget("tiles-head_dim-128", "attend_packed_splits", 168, [172, 112]),
+    budget("tiles-head_dim-256-span-1-softcap-1", "attend_packed_splits", 255, [216, 164]),
+    budget("tiles-head_dim-256-span-1-softcap-1", "attend_splits", 255, [16, 12]),
     budget("tiles-head_dim-256", "attend_packed_splits", 255, [216, 156]),
     budget("tiles-head_dim-256", "attend_splits", 255, [0, 0]),
     budget("tiles", "attend_splits", 168, [0, 0]),

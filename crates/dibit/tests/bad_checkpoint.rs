@@ -136,11 +136,11 @@ fn tensors_must_belong_to_the_configuration() {
 fn what_is_not_supported_is_named_with_what_is() {
     let cases = [
         ("qwen2-bias-bf16", json!({"architectures": ["GPT2LMHeadModel"]}), ["GPT2LMHeadModel", "Qwen3ForCausalLM"]),
-        ("llama32-old-bf16", json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), ["'yarn'", "llama3"]),
-        ("mistral-f32", json!({"sliding_window": 100}), ["sliding window of 100 tokens", "full attention"]),
+        ("llama32-old-bf16", json!({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}), ["'mrope'", "llama3"]),
+        ("mistral-f32", json!({"layer_types": ["linear_attention"]}), ["'linear_attention'", "sliding_attention"]),
         ("qwen2-bias-bf16", json!({"hidden_act": "gelu"}), ["'gelu'", "silu"]),
         ("qwen2-bias-bf16", json!({"quantization_config": {"quant_method": "awq"}}), ["'awq'", "bf16"]),
-        ("qwen2-bias-bf16", json!({"head_dim": 76}), ["head_dim 76", "multiples of 8 from 8 to 256"]),
+        ("qwen2-bias-bf16", json!({"head_dim": 75}), ["head_dim 75", "even numbers from 8 to 256"]),
     ];
     for (fixture, changes, words) in cases {
         let change = |f: &Folder| f.edit("config.json", changes.clone());

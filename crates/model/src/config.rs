@@ -9,12 +9,13 @@ use dibit_device::DType;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// Head sizes, in words; [`supports_head_dim`] says it of one.
-pub const SUPPORTED_HEAD_DIMS: &str = "even numbers from 8 to 256";
+/// Sizes of heads as they are computed, in words; [`supports_head_dim`] says it of one. Checkpoints may have other even
+/// numbers, which are filled up.
+pub const SUPPORTED_HEAD_DIMS: &str = "multiples of 8 from 8 to 256";
 
-/// Whether heads of so many channels are supported.
+/// Whether heads of so many channels can be computed.
 pub const fn supports_head_dim(head_dim: usize) -> bool {
-    head_dim >= 8 && head_dim <= 256 && head_dim.is_multiple_of(2)
+    head_dim >= 8 && head_dim <= 256 && head_dim.is_multiple_of(8)
 }
 
 /// A validated model configuration.
@@ -151,8 +152,8 @@ impl ModelConfig {
             )));
         }
         let stored = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads);
-        if !supports_head_dim(stored) {
-            return unsupported(format!("head_dim {stored}"), SUPPORTED_HEAD_DIMS);
+        if !stored.is_multiple_of(2) || !supports_head_dim(stored.next_multiple_of(8)) || stored < 8 {
+            return unsupported(format!("head_dim {stored}"), "even numbers from 8 to 256");
         }
         let (rope, window_rope, rotary) =
             families::ropes(architecture, &object, stored, raw.max_position_embeddings, origin)?;
@@ -237,9 +238,10 @@ impl ModelConfig {
             None => gated(self.intermediate_size),
             Some(own) => own.routing.experts * (gated(own.intermediate_size) + self.hidden_size),
         };
-        let layers: usize = (0..self.num_hidden_layers).map(|layer| attention + mlp(layer)).sum();
+        let add = |sum: usize, layer: usize| sum.saturating_add(attention + mlp(layer));
+        let layers = (0..self.num_hidden_layers).fold(0, add);
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        layers + tables * self.vocab_size * self.hidden_size + self.hidden_size
+        layers.saturating_add(tables * self.vocab_size * self.hidden_size + self.hidden_size)
     }
 }
 

@@ -13,7 +13,7 @@ static ALLOCATOR: Largest = Largest;
 /// Far above what reading a small text takes.
 const MOST: usize = 1 << 20;
 
-fn configs() -> [Value; 4] {
+fn configs() -> [Value; 11] {
     let sizes = json!({
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
@@ -40,6 +40,33 @@ fn configs() -> [Value; 4] {
             json!({"layer_types": ["full_attention", "full_attention"],
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "no_rope_layers": [1, 1]}),
         ),
+        family(
+            "Gemma3ForCausalLM",
+            json!({"sliding_window": 100, "sliding_window_pattern": 2, "query_pre_attn_scalar": 64,
+                "hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8}}),
+        ),
+        family("Gemma2ForCausalLM", json!({"attn_logit_softcapping": 50, "final_logit_softcapping": null})),
+        family(
+            "Phi3ForCausalLM",
+            json!({"partial_rotary_factor": 0.125, "original_max_position_embeddings": 256,
+                "rope_scaling": {"type": "longrope", "short_factor": [1, 1, 1, 2], "long_factor": [1, 2, 3, 4]}}),
+        ),
+        family(
+            "Qwen3MoeForCausalLM",
+            json!({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+                "norm_topk_prob": true, "decoder_sparse_step": 1}),
+        ),
+        family(
+            "GptOssForCausalLM",
+            json!({"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 7, "rope_scaling": {
+                "rope_type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "truncate": false}}),
+        ),
+        family(
+            "GraniteForCausalLM",
+            json!({"attention_multiplier": 0.1, "residual_multiplier": 0.2, "logits_scaling": 3}),
+        ),
+        family("SmolLM3ForCausalLM", json!({"no_rope_layers": [1, 0], "no_rope_layer_interval": 4})),
     ]
 }
 
@@ -49,7 +76,7 @@ fn check(text: &str) {
         Ok(config) => {
             assert!(config.head_dim > 0 && config.num_attention_heads.is_multiple_of(config.num_key_value_heads));
             assert!(config.num_parameters() > 0 && config.rms_norm_eps.is_finite());
-            let frequencies = config.rope.inv_freq(config.head_dim);
+            let frequencies = config.inv_freq();
             assert_eq!(frequencies.len(), config.head_dim / 2);
             assert!(frequencies.iter().all(|x| x.is_finite()), "{frequencies:?}");
         }

@@ -65,7 +65,10 @@ template <bool PACKED, int TOKENS>
 struct History {
     const Cache& cache;
     const int* blocks;
+#if SPAN
+    /// Pages are used in turn.
     int block_count;
+#endif
     const Pages& pages;
     const Page& layout;
     const u16* halves;
@@ -77,10 +80,13 @@ struct History {
     int first_sink, last_sink;
 
     __device__ __forceinline__ History(const Attention& a, const Task& task, const Pages& pages, const u16* halves)
-        : cache(a.cache), blocks(a.tables + task.span.blocks), block_count(task.span.block_count), pages(pages), layout(pages.page), halves(halves),
+        : cache(a.cache), blocks(a.tables + task.span.blocks), pages(pages), layout(pages.page), halves(halves),
           slot(task.span.slot), kv_head(task.kv_head), first_row(task.span.first_row),
           packed_keys(task.span.packed_keys), packed_values(task.span.packed_values), begin(0), end(task.span.cached),
           incoming(0), first_sink(INT_END), last_sink(-1) {
+#if SPAN
+        block_count = task.span.block_count;
+#endif
         if constexpr (PACKED) {
             int count = cache.sink_capacity > 0 ? cache.sink_counts[slot] : 0;
             for (int i = 0; i < count; i++) {
@@ -105,8 +111,12 @@ struct History {
     }
 
     __device__ __forceinline__ const u8* page_of(int token) const {
+#if SPAN
+        int page = token / PAGE_TOKENS % block_count;
+#else
         int page = token / PAGE_TOKENS;
-        return cache.pool + blocks[SPAN ? page % block_count : page] * cache.block_bytes + cache.layer_offset + layout.offset;
+#endif
+        return cache.pool + blocks[page] * cache.block_bytes + cache.layer_offset + layout.offset;
     }
     __device__ __forceinline__ const u16* ring_row(const u16* ring, int slots, int token) const {
         i64 head = (i64)slot * cache.kv_heads + kv_head;

@@ -9,8 +9,10 @@ struct View {
     /// Whether some of the tokens are hidden from some of the queries, and from which token of the tile on.
     bool masked;
     int limits[BLOCKS][2];
+#if SPAN
     /// The first token of the tile that each query sees.
     int begins[BLOCKS][2];
+#endif
     /// Whether biases are taken from products with the keys of all tokens but these.
     bool biased;
     u64 kept;
@@ -59,7 +61,9 @@ __device__ __forceinline__ void attend(Sums<BLOCKS>& sums, const View<BLOCKS>& v
         });
 
     if (view.masked || view.biased || SOFTCAP) {
+#if SOFTCAP
         float cap = softcap * LOG2_E;
+#endif
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
@@ -68,12 +72,15 @@ __device__ __forceinline__ void attend(Sums<BLOCKS>& sums, const View<BLOCKS>& v
                 for (int j = 0; j < 4; j++) {
                     int token = view.first + 8 * i + lane % 4 * 2 + j % 2;
                     if (view.biased && !(view.kept >> token & 1)) s[block][i][j] -= biases[block][j / 2];
-                    if (SOFTCAP) {
-                        float unit = sums.unit[block][j / 2];
-                        s[block][i][j] = cap * tanhf(s[block][i][j] * unit / cap) / unit;
-                    }
-                    if (view.masked && token >= view.limits[block][j / 2]) s[block][i][j] = NO_LOGIT;
-                    if (SPAN && view.masked && token < view.begins[block][j / 2]) s[block][i][j] = NO_LOGIT;
+#if SOFTCAP
+                    float unit = sums.unit[block][j / 2];
+                    s[block][i][j] = cap * tanhf(s[block][i][j] * unit / cap) / unit;
+                    if (!view.masked) continue;
+#endif
+                    if (token >= view.limits[block][j / 2]) s[block][i][j] = NO_LOGIT;
+#if SPAN
+                    if (token < view.begins[block][j / 2]) s[block][i][j] = NO_LOGIT;
+#endif
                 }
     }
 
@@ -161,12 +168,12 @@ __device__ __forceinline__ bool look(const Attention& a, const Task& task, const
     view.masked = (tile.incoming ? query_row(task, first) - begin + 1 : tile.count) < first_token + tokens;
     view.biased = tile.columns && a.cache.bias;
     view.kept = kept;
+#if SPAN
     int position = tile.first + (tile.incoming ? task.span.cached : 0);
-    if (SPAN) {
-        // Later queries see less of what lies behind.
-        if (a.first_seen(task.span, query_row(task, first)) - position >= first_token + tokens) return false;
-        view.masked |= a.first_seen(task.span, query_row(task, last)) - position > first_token;
-    }
+    // Later queries see less of what lies behind.
+    if (a.first_seen(task.span, query_row(task, first)) - position >= first_token + tokens) return false;
+    view.masked |= a.first_seen(task.span, query_row(task, last)) - position > first_token;
+#endif
     if (!view.masked && !view.biased) return true;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
@@ -174,7 +181,9 @@ __device__ __forceinline__ bool look(const Attention& a, const Task& task, const
         for (int which = 0; which < 2; which++) {
             int query = min(first + 16 * block + 8 * which + lane / 4, last);
             view.limits[block][which] = tile.incoming ? query_row(task, query) - begin + 1 : tile.count;
-            if (SPAN) view.begins[block][which] = a.first_seen(task.span, query_row(task, query)) - position;
+#if SPAN
+            view.begins[block][which] = a.first_seen(task.span, query_row(task, query)) - position;
+#endif
         }
     return true;
 }

@@ -22,7 +22,7 @@ pub(super) fn spec(source: &Source) -> Result<DecoderSpec, ModelError> {
     }
     let experts = ExpertSpec {
         routing: source.routing("num_local_experts", true, [128, 4])?,
-        intermediate_size: source.size("intermediate_size")?,
+        intermediate_size: source.width("intermediate_size", None)?,
         dense_layers: Vec::new(),
         names: ExpertNames::GptOss,
     };

@@ -17,8 +17,9 @@ use crate::{Architecture, DecoderSpec, ModelError, Rope};
 use dibit_device::Routing;
 use serde_json::{Map, Value};
 
-/// Far above every model.
-const MOST_EXPERTS: usize = 4096;
+/// Far above every model, and low enough for products of them to be computed.
+const MOST_EXPERTS: usize = 1 << 12;
+const MOST_WIDTH: usize = 1 << 20;
 
 /// A configuration, and what it is called in errors.
 struct Source<'a> {
@@ -130,9 +131,10 @@ impl Source<'_> {
         }
     }
 
-    /// A number of things that must be there.
-    fn size(&self, key: &str) -> Result<usize, ModelError> {
-        self.count(key)?.ok_or_else(|| self.malformed(format!("it has no {key}")))
+    /// The width of an expert, or what the family has where a configuration does not say.
+    fn width(&self, key: &str, own: Option<usize>) -> Result<usize, ModelError> {
+        let width = self.count(key)?.or(own).ok_or_else(|| self.malformed(format!("it has no {key}")))?;
+        if width > MOST_WIDTH { Err(self.malformed(format!("{key} is {width}"))) } else { Ok(width) }
     }
 
     /// How experts are chosen, of which there are as many as a key says.

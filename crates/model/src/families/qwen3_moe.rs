@@ -33,7 +33,7 @@ pub(super) fn spec(source: &Source) -> Result<DecoderSpec, ModelError> {
     let count = if source.value("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
     let experts = ExpertSpec {
         routing: source.routing(count, source.flag("norm_topk_prob")?.unwrap_or(false), [128, 8])?,
-        intermediate_size: source.count("moe_intermediate_size")?.unwrap_or(INTERMEDIATE),
+        intermediate_size: source.width("moe_intermediate_size", Some(INTERMEDIATE))?,
         dense_layers: (0..source.num_hidden_layers).map(is_dense).collect(),
         names: ExpertNames::Qwen,
     };

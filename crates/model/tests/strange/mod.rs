@@ -53,8 +53,19 @@ pub fn odd_value() -> impl Strategy<Value = Value> {
         any::<f64>().prop_map(Value::from),
         prop_oneof![Just(1e308), Just(-1e308), Just(1e-320), Just(50.0), Just(-0.0), Just(0.5)].prop_map(Value::from),
         ".{0,8}".prop_map(Value::from),
-        proptest::sample::select(vec!["", "full_attention", "linear", "yarn", "dynamic", "llama3", "divisors", "F64"])
-            .prop_map(Value::from),
+        proptest::sample::select(vec![
+            "",
+            "full_attention",
+            "sliding_attention",
+            "linear",
+            "yarn",
+            "longrope",
+            "dynamic",
+            "llama3",
+            "divisors",
+            "F64"
+        ])
+        .prop_map(Value::from),
         (1usize..100).prop_map(deep),
         proptest::collection::vec(any::<i32>().prop_map(Value::from), 0..5).prop_map(Value::from),
         Just(json!({})),
