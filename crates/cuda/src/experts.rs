@@ -68,7 +68,9 @@ fn most_tiles(pairs: usize, experts: usize) -> usize {
 
 /// Matrices are stored alike: as the first one is, for kernels take one type.
 pub(crate) fn stack(c: &Cuda, matrices: Vec<Tensor>, bias: Option<Tensor>) -> Result<ExpertStack, CudaError> {
-    let dtype = matrices.first().map_or(DType::F32, Tensor::dtype);
+    // Quantised numbers are widened to fp16, as those of other matrices are.
+    let of = |tensor: &Tensor| if tensor.block_type().is_some() { DType::F16 } else { tensor.dtype() };
+    let dtype = matrices.first().map_or(DType::F32, of);
     let put = |tensor: &Tensor| {
         let matrix = Matrix::new(&c.gpu, &tensor.cast(dtype))?;
         tensor.release();

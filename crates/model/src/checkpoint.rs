@@ -13,7 +13,7 @@ use std::ops::Range;
 const LENGTH_BYTES: usize = 8;
 
 /// How the numbers of a tensor are stored.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Format {
     Numbers(DType),
     Blocks(BlockType),
@@ -44,6 +44,7 @@ impl Format {
     }
 }
 
+#[derive(Clone)]
 struct Entry {
     bytes: Bytes,
     file: String,
@@ -175,8 +176,11 @@ impl Checkpoint {
 
     /// In what a model of these matrices computes: see [`crate::Weights::arithmetic`].
     pub fn arithmetic(&self) -> Arithmetic {
-        let is_f32 = |entry: &Entry| entry.shape.len() == 2 && matches!(entry.format, Format::Numbers(DType::F32));
-        if self.entries.values().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
+        let is_f32 = |(name, entry): (&String, &Entry)| {
+            let is_matrix = entry.shape.len() >= 2 && !name.ends_with("bias");
+            is_matrix && !is_router(name) && matches!(entry.format, Format::Numbers(DType::F32))
+        };
+        if self.entries.iter().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
     }
 
     /// How the numbers of a tensor are stored.
@@ -187,7 +191,12 @@ impl Checkpoint {
     /// How the numbers of matrices are stored, by their share of the bytes: `Q4_K 81 %, Q6_K 19 %`.
     pub fn formats(&self) -> String {
         mixture(self.entries.values().filter_map(|entry| {
-            let [rows, cols] = entry.shape[..] else { return None };
+            let (rows, cols) = match entry.shape[..] {
+                [rows, cols] => (rows, cols),
+                // Those of experts lie together.
+                [experts, rows, cols] => (experts.saturating_mul(rows), cols),
+                _ => return None,
+            };
             Some((entry.format.name(), entry.format.bytes(rows, cols).unwrap_or(rows.saturating_mul(cols))))
         }))
     }
@@ -202,13 +211,12 @@ impl Checkpoint {
         let expert = gguf::expert(name).filter(|_| self.is_gguf());
         let name = self.file_name(name);
         let Some(entry) = self.entries.get(&name) else { return Ok(None) };
-        if let (Some((expert, _)), [experts, own_rows, own_cols]) = (expert, &entry.shape[..]) {
-            if expert >= *experts || [*own_rows, *own_cols] != [rows, cols] {
+        if let Some((expert, _)) = expert {
+            if !matches!(entry.shape[..], [experts, a, b] if expert < experts && [a, b] == [rows, cols]) {
                 let expected = vec![expert + 1, rows, cols];
                 return Err(ModelError::Shape { name, found: entry.shape.clone(), expected });
             }
-            let all = entry.view(&name, experts.saturating_mul(rows), cols)?;
-            return Ok(Some(all.part_rows(expert * rows..(expert + 1) * rows)));
+            return entry.part(expert, rows, cols).view(&name, rows, cols).map(Some);
         }
         // Matrices of experts lie in one tensor.
         let stacked = matches!(entry.shape[..], [a, b, c] if a.checked_mul(b) == Some(rows) && c == cols);
@@ -271,6 +279,13 @@ impl Checkpoint {
 }
 
 impl Entry {
+    /// Matrix number `index` of those that lie one behind the other. Where that is beyond all numbers, so is its place.
+    fn part(&self, index: usize, rows: usize, cols: usize) -> Entry {
+        let before = self.format.bytes(rows, cols).and_then(|bytes| bytes.checked_mul(index));
+        let offset = before.and_then(|before| self.offset.checked_add(before)).unwrap_or(usize::MAX);
+        Entry { offset, shape: vec![rows, cols], ..self.clone() }
+    }
+
     /// The tensor as it lies in the file, or widened.
     fn view(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         let tensor = match &self.format {
@@ -311,6 +326,11 @@ impl Entry {
             reason: format!("'{name}': {reason}; the file is cut short or damaged, download it again"),
         }
     }
+}
+
+/// Whether a tensor is what chooses experts: small, and in 32 bit in files whose other matrices are not.
+fn is_router(name: &str) -> bool {
+    ["ffn_gate_inp.", "mlp.gate.", "mlp.router.", "block_sparse_moe.gate."].into_iter().any(|part| name.contains(part))
 }
 
 /// A projection, or its bias, whose rows lie in pairs, with the rows of each head in halves. `None` where there are no

@@ -159,6 +159,9 @@ impl ModelConfig {
             families::ropes(architecture, &object, stored, raw.max_position_embeddings, origin)?;
         let places = HeadPlaces { stored, rotary };
         let spec = families::spec(architecture, &object, raw.num_hidden_layers, places, origin)?;
+        if spec.qk_norm != QkNorm::None && places.head_dim() != stored {
+            return unsupported(format!("head_dim {stored} with norms of queries and keys"), SUPPORTED_HEAD_DIMS);
+        }
         Ok(ModelConfig {
             architecture,
             hidden_size: raw.hidden_size,
@@ -449,8 +452,13 @@ mod tests {
                 "GPT2LMHeadModel is not supported; supported: LlamaForCausalLM",
             ),
             (json!({"layer_types": ["sliding_attention", "linear_attention"]}), "layer type 'linear_attention'"),
+            (json!({"layer_types": ["full_attention"]}), "layer_types has 1 kinds for 2 layers"),
             (json!({"hidden_act": "gelu"}), "hidden_act 'gelu'"),
             (json!({"head_dim": 75}), "even numbers from 8 to 256"),
+            (
+                json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 100}),
+                "head_dim 100 with norms of queries and keys",
+            ),
             (json!({"head_dim": 264}), "even numbers from 8 to 256"),
             (json!({"quantization_config": {"quant_method": "gptq"}}), "quantised by 'gptq'"),
             (json!({"rope_scaling": {"rope_type": "mrope"}}), "mrope"),

@@ -97,6 +97,16 @@ impl Loader<'_> {
         [rows, cols]: [usize; 2],
     ) -> Result<Vec<Tensor>, ModelError> {
         let name = format!("{prefix}.mlp.experts.{part}");
+        if self.is_dummy() {
+            return (0..experts).map(|expert| self.matrix(&format!("{name}.{expert}"), rows, cols)).collect();
+        }
+        let has_blocks = self.has(&format!("{name}_blocks"));
+        if has_blocks && !cols.is_multiple_of(Packed::GROUP) {
+            return Err(ModelError::Unsupported {
+                what: format!("'{name}' in MXFP4 with rows of {cols} numbers"),
+                supported: format!("multiples of {}", Packed::GROUP),
+            });
+        }
         if let Some(all) = self.bytes(&format!("{name}_blocks"), experts * rows * cols / 2)? {
             let scales = self.bytes(&format!("{name}_scales"), experts * rows * cols / Packed::GROUP)?;
             let scales = scales.ok_or_else(|| self.missing(&format!("{name}_scales")))?;
@@ -111,12 +121,15 @@ impl Loader<'_> {
             };
             return Ok((0..experts).map(one).collect());
         }
-        let all = self.matrix(&name, experts * cols, rows)?;
+        let all = self.read(&name, experts * cols, rows)?;
         let one = |expert: usize| {
             let own = all.part_rows(expert * cols..(expert + 1) * cols).to_f32();
-            Tensor::from_blocks(all.dtype(), rows, cols, 1, |row, out| {
+            let tensor = Tensor::from_blocks(all.dtype(), rows, cols, 1, |row, out| {
                 out.iter_mut().enumerate().for_each(|(col, out)| *out = own[col * rows + row]);
-            })
+            });
+            // By the name that it has in MXFP4, so that the model is known again.
+            self.sketch(&format!("{name}.{expert}"), &tensor, all.format());
+            self.converted(tensor)
         };
         Ok((0..experts).map(one).collect())
     }

@@ -36,9 +36,18 @@ impl MlpWeights {
     }
 
     pub(crate) fn matrices(&self) -> Vec<&Tensor> {
+        let router = match self {
+            MlpWeights::Gated(_) => None,
+            MlpWeights::Experts(own) => Some(&own.router.weight),
+        };
+        router.into_iter().chain(self.gated_matrices()).collect()
+    }
+
+    /// All but what chooses experts.
+    pub(crate) fn gated_matrices(&self) -> Vec<&Tensor> {
         match self {
             MlpWeights::Gated(GatedWeights { gate, up, down }) => vec![&gate.weight, &up.weight, &down.weight],
-            MlpWeights::Experts(own) => [&own.router.weight].into_iter().chain(own.matrices()).collect(),
+            MlpWeights::Experts(own) => own.matrices().collect(),
         }
     }
 

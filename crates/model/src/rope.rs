@@ -236,6 +236,10 @@ impl Parameters<'_> {
         };
         self.check_keys(kind, keys)?;
         let rope = Rope { theta, scaling };
+        let factor = rope.attention_factor();
+        if !(factor.is_finite() && factor > 0.0) {
+            return Err(self.malformed(format!("rope scaling multiplies heads by {factor}; its numbers make no sense")));
+        }
         if !rope.inv_freq(self.rotary()?).iter().all(|frequency| frequency.is_finite()) {
             return Err(self.malformed(format!("rope_theta {theta} and its scaling give no finite frequencies")));
         }

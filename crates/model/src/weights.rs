@@ -153,7 +153,13 @@ impl Weights {
     /// In what a model of them computes: what is asked to be f32 anywhere is exact throughout.
     pub fn arithmetic(&self) -> Arithmetic {
         let is_f32 = |matrix: &Tensor| matrix.block_type().is_none() && matrix.dtype() == DType::F32;
-        if self.matrices().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
+        // Routers are small, and in 32 bit in files whose other matrices are not.
+        let of_layers = self.layers.iter().flat_map(|layer| {
+            let LayerWeights { q, k, v, o, mlp, .. } = layer;
+            [q, k, v, o].into_iter().map(|linear| &linear.weight).chain(mlp.gated_matrices())
+        });
+        let any = [&self.embed, &self.lm_head].into_iter().chain(of_layers).any(is_f32);
+        if any { Arithmetic::Exact } else { Arithmetic::Fast }
     }
 
     /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row, and of
@@ -355,6 +361,16 @@ impl Loader<'_> {
         converted
     }
 
+    /// Whether a checkpoint has a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        matches!(&self.source, Source::Checkpoint(checkpoint) if checkpoint.contains(name))
+    }
+
+    /// Whether weights are made up.
+    pub fn is_dummy(&self) -> bool {
+        matches!(self.source, Source::Dummy { .. })
+    }
+
     /// The error for a tensor that is missing.
     pub fn missing(&self, name: &str) -> ModelError {
         let architecture = self.config.architecture.name();
@@ -380,7 +396,7 @@ impl Loader<'_> {
     }
 
     /// A tensor as the source has it.
-    fn read(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
+    pub fn read(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor, ModelError> {
         Ok(match &self.source {
             Source::Checkpoint(checkpoint) => {
                 let tensor = checkpoint.tensor(name, rows, cols)?.ok_or_else(|| self.missing(name))?;
@@ -402,7 +418,10 @@ impl Loader<'_> {
 /// Numbers for all matrices of a made-up model.
 fn pool(config: &ModelConfig, seed: u64, dtype: DType) -> Bytes {
     let heads = config.num_attention_heads * config.head_dim;
-    let largest = config.hidden_size * config.vocab_size.max(config.intermediate_size).max(heads);
+    let experts = config.spec.experts.as_ref();
+    let experts = experts.map_or(0, |own| own.routing.experts.max(2 * own.intermediate_size));
+    let rows = [config.vocab_size, 2 * config.intermediate_size, heads + 2 * heads, experts];
+    let largest = config.hidden_size * rows.into_iter().max().unwrap_or(0);
     Tensor::random(seed, config.initializer_range, dtype, 1, largest + POOL_SLACK).into_bytes()
 }
 

@@ -216,7 +216,13 @@ fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budge
         token_bytes: layout.token_bytes(),
         bits: usage.bits(),
         allocated_bits: usage.allocated_bits(),
-        fitting_tokens: largest(|context| fits(Options { context, sequences: 1, ..options })),
+        fitting_tokens: match layout.token_bytes() {
+            // Where all layers have a window, a longer text takes no more.
+            0.0 => largest(|context| {
+                context <= config.max_position_embeddings && fits(Options { context, sequences: 1, ..options })
+            }),
+            _ => largest(|context| fits(Options { context, sequences: 1, ..options })),
+        },
         fitting_batch: largest(|sequences| fits(Options { sequences, ..options })),
         values: layout.transformed_values(config.num_attention_heads),
         notes: layout.notes(),

@@ -65,10 +65,13 @@ pub(super) fn ropes(config: &Map<String, Value>) -> [Map<String, Value>; 2] {
     let sets =
         ["full_attention", "sliding_attention"].map(|kind| config.get("rope_parameters").and_then(|all| all.get(kind)));
     let mut all = config.clone();
-    all.remove("rope_parameters");
+    // One set for all layers is read, or refused, as that of others.
+    if sets.iter().any(Option::is_some) {
+        all.remove("rope_parameters");
+    }
     // Scaling is that of layers without a window.
     let mut window = all.clone();
-    window.remove("rope_scaling");
+    ["rope_scaling", "rope_parameters"].into_iter().for_each(|key| drop(window.remove(key)));
     let theta = config.get("rope_local_base_freq").cloned().unwrap_or_else(|| WINDOW_THETA.into());
     window.insert("rope_theta".into(), theta);
     for (config, set) in [&mut all, &mut window].into_iter().zip(sets) {

@@ -242,6 +242,12 @@ mod tests {
         let new = json!({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}});
         assert_eq!(old, gemma(3, new).unwrap());
+        // One set for all layers is that of layers without a window.
+        let flat = json!({"rope_parameters": {"rope_type": "linear", "factor": 8, "rope_theta": 1e6}});
+        assert_eq!(gemma(3, flat).unwrap(), old);
+        assert!(gemma(3, json!({"rope_parameters": 3})).is_err());
+        // A window that is no shorter than the context still says how a layer turns.
+        assert_eq!(gemma(3, json!({"sliding_window": null})).unwrap().spec.window(0), Some(512));
         let window = old.spec.window_rope.unwrap();
         assert_eq!((old.rope.theta, window.theta, window.inv_freq(4)), (1e6, 1e4, vec![1.0, 0.01]));
         for (changes, expected) in [

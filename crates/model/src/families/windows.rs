@@ -21,7 +21,12 @@ pub(super) fn windows(
 ) -> Result<Vec<Option<usize>>, ModelError> {
     // What is null is none, and what is absent was implied.
     let context = source.count("max_position_embeddings")?.unwrap_or(usize::MAX);
-    let window = source.count("sliding_window")?.filter(|window| *window < context);
+    let window = source.count("sliding_window")?;
+    let window = match architecture {
+        // Layers with a window turn otherwise, though it may be no shorter than all.
+        Architecture::Gemma3 => Some(window.unwrap_or(context).min(context)),
+        _ => window.filter(|window| *window < context),
+    };
     let layers = 0..source.num_hidden_layers;
     let switched = source.flag("use_sliding_window")?;
     let is_windowed: Vec<bool> = match kinds(source)? {
@@ -68,7 +73,9 @@ fn kinds(source: &Source) -> Result<Option<Vec<bool>>, ModelError> {
     if names.is_empty() {
         return Ok(None);
     }
-    // A list that is too short says the rest is as its last one.
-    let kind = |layer: usize| names[layer.min(names.len() - 1)] == SLIDING;
-    Ok(Some((0..source.num_hidden_layers).map(kind).collect()))
+    if names.len() != source.num_hidden_layers {
+        let (found, layers) = (names.len(), source.num_hidden_layers);
+        return Err(source.malformed(format!("layer_types has {found} kinds for {layers} layers")));
+    }
+    Ok(Some(names.iter().map(|name| *name == SLIDING).collect()))
 }

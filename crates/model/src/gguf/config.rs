@@ -137,6 +137,10 @@ fn gemma(
         if LAYERS_OF_27B.contains(&layers) { json!(hidden / heads.max(1)) } else { config["head_dim"].clone() };
     config["query_pre_attn_scalar"] = scalar;
     if architecture == Architecture::Gemma2 {
+        // Older files do not say it, and mean the family's.
+        if config["sliding_window"].is_null() {
+            config.as_object_mut().expect("an object").remove("sliding_window");
+        }
         for (part, name) in [
             ("attn_logit_softcapping", "attn_logit_softcapping"),
             ("final_logit_softcapping", "final_logit_softcapping"),
