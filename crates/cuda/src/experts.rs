@@ -3,6 +3,7 @@
 use crate::CudaError;
 use crate::cuda::{Buffer, Cuda};
 use crate::kernel::{Grid, Kernel, launch};
+use crate::linear::weight_macros;
 use crate::matrix::{Matrix, Stored};
 use crate::memory::{Memory, at};
 use crate::source::EXPERTS;
@@ -53,12 +54,7 @@ pub struct ChosenExperts {
 }
 
 fn kernel(c: &Cuda, stored: Stored, name: &'static str) -> Result<Kernel, CudaError> {
-    let macros: &'static [(&'static str, i64)] = match stored {
-        Stored::F32 => &[("WEIGHT", 0)],
-        Stored::F16 => &[("WEIGHT", 1)],
-        Stored::Bf16 => &[("WEIGHT", 2)],
-    };
-    c.gpu.kernel(EXPERTS, macros, name)
+    c.gpu.kernel(EXPERTS, weight_macros(stored), name)
 }
 
 /// Tiles of so many pairs, at most.

@@ -220,7 +220,7 @@ fn few_kernel(names: Names, rows: usize, norm: bool) -> &'static str {
     names[tier][usize::from(norm)]
 }
 
-fn weight_macros(stored: Stored) -> &'static [(&'static str, i64)] {
+pub(crate) fn weight_macros(stored: Stored) -> &'static [(&'static str, i64)] {
     match stored {
         Stored::F32 => &[("WEIGHT", 0)],
         Stored::F16 => &[("WEIGHT", 1)],

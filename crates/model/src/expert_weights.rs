@@ -111,11 +111,11 @@ impl Loader<'_> {
             let scales = self.bytes(&format!("{name}_scales"), experts * rows * cols / Packed::GROUP)?;
             let scales = scales.ok_or_else(|| self.missing(&format!("{name}_scales")))?;
             let one = |expert: usize| {
-                let of = |all: &[u8], numbers: usize| {
+                let of = |numbers: usize| {
                     let each = rows * cols / numbers;
-                    all[expert * each..(expert + 1) * each].to_vec()
+                    expert * each..(expert + 1) * each
                 };
-                let tensor = Packed::widen_mxfp4(&of(&all, 2), &of(&scales, Packed::GROUP), rows, cols);
+                let tensor = Packed::widen_mxfp4(&all[of(2)], &scales[of(Packed::GROUP)], rows, cols);
                 self.sketch(&format!("{name}.{expert}"), &tensor, Packed::Mxfp4.name());
                 self.converted(tensor)
             };

@@ -220,9 +220,8 @@ impl Parameters<'_> {
             Some("dynamic") => (RopeScaling::Default, &["factor"]),
             Some("linear") => (RopeScaling::Linear { factor: self.number("factor")? }, &["factor"]),
             Some("yarn") => (self.yarn()?, &YARN_KEYS),
-            Some("longrope") => (self.long_rope()?, &["factor", "attention_factor", "short_factor", "long_factor"]),
-            // As the first files of Phi-3 call it.
-            Some("su") if self.architecture == Architecture::Phi3 => {
+            // The first files of Phi-3 call it su.
+            Some(own) if own == "longrope" || (own == "su" && self.architecture == Architecture::Phi3) => {
                 (self.long_rope()?, &["factor", "attention_factor", "short_factor", "long_factor"])
             }
             Some("llama3") => (self.llama3()?, &["factor", "low_freq_factor", "high_freq_factor"]),
@@ -280,14 +279,20 @@ impl Parameters<'_> {
         })
     }
 
-    fn yarn(&self) -> Result<RopeScaling, ModelError> {
-        let or = |key: &str, silent: f32| self.own(key).map_or(Ok(silent), |value| self.positive(key, value));
+    /// The context that a model was trained with first, and by what scaling extends it.
+    fn original_and_factor(&self) -> Result<(f32, f32), ModelError> {
         let original = self.own_or_beside(ORIGINAL);
         let original = original.map_or(Ok(self.max_position_embeddings as f32), |own| self.positive(ORIGINAL, own))?;
         let factor = match self.own("factor") {
             None => self.max_position_embeddings as f32 / original,
             Some(_) => self.number("factor")?,
         };
+        Ok((original, factor))
+    }
+
+    fn yarn(&self) -> Result<RopeScaling, ModelError> {
+        let or = |key: &str, silent: f32| self.own(key).map_or(Ok(silent), |value| self.positive(key, value));
+        let (original, factor) = self.original_and_factor()?;
         let beta = [or("beta_fast", 32.0)?, or("beta_slow", 1.0)?];
         if beta[0] <= beta[1] {
             return Err(
@@ -312,12 +317,7 @@ impl Parameters<'_> {
     }
 
     fn long_rope(&self) -> Result<RopeScaling, ModelError> {
-        let original = self.own_or_beside(ORIGINAL);
-        let original = original.map_or(Ok(self.max_position_embeddings as f32), |own| self.positive(ORIGINAL, own))?;
-        let factor = match self.own("factor") {
-            None => self.max_position_embeddings as f32 / original,
-            Some(_) => self.number("factor")?,
-        };
+        let (original, factor) = self.original_and_factor()?;
         let attention_factor = match self.own("attention_factor") {
             Some(value) => self.positive("attention_factor", value)?,
             None if factor <= 1.0 => 1.0,

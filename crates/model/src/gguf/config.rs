@@ -141,11 +141,8 @@ fn gemma(
         if config["sliding_window"].is_null() {
             config.as_object_mut().expect("an object").remove("sliding_window");
         }
-        for (part, name) in [
-            ("attn_logit_softcapping", "attn_logit_softcapping"),
-            ("final_logit_softcapping", "final_logit_softcapping"),
-        ] {
-            if let Some(cap) = metadata.float(&key(part))? {
+        for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if let Some(cap) = metadata.float(&key(name))? {
                 config[name] = json!(cap);
             }
         }
