@@ -45,6 +45,17 @@ impl Basis {
         Ok(Basis { back: back.map_or_else(|| there.clone(), Arc::from), there })
     }
 
+    /// Whether all matrices are orthogonal.
+    pub fn is_orthogonal(&self) -> bool {
+        Arc::ptr_eq(&self.there, &self.back)
+    }
+
+    /// T^-1 of each KV head, `[kv head][d][d]`, row-major for row vectors.
+    pub fn inverse(&self, d: usize) -> Vec<f32> {
+        let heads = self.back.chunks_exact(d * d);
+        heads.flat_map(|own| (0..d * d).map(move |at| own[at % d * d + at / d])).collect()
+    }
+
     /// The same Hadamard matrix for each of `heads` KV heads.
     pub fn of_hadamard(hadamard: &Hadamard, heads: usize) -> Self {
         let d = hadamard.order();
@@ -130,6 +141,11 @@ mod tests {
                 assert!((x - found).abs() < 1e-4, "{x} {found}");
             }
         }
+        let transposed = |own: &[f32], at: usize| own[at % D * D + at / D];
+        for (inverse, back) in basis.inverse(D).chunks_exact(D * D).zip(basis.back.chunks_exact(D * D)) {
+            assert!((0..D * D).all(|at| inverse[at] == transposed(back, at)));
+        }
+        assert!(!basis.is_orthogonal());
     }
 
     #[test]
@@ -138,7 +154,7 @@ mod tests {
         for kind in [Kind::Orthogonal, Kind::Invertible] {
             let basis = Basis::new(&turned.there, D, kind).unwrap();
             assert_eq!(basis, turned);
-            assert!(Arc::ptr_eq(&basis.there, &basis.back));
+            assert!(basis.is_orthogonal());
         }
         // One head that is not orthogonal leaves the others what they are.
         let mixed = [&turned.there[..D * D], &noise(1)].concat();

@@ -2,7 +2,7 @@
 
 use crate::shape::CacheModel;
 use crate::tables::Tables;
-use crate::{CachePlan, CalibratedScheme, SchemeError, Sees};
+use crate::{CachePlan, CalibratedScheme, Powers, SchemeError, Sees};
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -35,6 +35,12 @@ impl CacheLayout {
     /// The numbers that transforms need.
     pub fn tables(&self) -> &Tables {
         &self.tables
+    }
+
+    /// What the heads of a layer are divided by before they are stored, as far as a calibration knows.
+    pub fn powers(&self, layer: usize) -> Powers {
+        let own = self.tables.layer(layer).map_or(Powers::default(), |own| own.powers.clone());
+        own.alike_in(self.layers[layer].frame)
     }
 
     /// The same cache, whose passes see each other's tokens exactly.

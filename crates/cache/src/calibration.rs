@@ -1,5 +1,7 @@
 //! What calibration finds for a model.
 
+use crate::Powers;
+
 /// What calibration found for one layer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LayerCalibration {
@@ -16,8 +18,10 @@ pub struct LayerCalibration {
     pub value_planes: Option<Vec<u8>>,
     /// What channels of keys take up of what others miss.
     pub key_feedback: Option<KeyFeedback>,
-    /// Whether pages have places for tokens with small values, where the scheme protects such tokens.
-    pub sink_places: Option<bool>,
+    /// How many tokens with small values pages have places for, where the scheme protects such tokens.
+    pub sink_places: Option<u8>,
+    /// What heads are divided by before they are stored, where fp16 does not hold them.
+    pub powers: Powers,
     /// Adapters of the linear correction.
     pub adapters: Option<Adapters>,
 }

@@ -173,10 +173,13 @@ impl LayerLayout {
         // What is no calibration of this model is refused with the tables.
         let planes = calibration.map(|own| [&own.key_planes, &own.value_planes]).unwrap_or([&None, &None]);
         let planes = planes.map(|own| own.as_ref().filter(|own| own.len() == heads * shape.head_dim));
-        // Where nothing is known of a layer, its pages have places. Tokens of a layer in 16 bit need none.
+        // Where nothing is known of a layer, its pages have all places. Tokens of a layer in 16 bit need none.
         let packed = (keys, values) != (Side::Half, Side::Half);
         let auto = match sinks {
-            Sinks::Auto(auto) if packed && calibration.is_none_or(|own| own.sink_places != Some(false)) => Some(auto),
+            Sinks::Auto(auto) if packed => {
+                let known = calibration.and_then(|own| own.sink_places).map_or(auto.places, usize::from);
+                (known > 0).then_some(AutoSinks { places: known, ..auto })
+            }
             _ => None,
         };
         let page = |head: usize| {

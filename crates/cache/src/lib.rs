@@ -18,6 +18,7 @@ mod manager;
 mod notes;
 mod page_sinks;
 mod plan;
+mod powers;
 mod scheme;
 mod sequence;
 mod sequence_state;
@@ -41,8 +42,9 @@ pub use flush::Run;
 pub use group::{Group, Leaving};
 pub use layout::{LayerLayout, PageLayout, SideLayout};
 pub use manager::CacheManager;
-pub use page_sinks::PageSinks;
+pub use page_sinks::{PageSinks, square_norm};
 pub use plan::CachePlan;
+pub use powers::Powers;
 pub use scheme::{
     AutoSinks, Axis, Class, Correction, LayerOverride, Linear, Packed, Permutation, Pivots, PlaneBudget, Pool, PreRope,
     Scheme, Sees, Side, Sinks, StateType, Statistic, Transform,

@@ -24,15 +24,13 @@ pub struct PageSinks {
 }
 
 impl AutoSinks {
-    /// Slots of a page whose values are small beside the others', by rising slots: by the norms of `values`,
-    /// `[token][head_dim]`, of its tokens as they are stored, without those that are protected `elsewhere`.
+    /// Slots of a page whose values are small beside the others', by rising slots: by the `squares` of the norms of its
+    /// tokens' values in the model's own frame ([`square_norm`]), without those that are protected `elsewhere`.
     ///
     /// The median is the number in the middle of the sorted norms, the upper one of two. Where there are more tokens than
     /// places, the smallest norms win, of equals the lower slots.
-    pub fn choose(self, values: &[f32], head_dim: usize, elsewhere: &[bool]) -> Vec<usize> {
-        // Squares are added one after the other, so that every device finds the same.
-        let square = |value: &[f32]| value.iter().fold(0.0, |sum, x| sum + x * x);
-        let all = values.chunks_exact(head_dim).map(square).zip(0..);
+    pub fn choose(self, squares: &[f32], elsewhere: &[bool]) -> Vec<usize> {
+        let all = squares.iter().copied().zip(0..);
         let mut norms: Vec<(f32, usize)> = all.filter(|(_, slot)| !elsewhere[*slot]).collect();
         norms.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let Some((median, _)) = norms.get(norms.len() / 2) else { return Vec::new() };
@@ -44,30 +42,47 @@ impl AutoSinks {
     }
 }
 
+/// Numbers of [`square_norm`] that are added on their own.
+const LANES: usize = 32;
+
+/// The sum of squares, in the one order in which every device adds them: every 32nd number by itself, then the sums by
+/// halves.
+pub fn square_norm(numbers: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    for numbers in numbers.chunks(LANES) {
+        sums.iter_mut().zip(numbers).for_each(|(sum, x)| *sum += x * x);
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        let (low, high) = sums.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+        half /= 2;
+    }
+    sums[0]
+}
+
 impl PageSinks {
     /// The slot of a place without a token.
     pub const EMPTY: u8 = u8::MAX;
 
-    /// Bits of a key's channel. Such tokens take much attention, so that their keys matter.
-    pub const KEY_BITS: Bits = Bits::Eight;
-
-    /// Bits of a value's channel. These values are small.
-    pub const VALUE_BITS: Bits = Bits::Four;
+    /// Bits of a channel of keys and of values. Such tokens take much attention; where a norm follows it, what their small
+    /// values miss is made as large as the rest.
+    pub const BITS: Bits = Bits::Eight;
 
     pub(crate) fn new(auto: AutoSinks, head_dim: usize, offset: usize) -> Self {
         let keys = offset + auto.places.next_multiple_of(HALF_BYTES);
-        let values = keys + auto.places * row_bytes(Self::KEY_BITS, head_dim);
+        let values = keys + auto.places * row_bytes(head_dim);
         PageSinks { auto, head_dim, slots: offset, keys, values }
     }
 
-    /// Bytes of a row of keys, and of a row of values.
-    pub fn row_bytes(&self) -> [usize; 2] {
-        [Self::KEY_BITS, Self::VALUE_BITS].map(|bits| row_bytes(bits, self.head_dim))
+    /// Bytes of a row of keys, or of values.
+    pub fn row_bytes(&self) -> usize {
+        row_bytes(self.head_dim)
     }
 
     /// Offset behind the last row.
     pub(crate) fn end(&self) -> usize {
-        self.values + self.auto.places * self.row_bytes()[1]
+        self.values + self.auto.places * self.row_bytes()
     }
 
     /// Bytes of all places.
@@ -77,8 +92,8 @@ impl PageSinks {
 }
 
 /// Bytes of a row: its scale and minimum, and its codes, to a multiple of two.
-fn row_bytes(bits: Bits, head_dim: usize) -> usize {
-    2 * HALF_BYTES + packed_len(bits, head_dim).next_multiple_of(HALF_BYTES)
+fn row_bytes(head_dim: usize) -> usize {
+    2 * HALF_BYTES + packed_len(PageSinks::BITS, head_dim).next_multiple_of(HALF_BYTES)
 }
 
 #[cfg(test)]
@@ -94,25 +109,29 @@ mod tests {
             small.iter().for_each(|(slot, norm)| values[*slot] = *norm);
             values
         };
+        let choose = |values: &[f32], elsewhere: &[bool; 128]| {
+            let squares: Vec<f32> = values.iter().map(|x| square_norm(&[*x])).collect();
+            auto.choose(&squares, elsewhere)
+        };
         let none = [false; 128];
-        assert_eq!(auto.choose(&page(&[]), 1, &none), [0; 0]);
-        assert_eq!(auto.choose(&page(&[(127, 3.9), (5, -4.1)]), 1, &none), [127]);
+        assert_eq!(choose(&page(&[]), &none), [0; 0]);
+        assert_eq!(choose(&page(&[(127, 3.9), (5, -4.1)]), &none), [127]);
         // 8, 9 and 128 candidates.
         let some = |count: usize| page(&(0..count).map(|i| (i * 7 % 128, 1.0 + (i % 3) as f32)).collect::<Vec<_>>());
         let sorted = |mut slots: Vec<usize>| {
             slots.sort_unstable();
             slots
         };
-        assert_eq!(auto.choose(&some(8), 1, &none), sorted((0..8).map(|i| i * 7).collect()));
-        assert_eq!(auto.choose(&some(9), 1, &none), sorted((0..8).map(|i| i * 7).collect()));
+        assert_eq!(choose(&some(8), &none), sorted((0..8).map(|i| i * 7).collect()));
+        assert_eq!(choose(&some(9), &none), sorted((0..8).map(|i| i * 7).collect()));
         // All equal: none is small. Nearly all small: they are the median.
-        assert_eq!(auto.choose(&[2.0; 128], 1, &none), [0; 0]);
-        assert_eq!(auto.choose(&some(100), 1, &none), [0; 0]);
+        assert_eq!(choose(&[2.0; 128], &none), [0; 0]);
+        assert_eq!(choose(&some(100), &none), [0; 0]);
         // Protected elsewhere: neither chosen, nor part of the median.
         let mut elsewhere = none;
         elsewhere[127] = true;
-        assert_eq!(auto.choose(&page(&[(127, 3.9), (5, 3.0)]), 1, &elsewhere), [5]);
-        assert_eq!(auto.choose(&page(&[]), 1, &[true; 128]), [0; 0]);
+        assert_eq!(choose(&page(&[(127, 3.9), (5, 3.0)]), &elsewhere), [5]);
+        assert_eq!(choose(&page(&[]), &[true; 128]), [0; 0]);
     }
 
     #[test]
@@ -120,8 +139,8 @@ mod tests {
         let auto = AutoSinks { first: 4, places: 8, share: 0.4 };
         let own = PageSinks::new(auto, 64, 100);
         assert_eq!((own.slots, own.keys, own.values), (100, 108, 108 + 8 * 68));
-        assert_eq!(own.bytes(), 8 + 8 * (68 + 36));
+        assert_eq!(own.bytes(), 8 + 2 * 8 * 68);
         let odd = PageSinks::new(AutoSinks { places: 3, ..auto }, 72, 0);
-        assert_eq!((odd.keys, odd.row_bytes(), odd.end()), (4, [76, 40], 4 + 3 * 116));
+        assert_eq!((odd.keys, odd.row_bytes(), odd.end()), (4, 76, 4 + 2 * 3 * 76));
     }
 }

@@ -10,12 +10,14 @@ pub struct SequenceState {
     pub sinks: SinkTokens,
     /// For each packed block, the first block of its chunk; empty where the scheme has no chunks.
     chunks: Vec<u32>,
+    /// Whether it was stored before what heads are divided by changed.
+    pub is_stale: bool,
 }
 
 impl SequenceState {
     /// That of an empty sequence.
     pub(crate) fn new(plan: &CachePlan) -> Self {
-        SequenceState { sinks: SinkTokens::new(plan.sinks, plan.shape.num_layers), chunks: Vec::new() }
+        SequenceState { sinks: SinkTokens::new(plan.sinks, plan.shape.num_layers), chunks: Vec::new(), is_stale: false }
     }
 
     pub(crate) fn chunks(&self) -> &[u32] {

@@ -2,8 +2,8 @@
 
 use crate::basis::Kind;
 use crate::{
-    Adapters, Basis, CachePlan, Calibration, KeyFeedback, LayerCalibration, LayerLayout, PageLayout, Planes,
-    SchemeError, SideLayout, Transform,
+    Adapters, Basis, CachePlan, Calibration, KeyFeedback, LayerCalibration, LayerLayout, PageLayout, Planes, Powers,
+    SchemeError, SideLayout, Sinks, Transform,
 };
 use crate::{Permutation, PreRope};
 use std::sync::Arc;
@@ -129,6 +129,19 @@ fn check_layer(layout: &CachePlan, layer: &LayerLayout, own: &LayerCalibration) 
     }
     if let (Some(linear), Some(adapters)) = (layer.linear, &own.adapters) {
         check_adapters(adapters, linear.features, heads, d)?;
+    }
+    if let (Some(places), Sinks::Auto(auto)) = (own.sink_places, layout.sinks)
+        && usize::from(places) > auto.places
+    {
+        return Err(format!("{places} places for small-valued tokens in a page, and the scheme has {}", auto.places));
+    }
+    for own in [true, false].map(|keys| own.powers.exponents(keys)).into_iter().filter(|own| !own.is_empty()) {
+        if own.len() != heads || own.iter().any(|exponent| *exponent > Powers::MOST) {
+            return Err(format!("powers of two {own:?}, and {heads} exponents of at most {} are needed", Powers::MOST));
+        }
+    }
+    if layer.states.is_some() && own.powers.exponents(true).iter().any(|exponent| *exponent > 0) {
+        return Err("powers of two for keys, which adapters of a linear correction take as they are".into());
     }
     if layer.needs_permutation() {
         let order = own.permutation.as_ref().ok_or("the permutation is missing")?;
@@ -279,6 +292,26 @@ mod tests {
         let mut broken = none;
         broken.factors[7] = f32::INFINITY;
         assert!(with(Some(broken)).contains("not finite"));
+    }
+
+    #[test]
+    fn powers_are_checked() {
+        let with = |scheme: &str, keys: bool, exponents: Vec<u8>| {
+            let mut powers = Powers::default();
+            powers.set(keys, exponents);
+            let adapters = Adapters {
+                features: 256,
+                query: [vec![0.0; 4 * 64 * 128], vec![0.0; 4 * 64 * 128]],
+                key: [vec![0.0; 4 * 64 * 128], vec![0.0; 4 * 64 * 128]],
+                gates: vec![1.0; 4],
+            };
+            check(scheme, Some(LayerCalibration { powers, adapters: Some(adapters), ..Default::default() }))
+        };
+        assert_eq!(with("kivi", true, vec![0, 1, 2, Powers::MOST]), Ok(()));
+        assert!(with("kivi", true, vec![0, 1]).unwrap_err().contains("and 4 exponents of at most 120 are needed"));
+        assert!(with("kivi", false, vec![0, 0, 0, 121]).unwrap_err().contains("at most 120"));
+        assert_eq!(with("kvlinc", false, vec![0, 1, 2, 3]), Ok(()));
+        assert!(with("kvlinc", true, vec![0, 1, 2, 3]).unwrap_err().contains("adapters of a linear correction"));
     }
 
     #[test]

@@ -15,6 +15,9 @@ pub struct LayerTransforms {
     pub keys: Option<HeadTransform>,
     /// Of values, taken back from outputs, where the weights do not do it.
     pub values: Option<HeadTransform>,
+    /// The way back from stored values to the model's own frame, `[kv head][head_dim][head_dim]`, row-major for row vectors,
+    /// where pages protect tokens whose values are small there, and the two differ.
+    pub value_frame: Option<Arc<[f32]>>,
     /// Of keys that are stored before RoPE.
     pub pre_rope: Option<PreRopeTransform>,
     /// For each KV head, its key channels in the order in which pages hold them, where that is not their own.
@@ -113,7 +116,10 @@ impl CacheLayout {
             .then(|| CodingOrder::new(calibration().key_feedback.as_ref().expect(calibrated), order.as_deref(), d));
         let adapters = layer.states.as_ref().and(tables.layer(index)).and_then(|own| own.adapters.as_ref());
         let adapters = adapters.map(|own| FeatureMaps::new(own, self.shape));
-        LayerTransforms { keys, values, pre_rope, order, feedback, adapters }
+        let protects = layer.pages.iter().any(|page| page.sinks.is_some());
+        let value_frame = tables.value_basis(index).filter(|own| protects && !own.is_orthogonal());
+        let value_frame = value_frame.map(|own| own.inverse(d).into());
+        LayerTransforms { keys, values, value_frame, pre_rope, order, feedback, adapters }
     }
 }
 

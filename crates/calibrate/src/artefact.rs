@@ -25,12 +25,15 @@ pub struct Artefact {
     pub training: Option<Training>,
 }
 
+/// Tensors of numbers of a byte.
+const SMALL: [&str; 4] = ["key_planes", "value_planes", "key_powers", "value_powers"];
+
 impl Artefact {
     /// Writes the file: it is complete, or not there.
     ///
     /// Tensors are `layers.{i}.permutation`, `layers.{i}.key_planes`, `layers.{i}.value_planes`,
-    /// `layers.{i}.feedback_order` and `layers.{i}.sink_places` (u32), `layers.{i}.key_basis`, `layers.{i}.value_basis`,
-    /// `layers.{i}.feedback` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
+    /// `layers.{i}.feedback_order`, `layers.{i}.sink_places`, `layers.{i}.key_powers` and `layers.{i}.value_powers` (u32),
+    /// `layers.{i}.key_basis`, `layers.{i}.value_basis`, `layers.{i}.feedback` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
     /// `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the numbers of [`LayerCalibration`] in
     /// their order. Of a training there are `layers.{i}.divergence_before`, `layers.{i}.divergence_after` and `course` (f32),
     /// the numbers of [`Training`]. The fingerprint is JSON in the metadata.
@@ -44,13 +47,16 @@ impl Artefact {
         contents.metadata.insert(SOURCE.to_owned(), self.source.clone());
         contents.metadata.insert("dibit.layers".to_owned(), self.calibration.layers.len().to_string());
         for (index, layer) in self.calibration.layers.iter().enumerate() {
-            let wide = |own: &Option<Vec<u8>>| Some(own.as_ref()?.iter().map(|planes| u32::from(*planes)).collect());
+            let wide = |own: &[u8]| own.iter().map(|number| u32::from(*number)).collect();
+            let powers = |keys| Some(layer.powers.exponents(keys)).filter(|own| !own.is_empty()).map(wide);
             for (name, values) in [
                 ("permutation", layer.permutation.clone()),
-                ("key_planes", wide(&layer.key_planes)),
-                ("value_planes", wide(&layer.value_planes)),
+                ("key_planes", layer.key_planes.as_deref().map(wide)),
+                ("value_planes", layer.value_planes.as_deref().map(wide)),
                 ("feedback_order", layer.key_feedback.as_ref().map(|own| own.order.clone())),
                 ("sink_places", layer.sink_places.map(|places| vec![places.into()])),
+                ("key_powers", powers(true)),
+                ("value_powers", powers(false)),
             ] {
                 if let Some(values) = values {
                     let array = Array { shape: vec![values.len()], values };
@@ -142,15 +148,21 @@ impl Artefact {
                 Some((index, part)) if part == "feedback_order" => {
                     calibration.layers[index].key_feedback.get_or_insert_default().order = array.values;
                 }
-                Some((index, part)) if part == "sink_places" && matches!(array.values[..], [0 | 1]) => {
-                    calibration.layers[index].sink_places = Some(array.values[0] == 1);
+                Some((index, part)) if part == "sink_places" && matches!(array.values[..], [0..=255]) => {
+                    calibration.layers[index].sink_places = Some(array.values[0] as u8);
                 }
-                Some((index, part)) if part == "key_planes" || part == "value_planes" => {
-                    let counts = array.values.iter().map(|count| u8::try_from(*count));
-                    let counts =
-                        counts.collect::<Result<_, _>>().map_err(|_| malformed("it has thousands of planes"))?;
+                Some((index, part)) if SMALL.contains(&&*part) => {
+                    let numbers = array.values.iter().map(|number| u8::try_from(*number));
+                    let numbers: Vec<u8> = numbers
+                        .collect::<Result<_, _>>()
+                        .map_err(|_| malformed(&format!("tensor {name} has numbers beyond 255")))?;
                     let layer = &mut calibration.layers[index];
-                    *if part == "key_planes" { &mut layer.key_planes } else { &mut layer.value_planes } = Some(counts);
+                    match &*part {
+                        "key_planes" => layer.key_planes = Some(numbers),
+                        "value_planes" => layer.value_planes = Some(numbers),
+                        "key_powers" => layer.powers.set(true, numbers),
+                        _ => layer.powers.set(false, numbers),
+                    }
                 }
                 _ => return Err(malformed(&format!("it has a tensor {name}"))),
             }

@@ -53,7 +53,7 @@ impl Fingerprint {
             Sinks::None => "none".to_owned(),
             Sinks::First(count) => format!("first {count}"),
             Sinks::Auto(AutoSinks { first, places, share }) => {
-                format!("first {first}, and up to {places} a page with values below {share} of the median")
+                format!("first {first}, and up to {places} a page with values of a norm below {share} of the median")
             }
             Sinks::Massive(count) => format!("massive activations, {count}"),
             Sinks::Pivots(pivots) => format!("pivots, {}, per layer: {}", pivots.count, pivots.per_layer),

@@ -5,7 +5,7 @@ use crate::basis::Moments;
 use crate::feedback::feedback;
 use crate::permutation::ChannelSums;
 use crate::planes::{KeyMetric, Statistics, ValueSpread};
-use dibit_cache::{CachePlan, CacheShape, LayerCalibration, LayerLayout, Scheme, Side, SideLayout, Transform};
+use dibit_cache::{CachePlan, CacheShape, LayerCalibration, LayerLayout, Powers, Scheme, Side, SideLayout, Transform};
 use dibit_model::Observation;
 
 /// What is gathered of one layer.
@@ -16,6 +16,8 @@ struct Layer {
     values: Option<Moments>,
     key_metric: Option<KeyMetric>,
     value_spread: Option<ValueSpread>,
+    /// What heads had to be divided by to be stored.
+    powers: Powers,
 }
 
 /// What is gathered of all layers.
@@ -46,6 +48,7 @@ impl Layer {
             values: (layout.values == Transform::Basis && !has_planes(values)).then(|| Moments::new(heads, head_dim)),
             key_metric: (has_planes(keys) || keys.has_feedback()).then(|| KeyMetric::new(shape)),
             value_spread: has_planes(values).then(|| ValueSpread::new(shape)),
+            powers: Powers::default(),
         }
     }
 
@@ -70,6 +73,8 @@ impl Layer {
             permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
             key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
             value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
+            // Adapters of a linear correction are trained on keys as they are.
+            powers: if layout.linear.is_some() { Powers::default() } else { self.powers.clone() },
             ..LayerCalibration::default()
         })
     }
@@ -102,6 +107,11 @@ impl Gathered {
                 values.add(value);
             }
         }
+    }
+
+    /// Takes over what the heads of each layer had to be divided by to be stored.
+    pub(crate) fn set_powers(&mut self, powers: &[Powers]) {
+        self.layers.iter_mut().zip(powers).for_each(|(layer, powers)| layer.powers.clone_from(powers));
     }
 
     /// All sums by their names.

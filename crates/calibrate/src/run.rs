@@ -304,6 +304,7 @@ fn gather<D: Train>(
             return Err(CalibrationError::NotFinite { layer });
         }
     }
+    gathered.set_powers(pass.powers());
     Ok(true)
 }
 

@@ -79,7 +79,7 @@ fn feedback_and_places_are_calibrated_where_they_are_asked_for() {
         let feedback = layer.key_feedback.as_ref().unwrap();
         assert!(feedback.factors.iter().any(|factor| *factor != 0.0));
         // Made-up values are all of a size.
-        assert_eq!(layer.sink_places, Some(false));
+        assert_eq!(layer.sink_places, Some(0));
     }
     asked.calibration = Some(made.into());
     let layout = model().config.cache_layout(&asked).unwrap();

@@ -265,10 +265,17 @@ impl Frame<'_> {
         for ((((page, own), (head, wide)), errors), ring) in all {
             scratch.apart.clone_from(&scratch.sinks);
             if let Some(places) = &own.sinks {
-                // Values of the same tokens leave the window with the keys, and the choice depends on nothing else.
-                scratch.chosen_by.resize(per_head, 0.0);
-                widen(ring, d, tokens.clone(), &mut scratch.chosen_by);
-                let chosen = places.auto.choose(&scratch.chosen_by, d, &scratch.sinks);
+                let chosen = match which {
+                    // Values of the same tokens leave the window with the keys, and behind them.
+                    Which::Keys => {
+                        scratch.chosen_by.resize(per_head, 0.0);
+                        widen(ring, d, tokens.clone(), &mut scratch.chosen_by);
+                        let frame = rotations.value_frame(self.first_head + head, d);
+                        let squares = page_sinks::squares(self.isa, &scratch.chosen_by, d, frame, &mut scratch.row);
+                        places.auto.choose(&squares, &scratch.sinks)
+                    }
+                    Which::Values => page_sinks::slots(places, page).collect(),
+                };
                 page_sinks::keep(places, which == Which::Keys, &chosen, wide, page)?;
                 chosen.iter().for_each(|slot| scratch.apart[*slot] = true);
             }

@@ -69,6 +69,7 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
     let corrected = correct(call, rows.clone(), q, corrections);
     let width = heads.num * heads.dim;
     let count = rows.len();
+    let powers = call.store.powers(call.layer);
     out[..rows.len() * width].par_chunks_mut(width).zip(rows).enumerate().for_each(|(index, (out, row))| {
         for (kv_head, outs) in out.chunks_exact_mut(shared * heads.dim).enumerate() {
             let own = |item: &&Item| item.first_head == kv_head / frame * frame && item.rows.contains(&row);
@@ -87,6 +88,10 @@ pub(super) fn attend(call: Call, buffers: &mut Buffers, rows: Range<usize>, q: &
                 join(parts.clone().map(|part| &part[at..at + stride]), correction, sink, out);
                 if let Some(rotation) = &call.store.frames(call.layer).values {
                     SCRATCH.with_borrow_mut(|scratch| rotation.apply_inverse(call.isa, kv_head, out, &mut scratch.row));
+                }
+                let factor = powers.factor(false, kv_head);
+                if factor != 1.0 {
+                    out.iter_mut().for_each(|x| *x /= factor);
                 }
             }
         }
@@ -188,10 +193,12 @@ fn correct(call: Call, rows: Range<usize>, q: &[f32], corrections: &mut Vec<f32>
 fn load_queries(scratch: &mut Scratch, call: Call, q: &[f32], item: &Item, first_row: usize) {
     let heads = call.heads;
     let (d, shared) = (heads.dim, heads.per_key_value());
-    let scale = 1.0 / (d as f32).sqrt();
+    let powers = call.store.powers(call.layer);
     let rotation = &call.store.frames(call.layer).keys;
     scratch.queries.clear();
     for kv_head in item.first_head..item.first_head + call.frame() {
+        // What keys were divided by is taken back.
+        let scale = 1.0 / (d as f32).sqrt() / powers.factor(true, kv_head);
         for row in item.rows.clone() {
             let at = ((row - first_row) * heads.num + kv_head * shared) * d;
             for query in q[at..at + shared * d].chunks_exact(d) {

@@ -7,6 +7,7 @@ use super::rotate;
 use super::simd::Isa;
 use dibit_cache::{CacheLayout, FeatureMaps, HeadTransform, PAGE_TOKENS, PreRopeTransform};
 use dibit_quant::turn_back;
+use std::sync::Arc;
 
 /// What one layer does to keys, queries and values besides quantising them.
 #[derive(Default)]
@@ -15,6 +16,9 @@ pub(super) struct Frames {
     pub keys: Option<HeadRotation>,
     /// Transform of values, taken back from outputs, where the weights do not do it.
     pub values: Option<HeadRotation>,
+    /// For each KV head the way back from stored values to the model's own frame, `[kv head][head_dim][head_dim]`, where
+    /// pages protect tokens whose values are small there.
+    value_frame: Option<Arc<[f32]>>,
     /// Keys stored before RoPE.
     pub pre_rope: Option<PreRopeKeys>,
     /// For each KV head, its key channels in the order in which pages hold them, where that is not their own.
@@ -36,11 +40,19 @@ impl Frames {
         Frames {
             keys: own.keys.map(HeadRotation),
             values: own.values.map(HeadRotation),
+            value_frame: own.value_frame,
             pre_rope: own.pre_rope.map(|own| PreRopeKeys::new(own, d, layer.frame * d)),
             order: own.order,
             feedback: own.feedback.map(|own| HeadFeedback::all(&own, d)),
             adapters: own.adapters,
         }
+    }
+}
+
+impl Frames {
+    /// The way back from stored values of a KV head, where it is needed, of `d` rows.
+    pub(super) fn value_frame(&self, kv_head: usize, d: usize) -> Option<&[f32]> {
+        self.value_frame.as_ref().map(|own| matrix(own, kv_head, d))
     }
 }
 

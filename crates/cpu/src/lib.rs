@@ -44,7 +44,7 @@ mod train;
 pub use append::LayerRows;
 use attention::Buffers;
 use call::{Call, Heads};
-use dibit_cache::{Batch, CacheLayout, Phase, Span};
+use dibit_cache::{Batch, CacheLayout, Phase, Powers, Span};
 use dibit_device::{
     Activation, Attention, Dense, DeviceError, KvStorage, Measure, Memory, Norm, Output, QueryHeads, Sweep, Tensor,
     Values, with_blocks,
@@ -283,6 +283,11 @@ impl KvStorage for Cpu {
 
     fn set_sinks(&self, cache: &mut CpuCache, layer: usize, slot: u32, positions: &[u32]) -> Result<(), DeviceError> {
         cache.store.set_sinks(layer, slot, positions);
+        Ok(())
+    }
+
+    fn set_powers(&self, cache: &mut CpuCache, layer: usize, powers: &Powers) -> Result<(), DeviceError> {
+        cache.store.set_powers(layer, powers);
         Ok(())
     }
 

@@ -1,11 +1,26 @@
 //! Tokens that a page protects, kept beside its codes.
 
 use super::quantise::unpack;
+use super::rotate;
 use super::scales::apply;
 use super::simd::Isa;
-use dibit_cache::PageSinks;
-use dibit_quant::{Bits, QuantError, Quantizer, pack, packed_len};
+use dibit_cache::{PageSinks, square_norm};
+use dibit_quant::{QuantError, Quantizer, pack, packed_len};
 use half::f16;
+
+/// Squared norms of stored values, `[token][d]`; `frame` takes a value back to the model's own frame, row-major, where the two
+/// differ.
+pub(super) fn squares(isa: Isa, values: &[f32], d: usize, frame: Option<&[f32]>, row: &mut Vec<f32>) -> Vec<f32> {
+    let values = values.chunks_exact(d);
+    let Some(frame) = frame else { return values.map(square_norm).collect() };
+    row.resize(d, 0.0);
+    values
+        .map(|value| {
+            rotate::times(isa, value, frame, row);
+            square_norm(row)
+        })
+        .collect()
+}
 
 /// Keeps the rows of some slots of a page, `[token][head_dim]`: its keys, with the slots, or its values.
 ///
@@ -18,7 +33,7 @@ pub(super) fn keep(
     rows: &[f32],
     page: &mut [u8],
 ) -> Result<(), QuantError> {
-    let (start, bits, row_bytes) = side(sinks, is_keys);
+    let (start, row_bytes) = (start(sinks, is_keys), sinks.row_bytes());
     if is_keys {
         let places = &mut page[sinks.slots..][..sinks.auto.places];
         places.fill(PageSinks::EMPTY);
@@ -27,13 +42,13 @@ pub(super) fn keep(
     let mut codes = Vec::with_capacity(sinks.head_dim);
     for (place, slot) in slots.iter().enumerate() {
         let row = &rows[slot * sinks.head_dim..][..sinks.head_dim];
-        let own = Quantizer::FloatMin.fit(row, bits)?;
+        let own = Quantizer::FloatMin.fit(row, PageSinks::BITS)?;
         codes.clear();
-        codes.extend(row.iter().map(|value| Quantizer::FloatMin.code(own, *value, bits)));
+        codes.extend(row.iter().map(|value| Quantizer::FloatMin.code(own, *value, PageSinks::BITS)));
         let target = &mut page[start + place * row_bytes..][..row_bytes];
         target[..2].copy_from_slice(&own.scale.to_le_bytes());
         target[2..4].copy_from_slice(&own.zero.to_le_bytes());
-        pack(bits, &codes, &mut target[4..4 + packed_len(bits, codes.len())]);
+        pack(PageSinks::BITS, &codes, &mut target[4..4 + packed_len(PageSinks::BITS, codes.len())]);
     }
     Ok(())
 }
@@ -56,7 +71,7 @@ pub(super) struct Rows {
 
 /// The keys, or values, of the first `count` places.
 pub(super) fn read(isa: Isa, sinks: &PageSinks, is_keys: bool, count: usize, page: &[u8], rows: &mut Rows) {
-    let (start, bits, row_bytes) = side(sinks, is_keys);
+    let (start, row_bytes) = (start(sinks, is_keys), sinks.row_bytes());
     let d = sinks.head_dim;
     let Rows { codes, scales, zeros, values } = rows;
     codes.resize(d, 0);
@@ -67,16 +82,12 @@ pub(super) fn read(isa: Isa, sinks: &PageSinks, is_keys: bool, count: usize, pag
         let half = |at: usize| f16::from_le_bytes([row[at], row[at + 1]]).to_f32();
         scales.fill(half(0));
         zeros.fill(half(2));
-        unpack(isa, bits, &row[4..4 + packed_len(bits, d)], codes);
+        unpack(isa, PageSinks::BITS, &row[4..4 + packed_len(PageSinks::BITS, d)], codes);
         apply(isa, codes, scales, zeros, values);
     }
 }
 
-/// Offset of the rows, their bits and their bytes.
-fn side(sinks: &PageSinks, is_keys: bool) -> (usize, Bits, usize) {
-    let [key_bytes, value_bytes] = sinks.row_bytes();
-    match is_keys {
-        true => (sinks.keys, PageSinks::KEY_BITS, key_bytes),
-        false => (sinks.values, PageSinks::VALUE_BITS, value_bytes),
-    }
+/// Offset of the rows.
+fn start(sinks: &PageSinks, is_keys: bool) -> usize {
+    if is_keys { sinks.keys } else { sinks.values }
 }

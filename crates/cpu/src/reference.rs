@@ -101,15 +101,8 @@ impl Reference {
         for (head, rows) in heads.iter_mut().enumerate() {
             let original = rows.clone();
             let codes_of_sinks = self.page_sinks_of(head).iter().filter(|t| **t < packed).map(|t| {
-                let bits = if is_keys { Bits::Eight } else { Bits::Four };
-                (
-                    *t,
-                    fake_quantise(
-                        Packed { quantizer: Quantizer::FloatMin, clip: Clip::None, ..form },
-                        bits,
-                        &original[*t],
-                    ),
-                )
+                let form = Packed { quantizer: Quantizer::FloatMin, clip: Clip::None, ..form };
+                (*t, fake_quantise(form, Bits::Eight, &original[*t]))
             });
             let codes_of_sinks: Vec<(usize, Vec<f32>)> = codes_of_sinks.collect();
             let aside = self.set_outliers_aside(form, is_keys, head, rows, packed);
@@ -234,9 +227,12 @@ impl Reference {
     /// What the page sinks of each KV head are, by values in 16 bit of `packed` tokens.
     pub(super) fn find_page_sinks(&self, side: Side, auto: AutoSinks, exact: &Heads, packed: usize) -> Vec<Vec<usize>> {
         let of_head = |(head, rows): (usize, &Vec<Vec<f32>>)| {
+            let back = (side.transform() == Transform::Basis).then(|| self.inverse(false, head));
             let norm = |t: usize| -> f32 {
-                let row = self.framed(side, false, head, &rows[t]);
-                row.into_iter().map(half).fold(0.0, |sum, x| sum + x * x)
+                let row: Vec<f32> = self.framed(side, false, head, &rows[t]).into_iter().map(half).collect();
+                // Of the model's own frame.
+                let row = if back.is_some() { self.unframed(side, back.as_ref(), &row) } else { row };
+                row.into_iter().fold(0.0, |sum, x| sum + x * x)
             };
             let of_page = |start: usize| {
                 let mut norms: Vec<(f32, usize)> =

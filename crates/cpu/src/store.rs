@@ -6,7 +6,7 @@ use super::frames::{Frames, HeadRotation};
 use super::quantise::largest_magnitude;
 use super::ring::{Which, runs};
 use super::simd::Isa;
-use dibit_cache::{Batch, CacheLayout, CacheShape, Span, StateType};
+use dibit_cache::{Batch, CacheLayout, CacheShape, Powers, Span, StateType};
 use dibit_device::DeviceError;
 use half::f16;
 use memmap2::MmapMut;
@@ -26,6 +26,8 @@ pub struct CpuStore {
     states: MmapMut,
     /// Positions that each layer of each sequence protects, `[sequence][layer]`, in the order of their slots.
     sink_positions: Vec<Vec<Vec<u32>>>,
+    /// What the heads of each layer are divided by.
+    powers: Vec<Powers>,
     /// Buffers of each frame of a layer.
     scratch: Vec<Scratch>,
 }
@@ -92,6 +94,7 @@ impl CpuStore {
             values: rows(Which::Values, layout.window.value_slots())?,
             states: map("correction states", num_sequences * layout.state_bytes())?,
             sink_positions: vec![vec![first; shape.num_layers]; num_sequences],
+            powers: (0..shape.num_layers).map(|layer| layout.powers(layer)).collect(),
             scratch: Vec::new(),
             layout: layout.clone(),
         })
@@ -122,6 +125,16 @@ impl CpuStore {
         let own = &mut self.sink_positions[slot as usize][layer];
         own.clear();
         own.extend_from_slice(positions);
+    }
+
+    /// [`dibit_device::KvStorage::set_powers`].
+    pub fn set_powers(&mut self, layer: usize, powers: &Powers) {
+        self.powers[layer].clone_from(powers);
+    }
+
+    /// What the heads of a layer are divided by.
+    pub(super) fn powers(&self, layer: usize) -> &Powers {
+        &self.powers[layer]
     }
 
     /// Key and value of a protected token, by its slot.
@@ -174,14 +187,16 @@ impl CpuStore {
         v: &[f32],
     ) -> Result<(), DeviceError> {
         for (side, source) in [(&mut self.keys, k), (&mut self.values, v)] {
+            let keys = side.side == Which::Keys;
             let frames = &self.frames[layer];
-            let rotation = if side.side == Which::Keys { &frames.keys } else { &frames.values };
-            side.write(self.isa, self.layout.shape, rotation.as_ref(), rows.clone(), source).map_err(
-                |(row, value)| {
+            let rotation = if keys { &frames.keys } else { &frames.values };
+            let factor = |kv_head| self.powers[layer].factor(keys, kv_head);
+            side.write(self.isa, self.layout.shape, rotation.as_ref(), factor, rows.clone(), source).map_err(
+                |(row, kv_head, value)| {
                     let span = batch.spans.iter().find(|span| span.rows.contains(&row)).expect("a row of the batch");
                     let token = span.cached + row - span.rows.start;
-                    let side = if side.side == Which::Keys { "key" } else { "value" };
-                    DeviceError::NotFinite { side, layer, token, value }
+                    let side = if keys { "key" } else { "value" };
+                    DeviceError::NotFinite { side, layer, kv_head, token, value }
                 },
             )?;
         }
@@ -193,7 +208,7 @@ impl CpuStore {
     /// # Errors
     /// [`DeviceError::Quantize`].
     pub fn append(&mut self, layer: usize, span: &Span) -> Result<(), DeviceError> {
-        let Self { isa, layout, frames, pages, keys, values, states, sink_positions, scratch } = self;
+        let Self { isa, layout, frames, pages, keys, values, states, sink_positions, scratch, .. } = self;
         let mut rest = &mut pages[..];
         let mut start = 0;
         let mut blocks = Vec::new();
@@ -263,16 +278,17 @@ impl Rows {
         &self.incoming[start + rows.start * shape.head_dim..start + rows.end * shape.head_dim]
     }
 
-    /// Writes rows of the pass in flight, rotated. Of numbers that fp16 would round to infinity the first one is refused,
-    /// with its row.
+    /// Writes rows of the pass in flight, rotated and multiplied by the factor of their KV head. Of numbers that fp16 would
+    /// round to infinity the first one is refused, with its row and KV head.
     fn write(
         &mut self,
         isa: Isa,
         shape: CacheShape,
         rotation: Option<&HeadRotation>,
+        factor: impl Fn(usize) -> f32 + Sync,
         rows: Range<usize>,
         source: &[f32],
-    ) -> Result<(), (usize, f32)> {
+    ) -> Result<(), (usize, usize, f32)> {
         let (heads, d) = (shape.num_key_value_heads, shape.head_dim);
         let write = |(kv_head, incoming): (usize, &mut [f32])| {
             let mut buffer = Vec::new();
@@ -282,10 +298,14 @@ impl Rows {
                 if let Some(rotation) = rotation {
                     rotation.apply(isa, kv_head, target, &mut buffer);
                 }
+                let factor = factor(kv_head);
+                if factor != 1.0 {
+                    target.iter_mut().for_each(|x| *x *= factor);
+                }
                 let (limit, largest) = (f16::MAX.to_f32(), largest_magnitude(isa, target));
                 if largest.is_nan() || largest > limit {
                     let value = target.iter().find(|value| !(-limit..=limit).contains(*value));
-                    return Some((row, *value.expect("a large number")));
+                    return Some((row, kv_head, *value.expect("a large number")));
                 }
             }
             None
@@ -296,7 +316,7 @@ impl Rows {
         } else {
             all.collect::<Vec<_>>().into_par_iter().map(write).collect()
         };
-        refused.into_iter().flatten().min_by_key(|(row, _)| *row).map_or(Ok(()), Err)
+        refused.into_iter().flatten().min_by_key(|(row, ..)| *row).map_or(Ok(()), Err)
     }
 
     /// The rows of a layer of a sequence.

@@ -358,6 +358,39 @@ struct Encoding {
     }
 };
 
+/// Squares of the norms of the values of a run's tokens in the model's own frame, in the order in which
+/// dibit_cache::square_norm adds them: a warp for some tokens, a lane for every 32nd channel.
+__device__ void square_norms(const Flush& flush, const Run& run, const Span& span, int head, float* norms) {
+    constexpr int TOKENS = 4;
+    const int d = flush.cache.head_dim, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const float* frame = flush.value_frame ? flush.value_frame + (i64)head * d * d : nullptr;
+    for (int first = threadIdx.x / 32 * TOKENS; first < run.count; first += warps * TOKENS) {
+        int positions[TOKENS];
+        float sums[TOKENS] = {};
+        for (int i = 0; i < TOKENS; i++)
+            positions[i] = stored::position(flush.positions, run, min(first + i, run.count - 1));
+        auto value = [&](int i, int channel) {
+            return half_to_float(stored::recent(flush.cache, span, 0, head, positions[i], channel));
+        };
+        for (int channel = lane; channel < d; channel += 32) {
+            float own[TOKENS] = {};
+            if (frame) {
+                for (int from = 0; from < d; from++) {
+                    const float factor = frame[from * d + channel];
+                    for (int i = 0; i < TOKENS; i++) own[i] += value(i, from) * factor;
+                }
+            } else {
+                for (int i = 0; i < TOKENS; i++) own[i] = value(i, channel);
+            }
+            for (int i = 0; i < TOKENS; i++) sums[i] += own[i] * own[i];
+        }
+        for (int i = 0; i < TOKENS; i++) {
+            for (int step = 16; step > 0; step /= 2) sums[i] += __shfl_xor_sync(ALL_LANES, sums[i], step);
+            if (lane == 0 && first + i < run.count) norms[first + i] = sums[i];
+        }
+    }
+}
+
 /// Chooses which tokens of a run its page protects, as dibit_cache::AutoSinks::choose does, by its values: `tokens` gets the
 /// token of each place, -1 where it has none. `sinks` has the slots of tokens that are protected elsewhere, -1 for the
 /// others. All threads of the block call it.
@@ -366,16 +399,12 @@ __device__ void choose_page_sinks(const Flush& flush, const Run& run, const Span
     __shared__ float norms[PAGE_TOKENS];
     __shared__ int chosen[PAGE_TOKENS];
     __shared__ float median;
+    square_norms(flush, run, span, head, norms);
+    __syncthreads();
     const int token = threadIdx.x;
     const bool counts = token < run.count && sinks[token] < 0;
-    float norm = counts ? 0.0f : INFINITE;
-    if (counts) {
-        const int position = stored::position(flush.positions, run, token);
-        for (int channel = 0; channel < flush.cache.head_dim; channel++) {
-            const float value = half_to_float(stored::recent(flush.cache, span, 0, head, position, channel));
-            norm += value * value;
-        }
-    }
+    const float norm = counts ? norms[token] : INFINITE;
+    __syncthreads();
     if (token < run.count) norms[token] = norm;
     for (int place = threadIdx.x; place < own.places; place += blockDim.x) tokens[place] = -1;
     __syncthreads();
@@ -399,7 +428,7 @@ __device__ void choose_page_sinks(const Flush& flush, const Run& run, const Span
 __device__ void keep_page_sinks(const Flush& flush, const Run& run, const Span& span, int head, const PageSinks& own,
                                 const int* tokens, u8* page) {
     const Side plain = {};
-    const int d = flush.cache.head_dim, lane = threadIdx.x % 32, max_code = run.keys ? 255 : 15;
+    const int d = flush.cache.head_dim, lane = threadIdx.x % 32, max_code = 255;
     for (int place = threadIdx.x / 32; place < own.places; place += blockDim.x / 32) {
         const int token = tokens[place];
         if (run.keys && lane == 0) page[own.slots + place] = (u8)(token < 0 ? 0xff : run.slot + token);
@@ -421,14 +450,9 @@ __device__ void keep_page_sinks(const Flush& flush, const Run& run, const Span& 
         fit(plain, low, high, max_code, parameters);
         const float scale = half_to_float(parameters.scale), zero = half_to_float(parameters.zero);
         auto code = [&](int channel) { return code_of(plain, number(channel), scale, zero, (float)max_code); };
-        u8* row = page + (run.keys ? own.keys + place * own.key_bytes : own.values + place * own.value_bytes);
+        u8* row = page + (run.keys ? own.keys : own.values) + place * own.row_bytes;
         if (lane < 2) ((u16*)row)[lane] = lane == 0 ? parameters.scale : parameters.zero;
-        const int bytes = run.keys ? d : stored::plane_bytes(4, d);
-        for (int i = lane; i < bytes; i += 32) {
-            int byte = 0;
-            for (int channel = i, shift = 0; channel < d; channel += bytes, shift += 4) byte |= code(channel) << shift;
-            row[4 + i] = (u8)byte;
-        }
+        for (int channel = lane; channel < d; channel += 32) row[4 + channel] = (u8)code(channel);
     }
 }
 

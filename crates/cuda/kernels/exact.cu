@@ -342,7 +342,7 @@ struct Attending {
             for (int i = 0; i < own(); i++) {
                 float part = 0.0f;
                 for (int c = lane(); c < HEAD_DIM; c += 32)
-                    part = fmaf(query(i)[c], stored::page_sink_number(sinks, page, true, place, c, HEAD_DIM), part);
+                    part = fmaf(query(i)[c], stored::page_sink_number(sinks, page, true, place, c), part);
                 part = warp_sum(part);
                 if (lane() == 0) logits(i)[token] = part;
             }
@@ -358,7 +358,7 @@ struct Attending {
                 if (lane() == 0) logits(i)[token] = 0.0f;
                 for (int k = 0; k < OWN; k++) {
                     if (!exists(k)) continue;
-                    const float number = stored::page_sink_number(sinks, page, false, place, lane() + 32 * k, HEAD_DIM);
+                    const float number = stored::page_sink_number(sinks, page, false, place, lane() + 32 * k);
                     value(i, k) = fmaf(weight, number, value(i, k));
                 }
             }

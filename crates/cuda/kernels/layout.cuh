@@ -44,10 +44,11 @@ struct Side {
 struct PageSinks {
     /// How many there are; 0 where the page protects no tokens.
     int places;
-    /// A token is protected where the norm of its value is below this share of the median of its page.
+    /// A token is protected where the norm of its value, in the model's own frame, is below this share of the median of its
+    /// page.
     float share;
-    /// Offset of the slots, a byte each; of the rows of keys, and of values; and bytes of a row of either.
-    int slots, keys, values, key_bytes, value_bytes;
+    /// Offset of the slots, a byte each; of the rows of keys, and of values; and bytes of a row.
+    int slots, keys, values, row_bytes;
 };
 
 struct Page {
@@ -252,6 +253,9 @@ struct Flush {
     const ClassPages* classes;
     PreRope pre_rope;
     Feedback feedback;
+    /// The way back from stored values to the model's own frame, [kv head][head_dim][head_dim], row-major for row vectors, where
+    /// pages protect tokens by their norms there; null where norms are the same.
+    const float* value_frame;
     /// Cosines and sines [key][head_dim / 2][2] by which keys of runs are turned back, and the keys themselves, turned and
     /// rotated, [key][kv head][head_dim].
     const float* angles;

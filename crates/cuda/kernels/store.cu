@@ -9,6 +9,8 @@ struct Written {
     const float* source;
     float* target;
     Rotation rotation;
+    /// What each KV head is multiplied by; null where they are stored as they are.
+    const float* factors;
 };
 
 /// Rows first_row.. of the batch, to [head][capacity][head_dim]. Blocks: tiles of rows, KV heads, keys and values.
@@ -24,21 +26,26 @@ write_rows(Written keys, Written values, int first_row, int rows, int capacity, 
         x[i] = own.source[(row * gridDim.y + head) * head_dim + i % head_dim];
     }
     const float* y = stored::rotate<ROWS, false>(own.rotation, head, x, x + ROWS * head_dim, count);
+    const float factor = own.factors ? own.factors[head] : 1.0f;
     for (int i = threadIdx.x; i < count * head_dim; i += blockDim.x) {
         const int row = first_row + first + i / head_dim;
-        const float value = y[i];
+        const float value = y[i] * factor;
         own.target[((i64)head * capacity + row) * head_dim + i % head_dim] = value;
         if (!(fabsf(value) <= HALF_MAX)) {
-            u64 place = (u64)layer << 52 | (u64)is_values << 51 | (u64)row << 32 | __float_as_uint(value);
+            // The last 8 bits of the number give way to the head.
+            const u32 number = (__float_as_uint(value) & ~0xffu) | (head & 0xff);
+            const u64 place = (u64)layer << 52 | (u64)is_values << 51 | (u64)row << 32 | number;
             atomicMin(&errors->not_finite, place);
         }
     }
 }
 EXPORT(write_rows)
 
-/// Rows of query heads, rotated as their KV head is; `rotated` may be `q`. Blocks: tiles of rows, heads.
+/// Rows of query heads, rotated as their KV head is and multiplied by its factor, where `factors` are not null; `rotated` may
+/// be `q`. Blocks: tiles of rows, heads.
 extern "C" __global__ void __launch_bounds__(128)
-rotate_rows(const float* q, float* rotated, Rotation rotation, int rows, int head_dim, int shared_heads) {
+rotate_rows(const float* q, float* rotated, Rotation rotation, const float* factors, int rows, int head_dim,
+            int shared_heads) {
     DYNAMIC_SHARED(shared);
     float* x = (float*)shared;
     const int first = blockIdx.x * ROWS, count = min(ROWS, rows - first), head = blockIdx.y;
@@ -47,9 +54,10 @@ rotate_rows(const float* q, float* rotated, Rotation rotation, int rows, int hea
         x[i] = q[(row * gridDim.y + head) * head_dim + i % head_dim];
     }
     const float* y = stored::rotate<ROWS, false>(rotation, head / shared_heads, x, x + ROWS * head_dim, count);
+    const float factor = factors ? factors[head / shared_heads] : 1.0f;
     for (int i = threadIdx.x; i < count * head_dim; i += blockDim.x) {
         i64 row = first + i / head_dim;
-        rotated[(row * gridDim.y + head) * head_dim + i % head_dim] = y[i];
+        rotated[(row * gridDim.y + head) * head_dim + i % head_dim] = y[i] * factor;
     }
 }
 EXPORT(rotate_rows)

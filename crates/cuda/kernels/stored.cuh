@@ -101,11 +101,9 @@ __device__ __forceinline__ bool in_page_sinks(const PageSinks& own, const u8* pa
 }
 
 /// A channel of the key, or the value, of a place.
-__device__ __forceinline__ float page_sink_number(const PageSinks& own, const u8* page, bool keys, int place, int channel,
-                                                  int head_dim) {
-    const u8* row = page + (keys ? own.keys + place * own.key_bytes : own.values + place * own.value_bytes);
-    const int code = plane_code(keys ? 8 : 4, row + 4, head_dim, channel);
-    return (float)code * half_to_float(half_at(row, 0, 0)) + half_to_float(half_at(row, 0, 1));
+__device__ __forceinline__ float page_sink_number(const PageSinks& own, const u8* page, bool keys, int place, int channel) {
+    const u8* row = page + (keys ? own.keys : own.values) + place * own.row_bytes;
+    return (float)row[4 + channel] * half_to_float(half_at(row, 0, 0)) + half_to_float(half_at(row, 0, 1));
 }
 
 /// x <- x H, or x <- x H^T, for one block of H and its part of rows that begin `stride` numbers apart.

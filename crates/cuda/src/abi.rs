@@ -50,8 +50,7 @@ pub(crate) struct PageSinks {
     pub slots: i32,
     pub keys: i32,
     pub values: i32,
-    pub key_bytes: i32,
-    pub value_bytes: i32,
+    pub row_bytes: i32,
 }
 
 #[repr(C)]
@@ -237,6 +236,7 @@ pub(crate) struct Flush {
     pub classes: u64,
     pub pre_rope: PreRope,
     pub feedback: Feedback,
+    pub value_frame: u64,
     pub angles: u64,
     pub turned: u64,
     pub errors: u64,
@@ -280,6 +280,7 @@ pub(crate) struct Written {
     pub source: u64,
     pub target: u64,
     pub rotation: Rotation,
+    pub factors: u64,
 }
 
 impl From<&SideLayout> for Side {
@@ -337,15 +338,13 @@ impl From<&PackedSide> for Side {
 
 impl From<&dibit_cache::PageSinks> for PageSinks {
     fn from(own: &dibit_cache::PageSinks) -> Self {
-        let [key_bytes, value_bytes] = own.row_bytes().map(|bytes| bytes as i32);
         PageSinks {
             places: own.auto.places as i32,
             share: own.auto.share,
             slots: own.slots as i32,
             keys: own.keys as i32,
             values: own.values as i32,
-            key_bytes,
-            value_bytes,
+            row_bytes: own.row_bytes() as i32,
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::rows;
 use crate::store::{CudaStore, Kernels, Layer, Recording};
 use crate::timing::{self, CudaSweep};
 use crate::{CudaError, attention};
-use dibit_cache::{Batch, CacheLayout, Phase, Span};
+use dibit_cache::{Batch, CacheLayout, Phase, Powers, Span};
 use dibit_device::{
     Activation, Attention, Budget, Dense, DeviceError, DeviceMemory, Experts, Heads, KvStorage, Measure, Norm, Output,
     Projection, Routing, Sweep, Tensor,
@@ -246,6 +246,10 @@ impl KvStorage for Cuda {
 
     fn set_sinks(&self, cache: &mut CudaCache, layer: usize, slot: u32, positions: &[u32]) -> Result<(), DeviceError> {
         Ok(cache.store.set_sinks(layer, slot as usize, positions)?)
+    }
+
+    fn set_powers(&self, cache: &mut CudaCache, layer: usize, powers: &Powers) -> Result<(), DeviceError> {
+        Ok(cache.store.set_powers(self, layer, powers)?)
     }
 
     fn place(&self, cache: &mut CudaCache, spans: &[Span], appends: bool) -> Result<(), DeviceError> {

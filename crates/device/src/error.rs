@@ -56,11 +56,36 @@ pub enum DeviceError {
         side: &'static str,
         /// Decoder layer.
         layer: usize,
+        /// The KV head.
+        kv_head: usize,
         /// Position of the token in its sequence.
         token: usize,
         /// The value.
         value: f32,
     },
+    /// A key or value was beyond what fp16 stores, and the cache divides those of its head from now on.
+    #[error(
+        "{side} of layer {layer}, KV head {kv_head}, token {token} holds {value}, beyond what fp16 stores; this head is stored divided by 2^{exponent} from now on, and what was stored before is run again"
+    )]
+    Overflow {
+        /// "key" or "value".
+        side: &'static str,
+        /// Decoder layer.
+        layer: usize,
+        /// The KV head.
+        kv_head: usize,
+        /// Position of the token in its sequence.
+        token: usize,
+        /// The value.
+        value: f32,
+        /// What the head is divided by, as a power of two.
+        exponent: u8,
+    },
+    /// A sequence was stored before the cache changed what its heads are divided by.
+    #[error(
+        "a sequence was stored before a head of this cache was divided by another power of two; clear it and run it again"
+    )]
+    Stale,
     /// A group of keys or values cannot be quantised.
     #[error("layer {layer}: {source}; its keys or values are too large for this scheme, try --kv fp16 or --dtype f32")]
     Quantize {
@@ -72,6 +97,11 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
+    /// Whether the sequences of the pass must be run again, and can then be stored.
+    pub fn wants_replay(&self) -> bool {
+        matches!(self, DeviceError::Overflow { .. } | DeviceError::Stale)
+    }
+
     /// Whether memory could not be had, so that less of it may be asked for.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, DeviceError::OutOfMemory { .. } | DeviceError::GpuMemory { .. })

@@ -1,8 +1,8 @@
 //! The cache of a model on a device: who holds which block, and the bytes.
 
-use crate::pass::Pass;
+use crate::pass::{Pass, raised};
 use crate::{Arithmetic, DeviceError, KvStorage};
-use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Sequence, Usage};
+use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Powers, Sequence, Usage};
 
 /// A cache of one model on a device.
 pub struct KvCache<D: KvStorage> {
@@ -10,6 +10,8 @@ pub struct KvCache<D: KvStorage> {
     manager: CacheManager,
     store: D::Store,
     arithmetic: Arithmetic,
+    /// What the heads of each layer are divided by before they are stored.
+    powers: Vec<Powers>,
     /// Whose passes it runs, once there was one.
     owner: Option<u64>,
 }
@@ -32,7 +34,8 @@ impl<D: KvStorage> KvCache<D> {
     ) -> Result<Self, DeviceError> {
         let store = device.new_store(&layout, num_blocks, num_sequences, max_rows)?;
         let manager = CacheManager::new((*layout).clone(), num_blocks, num_sequences);
-        Ok(KvCache { layout, manager, store, arithmetic, owner: None })
+        let powers = (0..layout.layers.len()).map(|layer| layout.powers(layer)).collect();
+        Ok(KvCache { layout, manager, store, arithmetic, powers, owner: None })
     }
 
     /// What it was made for.
@@ -97,6 +100,11 @@ impl<D: KvStorage> KvCache<D> {
         self.manager.usage(sequence)
     }
 
+    /// What the heads of each layer are divided by before they are stored.
+    pub fn powers(&self) -> &[Powers] {
+        &self.powers
+    }
+
     /// In what it was made to compute.
     pub fn arithmetic(&self) -> Arithmetic {
         self.arithmetic
@@ -114,7 +122,8 @@ impl<D: KvStorage> KvCache<D> {
     /// their windows.
     ///
     /// # Errors
-    /// Those of `work`, and of the device.
+    /// Those of `work`, and of the device. [`DeviceError::Overflow`] where a key or value was beyond fp16: all sequences must
+    /// then be cleared and run again, else [`DeviceError::Stale`].
     pub fn pass_once<E: From<DeviceError> + Send>(
         &mut self,
         device: &D,
@@ -135,12 +144,19 @@ impl<D: KvStorage> KvCache<D> {
         records: bool,
         mut work: impl FnMut(&mut Pass<D>) -> Result<(), E> + Send,
     ) -> Result<(), E> {
-        let KvCache { manager, store, arithmetic, .. } = self;
+        let KvCache { manager, store, arithmetic, powers, .. } = self;
         let (plan, states) = manager.split_states();
-        batch.spans.iter().for_each(|span| states[span.slot as usize].sinks.begin_pass());
+        for span in &batch.spans {
+            let own = &mut states[span.slot as usize];
+            own.is_stale &= span.cached > 0;
+            if own.is_stale {
+                return Err(DeviceError::Stale.into());
+            }
+            own.sinks.begin_pass();
+        }
         let mut on = |store: &mut D::Store| {
-            let states = &mut *states;
-            work(&mut Pass { device, plan, batch, arithmetic: *arithmetic, store, states, next_layer: 0 })
+            let (states, powers) = (&mut *states, &mut powers[..]);
+            work(&mut Pass { device, plan, batch, arithmetic: *arithmetic, store, states, powers, next_layer: 0 })
         };
         let placed = match batch.is_stepwise(plan) {
             // Each row is placed when it attends.
@@ -153,7 +169,7 @@ impl<D: KvStorage> KvCache<D> {
         });
         let finished = device.finish(store, batch);
         // What a GPU's kernels noted comes before what the host found later.
-        finished?;
+        finished.map_err(|error| E::from(raised(device, plan, store, states, powers, error)))?;
         result?;
         self.manager.note(batch);
         Ok(())

@@ -1,5 +1,5 @@
 use crate::{DeviceError, Memory};
-use dibit_cache::{Batch, CacheLayout, Phase, Span};
+use dibit_cache::{Batch, CacheLayout, Phase, Powers, Span};
 use std::ops::Range;
 
 /// In what a model computes where a device has a choice.
@@ -86,6 +86,13 @@ pub trait KvStorage: Memory {
     /// [`DeviceError::Failed`].
     fn set_sinks(&self, store: &mut Self::Store, layer: usize, slot: u32, positions: &[u32])
     -> Result<(), DeviceError>;
+
+    /// Says what the heads of a layer are divided by before they are stored, from now on; the powers of the layout's calibration
+    /// hold before that. Sequences must be stored anew.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`].
+    fn set_powers(&self, store: &mut Self::Store, layer: usize, powers: &Powers) -> Result<(), DeviceError>;
 
     /// Says which spans the operations after it are about, and whether [`KvStorage::append`] will store their rows.
     ///

@@ -1,7 +1,7 @@
 //! A forward pass as the cache sees it, in the one order that it has.
 
 use crate::{Arithmetic, Attention, DeviceError, KvStorage, QueryHeads};
-use dibit_cache::{Batch, CachePlan, Phase, Sees, SequenceState};
+use dibit_cache::{Batch, CachePlan, Phase, Powers, Sees, SequenceState};
 use std::ops::Range;
 
 /// A pass in flight. Its layers follow each other.
@@ -12,6 +12,7 @@ pub struct Pass<'a, D: KvStorage> {
     pub(crate) arithmetic: Arithmetic,
     pub(crate) store: &'a mut D::Store,
     pub(crate) states: &'a mut [SequenceState],
+    pub(crate) powers: &'a mut [Powers],
     pub(crate) next_layer: usize,
 }
 
@@ -110,7 +111,7 @@ impl<'p, 'a, D: KvStorage> LayerPass<'p, 'a, D> {
     /// Takes keys and values of the next rows of the batch, up to `end`; see [`KvStorage::stage_kv`].
     ///
     /// # Errors
-    /// [`DeviceError::NotFinite`].
+    /// [`DeviceError::NotFinite`], [`DeviceError::Overflow`].
     pub fn stage(
         &mut self,
         end: usize,
@@ -118,8 +119,9 @@ impl<'p, 'a, D: KvStorage> LayerPass<'p, 'a, D> {
         v: &D::Buffer,
     ) -> Result<StagedRows<'_, 'p, 'a, D>, DeviceError> {
         let rows = self.staged..end;
-        let Pass { device, batch, store, .. } = &mut *self.pass;
-        device.stage_kv(store, self.layer, batch, rows.clone(), k, v)?;
+        let Pass { device, plan, batch, store, states, powers, .. } = &mut *self.pass;
+        let staged = device.stage_kv(store, self.layer, batch, rows.clone(), k, v);
+        staged.map_err(|error| raised(*device, plan, store, states, powers, error))?;
         self.staged = end;
         Ok(StagedRows { layer: self, rows })
     }
@@ -201,4 +203,30 @@ impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
         }
         Ok(())
     }
+}
+
+/// Where an error says that a finite number was beyond fp16, divides the keys or values of its head from now on, and says so
+/// instead.
+pub(crate) fn raised<D: KvStorage>(
+    device: &D,
+    plan: &CachePlan,
+    store: &mut D::Store,
+    states: &mut [SequenceState],
+    powers: &mut [Powers],
+    error: DeviceError,
+) -> DeviceError {
+    let DeviceError::NotFinite { side, layer, kv_head, token, value } = error else { return error };
+    let keys = side == "key";
+    // Adapters of a linear correction were trained on keys as they are.
+    let corrected = keys && plan.layers[layer].states.is_some();
+    if !value.is_finite() || corrected {
+        return error;
+    }
+    let exponent = powers[layer].raise(keys, kv_head, plan.shape.num_key_value_heads, value);
+    powers[layer] = std::mem::take(&mut powers[layer]).alike_in(plan.layers[layer].frame);
+    if let Err(error) = device.set_powers(store, layer, &powers[layer]) {
+        return error;
+    }
+    states.iter_mut().for_each(|state| state.is_stale = true);
+    DeviceError::Overflow { side, layer, kv_head, token, value, exponent }
 }

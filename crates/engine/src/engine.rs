@@ -290,7 +290,16 @@ impl Engine {
             };
             pass.parts.iter().map(|part| (part.id, own(part))).collect()
         };
-        let error = match self.run_parts(pass.kind, &pass.parts) {
+        let mut result = self.run_parts(pass.kind, &pass.parts);
+        // What the cache has learnt of the model's numbers is no fault of a request.
+        while let Err(EngineError::Model(error)) = &result
+            && error.wants_replay()
+        {
+            tracing::warn!("{error}");
+            let replayed = pass.parts.iter().try_for_each(|part| self.replay(part.id));
+            result = replayed.and_then(|()| self.run_parts(pass.kind, &pass.parts));
+        }
+        let error = match result {
             Ok(chosen) => return by_part(chosen),
             Err(error) => error,
         };

@@ -35,6 +35,7 @@ fn of_layer(scheme: &Scheme, layer: usize, shape: CacheShape, num_heads: usize) 
         value_planes: planes(values),
         key_feedback: keys.has_feedback().then(|| feedback(shape)),
         sink_places: None,
+        powers: Default::default(),
         adapters,
     }
 }

@@ -182,3 +182,10 @@ pub enum ModelError {
     #[error(transparent)]
     Device(#[from] dibit_device::DeviceError),
 }
+
+impl ModelError {
+    /// Whether the sequences of the pass must be run again, and can then be stored.
+    pub fn wants_replay(&self) -> bool {
+        matches!(self, ModelError::Device(error) if error.wants_replay())
+    }
+}

@@ -1,7 +1,7 @@
 use crate::{Capacity, Executor, Runner};
-use dibit_cache::{CalibratedScheme, Mode};
+use dibit_cache::{CalibratedScheme, Mode, Powers};
 use dibit_device::Device;
-use dibit_model::{Model, ModelConfig, ModelError, Observer, Weights};
+use dibit_model::{Model, ModelConfig, ModelError, Observation, Observer, Weights};
 use std::sync::Arc;
 
 /// Runs single texts as exact prefills, to look at what passes through attention.
@@ -21,14 +21,33 @@ impl<D: Device> ExactPass<D> {
         Ok(ExactPass { runner: Runner::new(model, layout, capacity)? })
     }
 
-    /// Runs a text from its first position on, and shows queries, keys and values of every layer and row.
+    /// What the heads of each layer had to be divided by so far to be stored in fp16.
+    pub fn powers(&self) -> &[Powers] {
+        self.runner.powers()
+    }
+
+    /// Runs a text from its first position on, and shows queries, keys and values of every layer and row, once.
     ///
     /// # Errors
     /// Those of [`Runner::observe`].
     pub fn run(&mut self, ids: &[u32], observer: &mut Observer) -> Result<(), ModelError> {
-        let mut sequence = self.runner.open()?;
-        let result = self.runner.observe(Mode::Chunk, &mut sequence, ids, observer);
-        self.runner.close(sequence);
-        result
+        let mut shown = 0;
+        loop {
+            let mut sequence = self.runner.open()?;
+            let mut count = 0;
+            let result = self.runner.observe(Mode::Chunk, &mut sequence, ids, &mut |seen: Observation| {
+                count += 1;
+                // A text that is run again shows what it has shown.
+                if count > shown {
+                    observer(seen);
+                }
+            });
+            self.runner.close(sequence);
+            match result {
+                Err(error) if error.wants_replay() => tracing::warn!("{error}"),
+                result => return result,
+            }
+            shown = shown.max(count);
+        }
     }
 }

@@ -26,7 +26,8 @@ pub trait Executor: Send {
     /// their windows.
     ///
     /// # Errors
-    /// [`ModelError::Cache`] where blocks are short, and those of [`dibit_model::Model::forward`].
+    /// [`ModelError::Cache`] where blocks are short, and those of [`dibit_model::Model::forward`]. Where one
+    /// [`ModelError::wants_replay`], all tokens of these sequences are to be run again from the first one on.
     fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), ModelError>;
 
     /// Logits of some rows of the last pass: `vocab_size` numbers for each, in the order of `rows`.

@@ -1,5 +1,5 @@
 use crate::Executor;
-use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Mode, Sequence, Usage};
+use dibit_cache::{Batch, CacheError, CacheLayout, CacheManager, Mode, Powers, Sequence, Usage};
 use dibit_device::{Device, KvCache};
 use dibit_model::{Model, ModelError, Observer, Workspace};
 use std::ops::Range;
@@ -58,6 +58,11 @@ impl<D: Device> Runner<D> {
         self.cache.manager()
     }
 
+    /// What the heads of each layer are divided by before they are stored.
+    pub fn powers(&self) -> &[Powers] {
+        self.cache.powers()
+    }
+
     /// [`Executor::step`] of one sequence, showing queries, keys and values of every layer and row to `observer`.
     ///
     /// # Errors
@@ -81,6 +86,21 @@ impl<D: Device> Runner<D> {
     /// # Errors
     /// Those of [`Executor::step`].
     pub fn resume(
+        &mut self,
+        sequence: &mut Sequence,
+        layers: Range<usize>,
+        residual: &[f32],
+    ) -> Result<Vec<f32>, ModelError> {
+        let begins = sequence.is_empty();
+        loop {
+            match self.resume_once(sequence, layers.clone(), residual) {
+                Err(error) if begins && error.wants_replay() => tracing::warn!("{error}"),
+                result => return result,
+            }
+        }
+    }
+
+    fn resume_once(
         &mut self,
         sequence: &mut Sequence,
         layers: Range<usize>,
@@ -136,7 +156,13 @@ impl<D: Device> Executor for Runner<D> {
 
     fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), ModelError> {
         let Runner { model, cache, workspace } = self;
-        run(cache, mode, rows, |cache, batch, ids| model.forward(workspace, cache, batch, ids))
+        let begin = rows.iter().all(|(sequence, _)| sequence.is_empty());
+        loop {
+            match run(cache, mode, rows, |cache, batch, ids| model.forward(workspace, cache, batch, ids)) {
+                Err(error) if begin && error.wants_replay() => tracing::warn!("{error}"),
+                result => return result,
+            }
+        }
     }
 
     fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {

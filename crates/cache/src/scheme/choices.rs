@@ -163,7 +163,7 @@ pub struct AutoSinks {
     pub first: usize,
     /// Places of a page: tokens that it protects at most.
     pub places: usize,
-    /// A token is protected where the norm of its value as stored is below this share of the median of its page.
+    /// A token is protected where the norm of its value, in the frame of the model, is below this share of the median of its page.
     pub share: f32,
 }
 

@@ -4,7 +4,7 @@ use super::budget::{Group, pooled};
 use super::statistics::{KeyMetric, ValueSpread};
 use super::value_basis::{basis, output_metric};
 use crate::feedback::feedback;
-use dibit_cache::{AutoSinks, CacheShape, Sinks};
+use dibit_cache::{AutoSinks, CacheShape, Sinks, square_norm};
 use dibit_device::{DType, Tensor};
 use serde::Deserialize;
 
@@ -62,7 +62,8 @@ fn what_is_calibrated_is_what_numpy_finds() {
     assert_close("feedback", fed_back.factors.iter().map(|x| f64::from(*x)), &own.feedback, 1e-5);
     let auto = AutoSinks { first, places: 8, share: 0.4 };
     let elsewhere: Vec<bool> = (0..128).map(|slot| slot < first).collect();
-    assert_eq!(auto.choose(&own.values, d, &elsewhere), own.sinks);
+    let squares: Vec<f32> = own.values.chunks_exact(d).map(square_norm).collect();
+    assert_eq!(auto.choose(&squares, &elsewhere), own.sinks);
     let mut spread = ValueSpread::new(shape);
     spread.add(shape, 0, &own.values, Sinks::Auto(auto));
     assert_close("spread", spread.sums.iter().copied(), &own.spread, 1e-5);

@@ -39,9 +39,6 @@ const RANGE_RUNS: usize = 4;
 /// Tokens of such a sequence at most.
 const SENSITIVITY_TOKENS: usize = 1024;
 
-/// Pages of a layer have places for tokens with small values where a page and KV head has so many of them on average.
-const SMALL_TOKENS: f64 = 0.2;
-
 /// What was gathered of a layer; `None` where it is not needed.
 pub(crate) struct Statistics<'a> {
     pub keys: Option<&'a KeyMetric>,
@@ -89,7 +86,7 @@ pub(crate) fn fit<D: Device>(
     let Some(ranges) = measure_ranges(device, pretrained, scheme, first, layers, told)? else { return Ok(false) };
     if scheme.protects_small_values() {
         for (layer, ranges) in layers.iter_mut().zip(&ranges) {
-            layer.sink_places = Some(ranges.small_tokens() >= SMALL_TOKENS);
+            layer.sink_places = Some(ranges.places() as u8);
         }
     }
     let mut placed: Vec<Placed> = places

@@ -163,11 +163,16 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         let capacity = Capacity { rows: ROWS, ..Capacity::of_one(&layout, rows, 1) };
         let mut runner = Runner::new(self.exact.model().clone(), layout, capacity)?;
         let mut sequence = runner.open()?;
-        let mut behind = Vec::with_capacity(residual.len());
-        for chunk in residual.chunks(ROWS * width) {
-            behind.extend(runner.resume(&mut sequence, part.layer..part.layer + 1, chunk)?);
+        loop {
+            let chunks = residual.chunks(ROWS * width);
+            let all: Result<Vec<_>, _> =
+                chunks.map(|chunk| runner.resume(&mut sequence, part.layer..part.layer + 1, chunk)).collect();
+            match all {
+                // The sequence is empty again.
+                Err(error) if error.wants_replay() => tracing::warn!("{error}"),
+                all => return Ok(all?.concat()),
+            }
         }
-        Ok(behind)
     }
 
     /// The part of each KV head in what the heads of a part change, all in all 1.

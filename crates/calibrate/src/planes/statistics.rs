@@ -1,11 +1,22 @@
 //! What is known of the channels of a layer.
 
 use super::pages::{Pages, squared_range};
-use dibit_cache::{CacheShape, PAGE_TOKENS, Sinks};
+use dibit_cache::{AutoSinks, CacheShape, PAGE_TOKENS, Sinks, square_norm};
 use nalgebra::DMatrix;
 
 /// Queries of the first tokens of a sequence are of no text.
 const FIRST_QUERY: usize = 64;
+
+/// Pages of a layer have places for tokens with small values where a page and KV head has so many of them on average.
+const SMALL_TOKENS: f64 = 0.2;
+
+/// Share of the pages that have a place for each of theirs.
+const COVERED: f64 = 0.99;
+
+/// Places beyond which only tokens count whose values are very small: this share of what is small. A layer with many small
+/// values loses nothing where the larger ones among them are coded with the rest.
+const USUAL_PLACES: usize = 8;
+const VERY_SMALL: f32 = 0.75;
 
 /// How queries meet the keys of each KV head: `[KV head][head_dim][head_dim]`, sums of `q q^T` over tokens and the query
 /// heads that share a KV head.
@@ -80,30 +91,36 @@ fn of_head(page: &[f32], width: usize, head: usize, d: usize) -> Vec<f32> {
     page.chunks_exact(width).flat_map(|token| &token[head * d..(head + 1) * d]).copied().collect()
 }
 
-/// Which tokens of the page that begins at a position are kept apart from its codes, by its values as they are stored.
+/// Which tokens of the page that begins at a position are kept apart from its codes, by its values.
 fn apart(sinks: Sinks, position: usize, values: &[f32], d: usize) -> Vec<bool> {
+    wanted(sinks, position, values, d).0
+}
+
+/// [`apart`], and how many of them want a place in the page: all whose values are small, and those whose values are very
+/// small.
+fn wanted(sinks: Sinks, position: usize, values: &[f32], d: usize) -> (Vec<bool>, [usize; 2]) {
     let mut apart: Vec<bool> = (position..position + PAGE_TOKENS).map(|token| token < sinks.first()).collect();
-    if let Sinks::Auto(auto) = sinks {
-        auto.choose(values, d, &apart).into_iter().for_each(|slot| apart[slot] = true);
-    }
-    apart
+    let Sinks::Auto(auto) = sinks else { return (apart, [0; 2]) };
+    let squares: Vec<f32> = values.chunks_exact(d).map(square_norm).collect();
+    let very_small = AutoSinks { share: VERY_SMALL * auto.share, ..auto }.choose(&squares, &apart).len();
+    let small = auto.choose(&squares, &apart);
+    small.iter().for_each(|slot| apart[*slot] = true);
+    (apart, [small.len(), very_small])
 }
 
 /// Squared ranges of channels within pages, those of values in their basis, and how many tokens have small values.
 pub(crate) struct Ranges {
     keys: Vec<f64>,
     values: Vec<f64>,
-    /// Tokens of each KV head that want a place.
-    small: Vec<usize>,
-    page_count: usize,
+    /// Tokens with small, and with very small values of each page and KV head.
+    small: Vec<[usize; 2]>,
     pages: Pages,
 }
 
 impl Ranges {
     pub(crate) fn new(shape: CacheShape) -> Self {
         let none = || vec![0.0; shape.row()];
-        let small = vec![0; shape.num_key_value_heads];
-        Ranges { keys: none(), values: none(), small, page_count: 0, pages: Pages::default() }
+        Ranges { keys: none(), values: none(), small: Vec::new(), pages: Pages::default() }
     }
 
     /// Adds rows of keys and values of a sequence from position `first` on. `basis` turns values into what is stored.
@@ -116,22 +133,20 @@ impl Ranges {
         sinks: Sinks,
     ) {
         let (width, d) = (shape.row(), shape.head_dim);
-        let Self { keys, values, small, page_count, pages } = self;
+        let Self { keys, values, small, pages } = self;
         let rows: Vec<f32> =
             k.chunks_exact(width).zip(v.chunks_exact(width)).flat_map(|(k, v)| [k, v].concat()).collect();
         pages.add(first, &rows, 2 * width, |at, page| {
-            *page_count += 1;
             for head in 0..shape.num_key_value_heads {
                 let own_keys = of_head(page, 2 * width, head, d);
                 let mut own_values = of_head(page, 2 * width, shape.num_key_value_heads + head, d);
+                let (apart, counts) = wanted(sinks, at, &own_values, d);
+                small.push(counts);
                 if let Some(basis) = basis {
                     // Columns are rows of numbers one after the other, so that this is `values basis`.
                     let basis = DMatrix::from_column_slice(d, d, &basis[head * d * d..(head + 1) * d * d]);
                     own_values = (basis * DMatrix::from_vec(d, PAGE_TOKENS, own_values)).as_slice().to_vec();
                 }
-                let apart = apart(sinks, at, &own_values, d);
-                let elsewhere = sinks.first().saturating_sub(at).min(PAGE_TOKENS);
-                small[head] += apart.iter().filter(|apart| **apart).count() - elsewhere;
                 for channel in 0..d {
                     let range = |all: &[f32]| squared_range(all.iter().skip(channel).step_by(d).copied(), &apart);
                     keys[head * d + channel] += range(&own_keys);
@@ -153,10 +168,18 @@ impl Ranges {
         &self.values
     }
 
-    /// Tokens of a page and KV head that want a place, on average.
-    pub(crate) fn small_tokens(&self) -> f64 {
-        let all: usize = self.small.iter().sum();
-        all as f64 / (self.page_count * self.small.len()).max(1) as f64
+    /// Places that the pages of the layer have: as many as nearly all of them want, and none where few want one.
+    pub(crate) fn places(&self) -> usize {
+        let all: usize = self.small.iter().map(|[small, _]| small).sum();
+        if (all as f64) < SMALL_TOKENS * self.small.len() as f64 {
+            return 0;
+        }
+        let [small, very_small] = [0, 1].map(|which| {
+            let mut sorted: Vec<usize> = self.small.iter().map(|counts| counts[which]).collect();
+            sorted.sort_unstable();
+            sorted.get((COVERED * sorted.len() as f64) as usize).copied().unwrap_or(0)
+        });
+        small.min(USUAL_PLACES).max(very_small)
     }
 }
 
@@ -202,6 +225,17 @@ mod tests {
         assert!((ranges.keys[9] - squared(&k, 9)).abs() < 1e-6);
         assert!((ranges.value_weights()[8] - squared(&v, 9)).abs() < 1e-6);
         assert!((ranges.value_weights()[10] - 4.0 * squared(&v, 10)).abs() < 1e-5);
-        assert_eq!(ranges.small_tokens(), 0.0);
+        assert_eq!(ranges.places(), 0);
+        let places = |small: &[(usize, [usize; 2])]| {
+            let small = small.iter().flat_map(|(count, own)| vec![*own; *count]).collect();
+            Ranges { small, ..Ranges::new(shape) }.places()
+        };
+        assert_eq!(places(&[(90, [0, 0]), (10, [2, 0])]), 2);
+        assert_eq!(places(&[(95, [0, 0]), (5, [3, 3])]), 0);
+        // One page of more than a hundred has more than its places.
+        assert_eq!(places(&[(199, [1, 0]), (1, [7, 7])]), 1);
+        assert_eq!(places(&[(49, [1, 1]), (1, [7, 7])]), 7);
+        // Many small values take the usual places, and very small ones each its own.
+        assert_eq!((places(&[(50, [20, 3])]), places(&[(50, [20, 15])])), (8, 15));
     }
 }

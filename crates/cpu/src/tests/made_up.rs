@@ -61,6 +61,7 @@ pub(crate) fn calibration(
             factors: noise(60, heads * d * d, d).iter().map(|x| 0.3 * x / d as f32).collect(),
         }),
         sink_places: None,
+        powers: Default::default(),
         value_planes: Some(
             (0..heads * d).map(|channel| (4 * (heads * d - channel / 8 * 8) / (heads * d)) as u8).collect(),
         ),

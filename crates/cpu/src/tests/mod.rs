@@ -6,6 +6,7 @@ mod correction;
 mod encode;
 mod feedback;
 mod made_up;
+mod powers;
 mod random;
 mod stepwise;
 
@@ -607,7 +608,7 @@ fn numbers_that_fp16_cannot_hold_are_refused_by_name() {
     let mut batch = Batch::new(Mode::Chunk);
     batch.push(cache.manager(), &sequence, 8);
     let good = vec![0.5; 8 * 64];
-    for bad in [f32::NAN, f32::INFINITY, 70_000.0] {
+    for bad in [f32::NAN, f32::INFINITY] {
         let mut values = good.clone();
         values[5 * 64 + 7] = bad;
         let stage = |pass: &mut Pass<Cpu>| {

@@ -19,8 +19,8 @@ __device__ __forceinline__ void add_page_sinks(Sums& sums, const Tile& tile, con
     for (int start = 0; start < count; start += 16) {
         auto pair = [&](bool keys, int place, int first, int second) -> u32 {
             if (place >= count) return 0;
-            return pack_half(stored::page_sink_number(sinks, page, keys, place, first, HEAD_DIM),
-                             stored::page_sink_number(sinks, page, keys, place, second, HEAD_DIM));
+            return pack_half(stored::page_sink_number(sinks, page, keys, place, first),
+                             stored::page_sink_number(sinks, page, keys, place, second));
         };
         float s[1][4] = {}, offset[2] = {};
 #pragma unroll 2

@@ -287,7 +287,7 @@ struct History {
             bool in_page = tile.first + token < packed_values && !half_values;
             for (int channel = threadIdx.x; channel < HEAD_DIM; channel += THREADS) {
                 auto number = [&](bool is_key) {
-                    return float_to_half(stored::page_sink_number(sinks, page, is_key, i, channel, HEAD_DIM));
+                    return float_to_half(stored::page_sink_number(sinks, page, is_key, i, channel));
                 };
                 int place = column_place<TOKENS>(channel, token / 8) + token % 8 * 2;
                 if (tile.columns) *(u16*)(keys + place) = number(true);

@@ -127,12 +127,14 @@ pub(crate) fn attend(
     assert!((first + rows) * width <= q.len.min(out.len), "queries of rows");
     let (given, out) = (q.memory.at(first * width * number), out.memory.at(first * width * number));
     let mut q = given;
-    let keys = &store.layers[call.layer].keys;
-    if !keys.is_none() {
+    let own = &store.layers[call.layer];
+    let (keys, factors) = (&own.keys, own.factors.queries());
+    if !keys.is_none() || factors != 0 {
         let rotation = keys.for_kernels();
         let rotated = room(gpu, &mut store.scratch.queries, "queries", rows * heads * d * number)?;
         let grid = rotation_grid(rows, heads, d);
-        launch!(gpu, store.kernels.rotate_rows, grid, q, rotated, rotation, rows as i32, d as i32, shared as i32);
+        let [rows, d, shared] = [rows, d, shared].map(|number| number as i32);
+        launch!(gpu, store.kernels.rotate_rows, grid, q, rotated, rotation, factors, rows, d, shared);
         q = rotated;
     }
     let own = if call.arithmetic == Arithmetic::Exact {
@@ -187,10 +189,12 @@ pub(crate) fn attend(
     };
     let grid = Grid::new([heads, rows, 1], 128);
     launch!(gpu, store.kernels.join_splits, grid, partials, splits as i32, corrections, sinks, out);
-    let values = &store.layers[call.layer].values;
-    if !values.is_none() {
+    let own = &store.layers[call.layer];
+    let (values, factors) = (&own.values, own.factors.outputs());
+    if !values.is_none() || factors != 0 {
         let (rotation, grid) = (values.for_kernels().inverse(), rotation_grid(rows, heads, d));
-        launch!(gpu, store.kernels.rotate_rows, grid, out, out, rotation, rows as i32, d as i32, shared as i32);
+        let [rows, d, shared] = [rows, d, shared].map(|number| number as i32);
+        launch!(gpu, store.kernels.rotate_rows, grid, out, out, rotation, factors, rows, d, shared);
     }
     Ok(())
 }

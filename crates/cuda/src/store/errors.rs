@@ -50,7 +50,8 @@ impl Errors {
             let span = batch.spans.iter().find(|span| span.rows.contains(&row));
             let token = span.map_or(row, |span| span.cached + row - span.rows.start);
             let side = if side == 0 { "key" } else { "value" };
-            return DeviceError::NotFinite { side, layer, token, value: float(self.not_finite) };
+            let (kv_head, value) = ((self.not_finite & 0xff) as usize, float(self.not_finite & !0xff));
+            return DeviceError::NotFinite { side, layer, kv_head, token, value };
         }
         let source = QuantError::Range { min: float(self.ends >> 32), max: float(self.ends) };
         DeviceError::Quantize { layer: (self.range >> 52) as usize, source }

@@ -6,7 +6,9 @@ use crate::abi;
 use crate::gpu::Gpu;
 use crate::memory::Memory;
 use bytemuck::Zeroable;
-use dibit_cache::{CacheLayout, CodingOrder, FeatureMaps, HeadTransform, PAGE_TOKENS, PreRopeTransform, StateType};
+use dibit_cache::{
+    CacheLayout, CodingOrder, FeatureMaps, HeadTransform, PAGE_TOKENS, Powers, PreRopeTransform, StateType,
+};
 use dibit_device::DeviceError;
 use std::sync::Arc;
 
@@ -24,7 +26,15 @@ pub(crate) struct Layer {
     /// Key channels in the order in which pages hold them, `[kv head][head_dim]`.
     pub order: Option<Memory>,
     feedback: Option<Feedback>,
+    value_frame: Option<Memory>,
+    pub factors: Factors,
     pub correction: Option<Correction>,
+}
+
+/// What KV heads are multiplied by on their way into the cache, `[kv head]`, and what takes that back.
+pub(crate) struct Factors {
+    /// Of keys, of values, of queries and of outputs; empty where all are 1.
+    sides: [Memory; 4],
 }
 
 /// Error feedback of keys.
@@ -90,6 +100,8 @@ impl Layer {
             pre_rope,
             order: order.transpose()?,
             feedback: own.feedback.map(|own| Feedback::new(gpu, &own)).transpose()?,
+            value_frame: own.value_frame.map(|own| Memory::of(gpu, "a basis", &own)).transpose()?,
+            factors: Factors::new(gpu, &layout.powers(index))?,
             correction: correction.transpose()?,
         })
     }
@@ -99,6 +111,11 @@ impl Layer {
             places: own.places.at(0),
             factors: own.factors.at(0),
         })
+    }
+
+    /// The way back from stored values to the model's own frame; null where it is not needed.
+    pub(super) fn value_frame(&self) -> u64 {
+        self.value_frame.as_ref().map_or(0, |own| own.at(0))
     }
 
     pub(crate) fn pre_rope(&self) -> abi::PreRope {
@@ -111,6 +128,37 @@ impl Layer {
             tokens: own.tokens.at(0),
             pages: own.pages.at(0),
         })
+    }
+}
+
+impl Factors {
+    pub(crate) fn new(gpu: &Arc<Gpu>, powers: &Powers) -> Result<Self, CudaError> {
+        let of = |keys: bool, back: bool| {
+            let factor = |kv_head| powers.factor(keys, kv_head);
+            let factors = (0..powers.exponents(keys).len()).map(factor).map(|x| if back { 1.0 / x } else { x });
+            Memory::of(gpu, "powers of two", &factors.collect::<Vec<f32>>())
+        };
+        Ok(Factors { sides: [of(true, false)?, of(false, false)?, of(true, true)?, of(false, true)?] })
+    }
+
+    fn at(&self, side: usize) -> u64 {
+        let own = &self.sides[side];
+        if own.bytes() == 0 { 0 } else { own.at(0) }
+    }
+
+    /// Those of keys, and of values; null where all are 1.
+    pub(super) fn stored(&self) -> [u64; 2] {
+        [self.at(0), self.at(1)]
+    }
+
+    /// Those of queries; null where all are 1.
+    pub(crate) fn queries(&self) -> u64 {
+        self.at(2)
+    }
+
+    /// Those of outputs; null where all are 1.
+    pub(crate) fn outputs(&self) -> u64 {
+        self.at(3)
     }
 }
 

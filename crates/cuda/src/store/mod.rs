@@ -16,12 +16,13 @@ use crate::cuda::{Buffer, Cuda};
 use crate::graph::Graphs;
 use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
-use dibit_cache::{Batch, CacheLayout, CachePlan, LayerLayout, Sees, SideLayout, Span};
+use dibit_cache::{Batch, CacheLayout, CachePlan, LayerLayout, Powers, Sees, SideLayout, Span};
 use dibit_cpu::Isa;
 use dibit_device::DeviceError;
 use errors::ErrorRecord;
 use host_packing::HostPacking;
 pub(crate) use kernels::Kernels;
+use layer::Factors;
 pub(crate) use layer::Layer;
 use side::Side;
 pub(crate) use staged::{Staged, StagedShape};
@@ -227,24 +228,33 @@ impl CudaStore {
         self.sink_positions.write(at, bytemuck::cast_slice(positions))
     }
 
-    /// Writes rows of the pass in flight, rotated.
+    /// [`dibit_device::KvStorage::set_powers`]. What was recorded knows others.
+    pub(crate) fn set_powers(&mut self, c: &Cuda, layer: usize, powers: &Powers) -> Result<(), CudaError> {
+        self.layers[layer].factors = Factors::new(&c.gpu, powers)?;
+        self.graphs = Graphs::new();
+        Ok(())
+    }
+
+    /// Writes rows of the pass in flight, rotated and multiplied by the factors of their heads.
     pub(crate) fn stage_kv(&mut self, c: &Cuda, layer: usize, rows: Range<usize>, k: &Buffer, v: &Buffer) {
         let shape = self.layout.shape;
         assert!(rows.end <= self.max_rows && rows.len() * shape.row() <= k.len.min(v.len), "rows of a pass");
         let own = &self.layers[layer];
-        let written = |source: &Buffer, side: &Side, rotation| abi::Written {
+        let written = |source: &Buffer, side: &Side, rotation, factors| abi::Written {
             source: source.memory.at(0),
             target: side.incoming.at(0),
             rotation,
+            factors,
         };
+        let [key_factors, value_factors] = own.factors.stored();
         let grid = Grid::new([rows.len().div_ceil(ROWS), shape.num_key_value_heads, 2], 128)
             .shared(2 * ROWS * shape.head_dim * size_of::<f32>());
         launch!(
             c.gpu,
             self.kernels.write_rows,
             grid,
-            written(k, &self.keys, own.keys.for_kernels()),
-            written(v, &self.values, own.values.for_kernels()),
+            written(k, &self.keys, own.keys.for_kernels(), key_factors),
+            written(v, &self.values, own.values.for_kernels(), value_factors),
             rows.start as i32,
             rows.len() as i32,
             self.max_rows as i32,

@@ -54,6 +54,7 @@ fn calibration(config: &ModelConfig, linear: Option<Linear>) -> Calibration {
         value_planes: Some((0..heads * d).map(|channel| (3 - channel % d / 8 * 32 / d) as u8).collect()),
         key_feedback: Some(KeyFeedback::none(heads, d)),
         sink_places: None,
+        powers: Default::default(),
         adapters,
     };
     Calibration { layers: vec![layer; config.num_hidden_layers] }
