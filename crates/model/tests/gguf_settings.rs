@@ -99,11 +99,7 @@ fn rope_scaling_is_what_llama_cpp_makes_of_it() {
 
 /// What is read of the metadata of another family, which has the values of this one.
 fn family(name: &str, values: &[(&str, Value)]) -> Result<ModelConfig, ModelError> {
-    let mut file = made_up(GgmlDType::Q8_0);
-    for (key, value) in std::mem::take(&mut file.metadata) {
-        file.set(&key.replace("qwen3.", &format!("{name}.")), value);
-    }
-    file.set("general.architecture", text(name));
+    let mut file = made_up(GgmlDType::Q8_0).named(name);
     values.iter().for_each(|(key, value)| file.set(&format!("{name}.{key}"), value.clone()));
     let files = ModelFiles::from_gguf(Arc::new(file.bytes()), "model.gguf")?;
     ModelConfig::parse(&files.config, "the metadata")

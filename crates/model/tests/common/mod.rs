@@ -59,6 +59,16 @@ impl Gguf {
         self.metadata.insert(key.to_owned(), value);
     }
 
+    /// The file with the values of its architecture under another one's name.
+    pub fn named(mut self, architecture: &str) -> Gguf {
+        let Value::String(own) = self.metadata["general.architecture"].clone() else { panic!("no name") };
+        for (key, value) in std::mem::take(&mut self.metadata) {
+            self.set(&key.replace(&format!("{own}."), &format!("{architecture}.")), value);
+        }
+        self.set("general.architecture", Value::String(architecture.into()));
+        self
+    }
+
     fn add_config(&mut self, config: &Json, architecture: &str) {
         let number = |key: &str| config[key].as_u64().map(|value| Value::U32(value as u32));
         let float = |value: &Json| value.as_f64().map(|value| Value::F32(value as f32));
