@@ -62,12 +62,13 @@ fn copy(source: &Path, changes: &Json, tensors: Option<&HashMap<String, Tensor>>
     folder
 }
 
-fn load(files: &ModelFiles) -> Pretrained {
-    Pretrained::load(files, WeightSource::Checkpoint, Some(dibit_device::DType::F32)).unwrap()
+/// With matrices in f32, or as they are stored.
+fn load(files: &ModelFiles, dtype: Option<dibit_device::DType>) -> Pretrained {
+    Pretrained::load(files, WeightSource::Checkpoint, dtype).unwrap()
 }
 
-fn load_gguf(bytes: Vec<u8>) -> Pretrained {
-    load(&ModelFiles::from_gguf(Arc::new(bytes), "model.gguf").unwrap())
+fn load_gguf(bytes: Vec<u8>, dtype: Option<dibit_device::DType>) -> Pretrained {
+    load(&ModelFiles::from_gguf(Arc::new(bytes), "model.gguf").unwrap(), dtype)
 }
 
 /// The negative log-likelihood of every id after the first.
@@ -88,8 +89,8 @@ fn nlls(pretrained: &Pretrained, ids: &[u32]) -> Vec<f64> {
 
 /// That a file computes what its checkpoint does, and is known as the same model.
 fn compare(name: &str, checkpoint: &Path, ids: &[u32], file: Vec<u8>) {
-    let checkpoint = load(&ModelFiles::open(checkpoint).unwrap());
-    let gguf = load_gguf(file);
+    let checkpoint = load(&ModelFiles::open(checkpoint).unwrap(), Some(dibit_device::DType::F32));
+    let gguf = load_gguf(file, Some(dibit_device::DType::F32));
     let pairs = nlls(&checkpoint, ids).into_iter().zip(nlls(&gguf, ids));
     let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     println!("{name}: largest difference {worst:.1e} of {} tokens", ids.len() - 1);
@@ -111,6 +112,23 @@ fn files_of_families_compute_what_their_checkpoints_do() {
         let folder = copy(&directory, &changes, None);
         let file = Gguf::of_checkpoint(folder.path(), GgmlDType::F32).bytes();
         compare(name, folder.path(), &ids(&directory), file);
+    }
+}
+
+#[test]
+fn quantised_files_of_families_cost_what_their_bits_allow() {
+    for (name, changes) in checkpoints() {
+        let Some(directory) = family(name) else { continue };
+        let folder = copy(&directory, &changes, None);
+        let ids = ids(&directory);
+        let exact = nlls(&load(&ModelFiles::open(folder.path()).unwrap(), Some(dibit_device::DType::F32)), &ids);
+        let gguf = load_gguf(Gguf::of_checkpoint(folder.path(), GgmlDType::Q8_0).bytes(), None);
+        let formats = gguf.weights.formats();
+        let apart = exact.iter().zip(nlls(&gguf, &ids)).map(|(a, b)| (a - b).abs());
+        let mean = apart.sum::<f64>() / exact.len() as f64;
+        println!("{name}: mean difference {mean:.4}, {formats}");
+        // These weights are random and rounding weighs; rows of another head would cost several times as much.
+        assert!(mean < 0.5 && formats.contains("Q8_0"), "{name}: {mean}, {formats}");
     }
 }
 

@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 
 const WINDOW: &str = "attention.sliding_window";
 
+/// Far above every model.
+const MOST_LAYERS: usize = 1 << 12;
+
 /// Layers of the Gemma models of 27 billion parameters, which scale attention by the width of a head's share of the residual
 /// stream.
 const LAYERS_OF_27B: [usize; 2] = [46, 62];
@@ -125,6 +128,10 @@ fn olmo2(settings: &Settings) -> Result<(), ModelError> {
 fn layer_types(settings: &Settings, config: &mut Value) -> Result<(), ModelError> {
     let key = settings.key("attention.sliding_window_pattern");
     let layers = settings.needed("block_count")?;
+    if layers > MOST_LAYERS {
+        // `ModelConfig` refuses it.
+        return Ok(());
+    }
     let is_windowed: Vec<bool> = match settings.metadata.flags(&key)? {
         Some(flags) => flags,
         None => match settings.metadata.number(&key)? {
