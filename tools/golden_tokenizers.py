@@ -127,6 +127,12 @@ TEKKEN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTION}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 # By `tokenizer.ggml.pre`: the cutter, whether texts are composed first, and whether a whole piece that is a token needs
 # no merges.
 WAYS = {
@@ -136,6 +142,7 @@ WAYS = {
     "smaug-bpe": (pre_tokenizers.Sequence([around_words(r"\p{N}{1,3}"), BYTES]), False, False),
     "qwen2": (pre_tokenizers.Sequence([around_words(r"\p{N}"), BYTES]), True, False),
     "tekken": (pre_tokenizers.Sequence([split(TEKKEN), BYTES]), False, True),
+    "gpt-4o": (pre_tokenizers.Sequence([split(GPT4O), BYTES]), False, False),
     "deepseek-coder": (
         pre_tokenizers.Sequence(
             [

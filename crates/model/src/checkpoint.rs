@@ -126,8 +126,8 @@ impl Checkpoint {
                 pairs,
             };
             // So that a file that is cut short is known before anything is made of it.
-            if let [cols] | [_, cols] = entry.shape[..] {
-                let rows = if entry.shape.len() == 1 { 1 } else { entry.shape[0] };
+            if let [cols] | [.., _, cols] = entry.shape[..] {
+                let rows = entry.shape[..entry.shape.len() - 1].iter().fold(1usize, |rows, n| rows.saturating_mul(*n));
                 match entry.format {
                     Format::Packed(kind) => {
                         entry.packed(kind, &name, rows, cols)?;
@@ -168,7 +168,7 @@ impl Checkpoint {
     /// Whether a matrix can be multiplied into the value and output projections of a layer: see
     /// [`crate::LayerWeights::takes_fused_values`].
     pub fn takes_fused_values(&self, layer: usize) -> bool {
-        ["v_proj", "o_proj"].into_iter().all(|projection| {
+        ["v_proj", "qkv_proj", "o_proj"].into_iter().all(|projection| {
             let name = self.file_name(&format!("model.layers.{layer}.self_attn.{projection}.weight"));
             !matches!(self.entries.get(&name), Some(Entry { format: Format::Blocks(_), .. }))
         })

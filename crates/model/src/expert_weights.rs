@@ -57,14 +57,24 @@ impl Loader<'_> {
                 routing,
             })
         };
+        let biased = |part: &str, rows, cols| -> Result<StackWeights, ModelError> {
+            let bias = self.matrix(&format!("{prefix}.mlp.experts.{part}.bias"), experts, rows)?;
+            Ok(StackWeights { bias: Some(bias), ..each(["mlp.experts", part], rows, cols)? })
+        };
         match spec.names {
             ExpertNames::Mixtral => apart("block_sparse_moe.gate", "block_sparse_moe.experts", ["w1", "w3", "w2"]),
             ExpertNames::Qwen => apart("mlp.gate", "mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
             ExpertNames::GptOss => {
-                let [gate, up] = self.halves(prefix, spec)?;
-                let down = StackWeights {
-                    matrices: self.together(prefix, "down_proj", experts, [hidden, inner])?,
-                    bias: Some(self.matrix(&format!("{prefix}.mlp.experts.down_proj_bias"), experts, hidden)?),
+                let [gate, up, down] = match self.is_gguf() {
+                    true => [
+                        biased("gate_proj", inner, hidden)?,
+                        biased("up_proj", inner, hidden)?,
+                        biased("down_proj", hidden, inner)?,
+                    ],
+                    false => {
+                        let [gate, up] = self.halves(prefix, spec)?;
+                        [gate, up, self.downs(prefix, spec)?]
+                    }
                 };
                 Ok(ExpertWeights { router: router("mlp.router", true)?, gate, up, down, routing })
             }
@@ -74,9 +84,9 @@ impl Loader<'_> {
     /// Gates and other halves of gpt-oss, whose rows take turns.
     fn halves(&self, prefix: &str, spec: &ExpertSpec) -> Result<[StackWeights; 2], ModelError> {
         let (hidden, inner, experts) = (self.config.hidden_size, spec.intermediate_size, spec.routing.experts);
-        let joint = self.together(prefix, "gate_up_proj", experts, [2 * inner, hidden])?;
-        let biases = self.matrix(&format!("{prefix}.mlp.experts.gate_up_proj_bias"), experts, 2 * inner)?;
-        Ok([0, 1].map(|half| {
+        let (joint, format) = self.together(prefix, "gate_up_proj", experts, [2 * inner, hidden])?;
+        let biases = self.read(&format!("{prefix}.mlp.experts.gate_up_proj_bias"), experts, 2 * inner)?;
+        Ok([(0, "gate_proj"), (1, "up_proj")].map(|(half, part)| {
             let matrix = |joint: &Tensor| {
                 Tensor::from_blocks(joint.dtype(), inner, hidden, 1, |row, out| joint.widen_row(2 * row + half, out))
             };
@@ -84,21 +94,42 @@ impl Loader<'_> {
                 let row = biases.row(expert);
                 out.iter_mut().zip(row.iter().skip(half).step_by(2)).for_each(|(out, x)| *out = *x);
             });
-            StackWeights { matrices: joint.iter().map(matrix).collect(), bias: Some(bias) }
+            self.noted(prefix, part, joint.iter().map(matrix).collect(), format, bias)
         }))
     }
 
-    /// A matrix `[rows, cols]` of each expert, of a tensor of all: in MXFP4, or in numbers, which lie as `[cols, rows]`.
+    /// Down projections of gpt-oss.
+    fn downs(&self, prefix: &str, spec: &ExpertSpec) -> Result<StackWeights, ModelError> {
+        let (hidden, inner, experts) = (self.config.hidden_size, spec.intermediate_size, spec.routing.experts);
+        let (matrices, format) = self.together(prefix, "down_proj", experts, [hidden, inner])?;
+        let bias = self.read(&format!("{prefix}.mlp.experts.down_proj_bias"), experts, hidden)?;
+        Ok(self.noted(prefix, "down_proj", matrices, format, bias))
+    }
+
+    /// What was read of tensors that a GGUF file has in parts, by its names, so that the model is known again.
+    fn noted(&self, prefix: &str, part: &str, matrices: Vec<Tensor>, format: &str, bias: Tensor) -> StackWeights {
+        let name = |own: &str| format!("{prefix}.mlp.experts.{own}");
+        for (expert, matrix) in matrices.iter().enumerate() {
+            self.sketch(&name(&format!("{expert}.{part}.weight")), matrix, format);
+        }
+        self.sketch(&name(&format!("{part}.bias")), &bias, bias.format());
+        let matrices = matrices.into_iter().map(|matrix| self.converted(matrix)).collect();
+        StackWeights { matrices, bias: Some(self.converted(bias)) }
+    }
+
+    /// A matrix `[rows, cols]` of each expert, of a tensor of all: in MXFP4, or in numbers, which lie as `[cols, rows]`. And
+    /// how the checkpoint stores them.
     fn together(
         &self,
         prefix: &str,
         part: &str,
         experts: usize,
         [rows, cols]: [usize; 2],
-    ) -> Result<Vec<Tensor>, ModelError> {
+    ) -> Result<(Vec<Tensor>, &'static str), ModelError> {
         let name = format!("{prefix}.mlp.experts.{part}");
         if self.is_dummy() {
-            return (0..experts).map(|expert| self.matrix(&format!("{name}.{expert}"), rows, cols)).collect();
+            let one = |expert| self.read(&format!("{name}.{expert}"), rows, cols);
+            return Ok(((0..experts).map(one).collect::<Result<_, _>>()?, "made up"));
         }
         let has_blocks = self.has(&format!("{name}_blocks"));
         if has_blocks && !cols.is_multiple_of(Packed::GROUP) {
@@ -115,22 +146,17 @@ impl Loader<'_> {
                     let each = rows * cols / numbers;
                     expert * each..(expert + 1) * each
                 };
-                let tensor = Packed::widen_mxfp4(&all[of(2)], &scales[of(Packed::GROUP)], rows, cols);
-                self.sketch(&format!("{name}.{expert}"), &tensor, Packed::Mxfp4.name());
-                self.converted(tensor)
+                Packed::widen_mxfp4(&all[of(2)], &scales[of(Packed::GROUP)], rows, cols)
             };
-            return Ok((0..experts).map(one).collect());
+            return Ok(((0..experts).map(one).collect(), Packed::Mxfp4.name()));
         }
         let all = self.read(&name, experts * cols, rows)?;
         let one = |expert: usize| {
             let own = all.part_rows(expert * cols..(expert + 1) * cols).to_f32();
-            let tensor = Tensor::from_blocks(all.dtype(), rows, cols, 1, |row, out| {
+            Tensor::from_blocks(all.dtype(), rows, cols, 1, |row, out| {
                 out.iter_mut().enumerate().for_each(|(col, out)| *out = own[col * rows + row]);
-            });
-            // By the name that it has in MXFP4, so that the model is known again.
-            self.sketch(&format!("{name}.{expert}"), &tensor, all.format());
-            self.converted(tensor)
+            })
         };
-        Ok((0..experts).map(one).collect())
+        Ok(((0..experts).map(one).collect(), all.format()))
     }
 }

@@ -1,5 +1,6 @@
 //! Tensors of a checkpoint that loading did not ask for, and why one that it asked for is not there.
 
+use crate::gguf::ROPE_TENSORS;
 use crate::{Architecture, ModelConfig, ModelError};
 
 /// Names that a message shows.
@@ -16,9 +17,6 @@ const COMPUTED: [&str; 7] = [
     ".attn_rot_embd",
 ];
 
-/// Divisors of rotary frequencies in a GGUF file, which its configuration holds.
-const ROPE_DIVISORS: &str = "rope_freqs.weight";
-
 const MERGE: &str =
     "it is a LoRA adapter, or a model with one: merge it first (peft's merge_and_unload, then save_pretrained)";
 
@@ -28,7 +26,7 @@ const MERGE: &str =
 /// # Errors
 /// [`ModelError::UnreadTensors`].
 pub(crate) fn check<'a>(unread: impl Iterator<Item = &'a str>, config: &ModelConfig) -> Result<(), ModelError> {
-    let is_computed = |name: &&str| *name == ROPE_DIVISORS || COMPUTED.iter().any(|end| name.ends_with(end));
+    let is_computed = |name: &&str| ROPE_TENSORS.contains(name) || COMPUTED.iter().any(|end| name.ends_with(end));
     let mut names: Vec<&str> = unread.filter(|name| !is_computed(name)).collect();
     names.sort_unstable();
     let architecture = config.architecture.name();
@@ -188,6 +186,7 @@ mod tests {
             "model.rotary_emb.inv_freq",
             "model.layers.0.attention.masked_bias",
             "rope_freqs.weight",
+            "rope_factors_long.weight",
             "vision_tower.layers.0.weight",
         ] {
             assert_eq!(judged(&[name]), None, "{name}");

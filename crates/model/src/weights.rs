@@ -366,6 +366,11 @@ impl Loader<'_> {
         matches!(&self.source, Source::Checkpoint(checkpoint) if checkpoint.contains(name))
     }
 
+    /// Whether the checkpoint is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        matches!(&self.source, Source::Checkpoint(checkpoint) if checkpoint.is_gguf())
+    }
+
     /// Whether weights are made up.
     pub fn is_dummy(&self) -> bool {
         matches!(self.source, Source::Dummy { .. })

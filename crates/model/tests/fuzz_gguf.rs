@@ -80,6 +80,28 @@ fn small(sentence_piece: bool) -> Gguf {
     file
 }
 
+const FAMILIES: [&str; 8] = ["gemma2", "gemma3", "gpt-oss", "granite", "olmo2", "phi3", "qwen3moe", "smollm3"];
+
+/// Keys that some of them read.
+const KEYS: [&str; 16] = [
+    "attention.key_length",
+    "attention.scale",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "block_count",
+    "embedding_scale",
+    "expert_count",
+    "expert_feed_forward_length",
+    "expert_used_count",
+    "logit_scale",
+    "residual_scale",
+    "rope.dimension_count",
+    "rope.freq_base_swa",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+];
+
 /// Loads a file and uses its tokenizer; gives whether it loads.
 fn load(bytes: Vec<u8>) -> bool {
     let Ok(files) = ModelFiles::from_gguf(Arc::new(bytes), "model.gguf") else { return false };
@@ -176,8 +198,10 @@ fn value() -> impl Strategy<Value = Value> {
         any::<f64>().prop_map(Value::F64),
         any::<bool>().prop_map(Value::Bool),
         "\\PC{0,12}".prop_map(Value::String),
-        prop::sample::select(vec!["llama", "gpt2", "qwen2", "qwen3", "linear", "yarn", "default", "smollm", "tekken"])
-            .prop_map(|text| Value::String(text.into())),
+        prop::sample::select(vec![
+            "llama", "gpt2", "qwen2", "qwen3", "linear", "yarn", "longrope", "default", "smollm", "tekken",
+        ])
+        .prop_map(|text| Value::String(text.into())),
     ];
     let list = (scalar.clone(), 0..300usize).prop_map(|(value, len)| Value::Array(vec![value; len]));
     prop_oneof![4 => scalar, 1 => list]
@@ -218,6 +242,28 @@ proptest! {
             metadata.insert(keys[index.index(keys.len())].clone(), value);
         }
         load(good.bytes_with(&metadata));
+        prop_assert!(largest_allocation() < MOST_BYTES, "{} bytes at once", largest_allocation());
+    }
+
+    #[test]
+    fn changed_values_of_families_never_panic(
+        family in prop::sample::select(FAMILIES.to_vec()),
+        expected in prop::collection::vec((prop::sample::select(KEYS.to_vec()), 0..200u32), 0..8),
+        changes in prop::collection::vec((prop::sample::select(KEYS.to_vec()), value()), 0..3),
+        factors in prop::collection::vec((prop::sample::select(vec!["short", "long"]), 1..64usize), 0..3),
+    ) {
+        let mut file = Gguf { metadata: good(false).metadata.clone(), tensors: BTreeMap::new() }.named(family);
+        for (key, value) in expected {
+            file.set(&format!("{family}.{key}"), Value::U32(value));
+        }
+        for (key, value) in changes {
+            file.set(&format!("{family}.{key}"), value);
+        }
+        for (name, len) in factors {
+            let ones = Tensor::ones(len, DType::F32, &Device::Cpu).unwrap();
+            file.add_tensor(&format!("rope_factors_{name}.weight"), ones, GgmlDType::F32, None);
+        }
+        load(file.bytes());
         prop_assert!(largest_allocation() < MOST_BYTES, "{} bytes at once", largest_allocation());
     }
 }

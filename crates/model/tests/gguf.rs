@@ -9,7 +9,7 @@ use common::{Gguf, fixture, made_up, tiny};
 use dibit_cache::{CalibratedScheme, Mode};
 use dibit_cpu::Cpu;
 use dibit_device::DType;
-use dibit_model::{Message, Model, ModelError, ModelFiles, Pretrained, WeightSource};
+use dibit_model::{Message, Model, ModelError, ModelFiles, Pretrained, Tokenizer, WeightSource};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -247,4 +247,16 @@ fn sentence_pieces_are_joined_by_their_scores() {
     let tokenizer = load_gguf(&sentence_piece(false), None).unwrap().tokenizer;
     assert_eq!(tokenizer.encode("hello world", false).unwrap(), [piece(8), piece(9)]);
     assert_eq!(tokenizer.decode(&[piece(9), piece(10)]).unwrap(), " world hello");
+}
+
+#[test]
+fn control_tokens_of_phi3_take_the_spaces_behind_them_along() {
+    let ids = |file: Gguf, text: &str| {
+        let files = ModelFiles::from_gguf(Arc::new(file.bytes()), "model.gguf").unwrap();
+        Tokenizer::parse(&files.tokenizer.unwrap(), 384, "m").unwrap().encode(text, false).unwrap()
+    };
+    let phi3 = |text: &str| ids(sentence_piece(true).named("phi3"), text);
+    assert_eq!(phi3("</s>\n hello"), phi3("</s>hello"));
+    assert_ne!(phi3("<s> hello"), phi3("<s>hello"));
+    assert_ne!(ids(sentence_piece(true), "</s> hello"), ids(sentence_piece(true), "</s>hello"));
 }

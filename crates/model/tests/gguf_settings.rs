@@ -6,7 +6,8 @@ use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use common::{Gguf, made_up};
-use dibit_model::{ModelError, ModelFiles, Pretrained, RopeScaling, WeightSource};
+use dibit_model::{ModelConfig, ModelError, ModelFiles, Pretrained, RopeScaling, WeightSource};
+use std::sync::Arc;
 
 fn load(change: impl FnOnce(&mut Gguf)) -> Result<Pretrained, ModelError> {
     let mut file = made_up(GgmlDType::Q8_0);
@@ -80,7 +81,100 @@ fn rope_scaling_is_what_llama_cpp_makes_of_it() {
         file.set("qwen3.rope.scaling.factor", factor.1);
     });
     fails(both, &["rope_freqs.weight", "'linear'"]);
-    fails(load(|file| drop(file.tensors.insert("rope_factors_long.weight".into(), vector(32)))), &["longrope"]);
+    let factors = |file: &mut Gguf, names: &[&str], len: usize| {
+        names.iter().for_each(|name| drop(file.tensors.insert(format!("rope_factors_{name}.weight"), vector(len))));
+        file.set("qwen3.rope.scaling.original_context_length", Value::U32(64));
+    };
+    let scaling = load(|file| factors(file, &["short", "long"], 32)).unwrap().config.rope.scaling;
+    assert!(matches!(scaling, RopeScaling::LongRope { original_max_position_embeddings: 64.0, .. }), "{scaling:?}");
+    fails(load(|file| factors(file, &["long"], 32)), &["longrope", "rope_factors_short.weight", "convert the model"]);
+    fails(load(|file| factors(file, &["short", "long"], 8)), &["32 positive numbers short_factor"]);
+    fails(with(&[kind("longrope")]), &["longrope", "rope_factors_long.weight"]);
+    let beside = load(|file| {
+        factors(file, &["short", "long"], 32);
+        file.set("qwen3.rope.scaling.type", text("yarn"));
+    });
+    fails(beside, &["rope_factors_long.weight", "'yarn'"]);
+}
+
+/// What is read of the metadata of another family, which has the values of this one.
+fn family(name: &str, values: &[(&str, Value)]) -> Result<ModelConfig, ModelError> {
+    let mut file = made_up(GgmlDType::Q8_0).named(name);
+    values.iter().for_each(|(key, value)| file.set(&format!("{name}.{key}"), value.clone()));
+    let files = ModelFiles::from_gguf(Arc::new(file.bytes()), "model.gguf")?;
+    ModelConfig::parse(&files.config, "the metadata")
+}
+
+fn refused(family: Result<ModelConfig, ModelError>, words: &[&str]) {
+    let message = family.expect_err("it is read").to_string();
+    for word in words {
+        assert!(message.contains(word), "'{word}' is not in: {message}");
+    }
+}
+
+#[test]
+fn factors_of_granite_are_those_of_the_file() {
+    let logits = ("logit_scale", Value::F32(8.0));
+    let scale = |key: &'static str, value: f32| (key, Value::F32(value));
+    let all =
+        [logits.clone(), scale("attention.scale", 0.5), scale("embedding_scale", 12.0), scale("residual_scale", 0.25)];
+    let spec = family("granite", &all).unwrap().spec;
+    assert_eq!((spec.embedding_multiplier, spec.residual_multiplier, spec.logits_scaling), (12.0, 0.25, 8.0));
+    assert_eq!(spec.attention_multiplier, Some(0.5));
+    // As llama.cpp reads it, without a scale attention is scaled by its heads, of 64 channels.
+    let spec = family("granite", &[logits.clone(), scale("residual_scale", 0.0)]).unwrap().spec;
+    assert_eq!((spec.attention_multiplier, spec.residual_multiplier), (Some(0.125), 1.0));
+    refused(family("granite", &[]), &["granite.logit_scale", "convert the model again"]);
+    let finetuned = ("rope.scaling.finetuned", Value::Bool(false));
+    refused(family("granite", &[logits, finetuned]), &["granite.rope.scaling.finetuned false", "rotary"]);
+    refused(family("smollm3", &[scale("residual_scale", 0.25)]), &["smollm3.residual_scale 0.25"]);
+}
+
+#[test]
+fn layers_with_a_window_are_those_of_the_file_or_the_family() {
+    let numbers = |key: &'static str, value: u32| (key, Value::U32(value));
+    let experts = [
+        numbers("expert_count", 4),
+        numbers("expert_used_count", 2),
+        numbers("expert_feed_forward_length", 512),
+        numbers("attention.sliding_window", 100),
+    ];
+    let windows = |values: &[(&str, Value)]| {
+        let config = family("gpt-oss", &[&experts, values].concat())?;
+        Ok::<_, ModelError>([0, 1].map(|layer| config.spec.window(layer).is_some()))
+    };
+    let pattern = |value| [("attention.sliding_window_pattern", value)];
+    let flags = |flags: &[bool]| Value::Array(flags.iter().map(|own| Value::Bool(*own)).collect());
+    assert_eq!(windows(&[]).unwrap(), [true, false]);
+    assert_eq!(windows(&pattern(Value::U32(3))).unwrap(), [true, true]);
+    assert_eq!(windows(&pattern(Value::U32(1))).unwrap(), [false, false]);
+    assert_eq!(windows(&pattern(flags(&[false, true]))).unwrap(), [false, true]);
+    let message = windows(&pattern(flags(&[true]))).unwrap_err().to_string();
+    assert!(message.contains("sliding_window_pattern") && message.contains("1 values for 2 layers"), "{message}");
+    for missing in 0..experts.len() {
+        let mut fewer = experts.to_vec();
+        let (key, _) = fewer.remove(missing);
+        refused(family("gpt-oss", &fewer), &[&format!("gpt-oss.{key}"), "convert the model again"]);
+    }
+    refused(
+        family("olmo2", &[numbers("attention.sliding_window", 100)]),
+        &["olmo2.attention.sliding_window 100", "OLMo 3"],
+    );
+    assert_eq!(family("phi3", &[numbers("attention.sliding_window", 0)]).unwrap().spec.window(0), None);
+    assert_eq!(family("phi3", &[numbers("attention.sliding_window", 100)]).unwrap().spec.window(1), Some(100));
+}
+
+#[test]
+fn heads_of_phi_may_turn_in_part() {
+    let turned = |name: &str, channels: u32| family(name, &[("rope.dimension_count", Value::U32(channels))]);
+    for channels in [2, 30, 48, 62] {
+        let frequencies = turned("phi3", channels).unwrap().inv_freq();
+        assert_eq!(frequencies.iter().filter(|own| **own > 0.0).count(), channels as usize / 2);
+    }
+    for (name, channels) in [("phi3", 66), ("olmo2", 48)] {
+        refused(turned(name, channels), &[&format!("{name}.rope.dimension_count {channels}"), "64, the whole head"]);
+    }
+    refused(turned("phi3", 47), &["no even number"]);
 }
 
 #[test]

@@ -84,6 +84,9 @@ fn byte_level_texts_are_cut_as_each_family_does() {
         ("pixtral", "llama-bpe"),
         ("deepseek-r1-qwen", "qwen2"),
         ("megrez", "qwen2"),
+        ("olmo", "gpt-2"),
+        ("refact", "smollm"),
+        ("dbrx", "smaug-bpe"),
     ] {
         file.set("tokenizer.ggml.pre", Value::String(name.into()));
         compare(name, &tokenizer(&file).unwrap(), false, &ids[same]);

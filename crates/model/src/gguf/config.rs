@@ -2,10 +2,10 @@
 
 use super::header::Content;
 use super::metadata::Metadata;
-use crate::checkpoint::Format;
+use super::{families, rope};
 use crate::{Architecture, ModelError};
-use dibit_device::{Bytes, DType, Tensor};
-use serde_json::{Map, Value, json};
+use dibit_device::Bytes;
+use serde_json::{Value, json};
 
 /// The architecture that a file calls `name`. Mistral, and Mixtral where there are experts, are a Llama there.
 ///
@@ -20,35 +20,79 @@ pub(super) fn architecture(name: &str, experts: usize) -> Result<Architecture, M
         "qwen3moe" => Ok(Architecture::Qwen3Moe),
         "gemma2" => Ok(Architecture::Gemma2),
         "gemma3" => Ok(Architecture::Gemma3),
+        "phi3" => Ok(Architecture::Phi3),
+        "olmo2" => Ok(Architecture::Olmo2),
+        "granite" => Ok(Architecture::Granite),
+        "smollm3" => Ok(Architecture::SmolLm3),
+        "gpt-oss" => Ok(Architecture::GptOss),
         other => Err(ModelError::Unsupported {
             what: format!("GGUF architecture '{other}'"),
-            supported: "llama, qwen2, qwen3, qwen3moe, gemma2, gemma3".into(),
+            supported: "llama, qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, olmo2, granite, smollm3, gpt-oss".into(),
         }),
     }
 }
+
+/// Architectures whose rows of query and key projections lie in pairs.
+const WITH_PAIRS: [&str; 3] = ["llama", "granite", "smollm3"];
 
 /// What a file calls its architecture.
 ///
 /// # Errors
 /// [`ModelError::Malformed`].
 pub(crate) fn name(content: &Content, name: &str) -> Result<String, ModelError> {
-    let metadata = Metadata::new(content, name);
-    let architecture = metadata.text("general.architecture")?;
-    architecture.map(str::to_owned).ok_or_else(|| metadata.missing("general.architecture"))
+    Settings::new(&Metadata::new(content, name)).map(|settings| settings.name.to_owned())
 }
 
 /// Query and KV heads of a file whose rows of query and key projections lie in pairs; `None` where they do not.
 pub(crate) fn heads(content: &Content, name: &str) -> Result<Option<(usize, usize)>, ModelError> {
     let metadata = Metadata::new(content, name);
-    if metadata.text("general.architecture")? != Some("llama") {
+    let settings = Settings::new(&metadata)?;
+    if !WITH_PAIRS.contains(&settings.name) {
         return Ok(None);
     }
-    let query = metadata.number("llama.attention.head_count")?.unwrap_or(0);
-    let key_value = metadata.number("llama.attention.head_count_kv")?.unwrap_or(query);
+    let query = settings.number("attention.head_count")?.unwrap_or(0);
+    let key_value = settings.number("attention.head_count_kv")?.unwrap_or(query);
     if query == 0 || key_value == 0 {
-        return Err(metadata.malformed("llama.attention.head_count is 0".into()));
+        return Err(metadata.malformed(format!("{} is 0", settings.key("attention.head_count"))));
     }
     Ok(Some((query, key_value)))
+}
+
+/// The values whose keys begin with the name of a file's architecture.
+pub(super) struct Settings<'a> {
+    pub metadata: &'a Metadata<'a>,
+    /// What the file calls its architecture.
+    pub name: &'a str,
+}
+
+impl<'a> Settings<'a> {
+    fn new(metadata: &'a Metadata<'a>) -> Result<Self, ModelError> {
+        const KEY: &str = "general.architecture";
+        let name = metadata.text(KEY)?.ok_or_else(|| metadata.missing(KEY))?;
+        Ok(Settings { metadata, name })
+    }
+
+    pub fn key(&self, part: &str) -> String {
+        format!("{}.{part}", self.name)
+    }
+
+    pub fn number(&self, part: &str) -> Result<Option<usize>, ModelError> {
+        self.metadata.number(&self.key(part))
+    }
+
+    pub fn float(&self, part: &str) -> Result<Option<f64>, ModelError> {
+        self.metadata.float(&self.key(part))
+    }
+
+    /// A number that must be there.
+    pub fn needed(&self, part: &str) -> Result<usize, ModelError> {
+        self.number(part)?.ok_or_else(|| self.metadata.missing(&self.key(part)))
+    }
+
+    /// The error for a value that is not followed.
+    pub fn unsupported(&self, part: &str, value: impl std::fmt::Display, supported: &str) -> ModelError {
+        unsupported(&format!("{} {value}", self.key(part)), supported)
+    }
 }
 
 /// The `config.json` of a file.
@@ -56,33 +100,30 @@ pub(crate) fn heads(content: &Content, name: &str) -> Result<Option<(usize, usiz
 /// # Errors
 /// [`ModelError::Malformed`] and [`ModelError::Unsupported`].
 pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelError> {
-    let name = metadata.text("general.architecture")?.ok_or_else(|| metadata.missing("general.architecture"))?;
-    let key = |key: &str| format!("{name}.{key}");
-    let experts = metadata.number(&key("expert_count"))?.unwrap_or(0);
-    let architecture = architecture(name, experts)?;
-    let number = |part: &str| -> Result<usize, ModelError> {
-        metadata.number(&key(part))?.ok_or_else(|| metadata.missing(&key(part)))
-    };
+    let settings = Settings::new(metadata)?;
+    let experts = settings.number("expert_count")?.unwrap_or(0);
+    let architecture = architecture(settings.name, experts)?;
     if metadata.text("general.type")? == Some("adapter") {
         return Err(unsupported("a GGUF file that is a LoRA adapter", "models: merge it with llama-export-lora first"));
     }
-    let is_mixture = matches!(architecture, Architecture::Mixtral | Architecture::Qwen3Moe);
-    if experts > 0 && !is_mixture {
-        return Err(unsupported(&format!("a mixture of experts of {name}"), "those of llama and qwen3moe"));
+    if experts > 0 && !families::is_mixture(architecture) {
+        let name = settings.name;
+        return Err(unsupported(&format!("a mixture of experts of {name}"), "those of llama, qwen3moe and gpt-oss"));
     }
-    check_unread(metadata, architecture, &key)?;
+    check_unread(&settings, architecture)?;
     let tokens = metadata.texts("tokenizer.ggml.tokens")?.ok_or_else(|| metadata.missing("tokenizer.ggml.tokens"))?;
-    let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
-    let head_dim = match metadata.number(&key("attention.key_length"))? {
-        Some(length) => length,
-        None => hidden.checked_div(heads).unwrap_or(0),
-    };
-    for part in ["attention.value_length", "rope.dimension_count"] {
-        if let Some(other) = metadata.number(&key(part))?.filter(|other| *other != head_dim) {
-            return Err(unsupported(&format!("{} {other}", key(part)), &format!("{head_dim}, the whole head")));
-        }
+    let (hidden, heads) = (settings.needed("embedding_length")?, settings.needed("attention.head_count")?);
+    let head_dim = settings.number("attention.key_length")?.unwrap_or_else(|| hidden.checked_div(heads).unwrap_or(0));
+    let whole_head =
+        |part: &str, value: usize| settings.unsupported(part, value, &format!("{head_dim}, the whole head"));
+    if let Some(other) = settings.number("attention.value_length")?.filter(|other| *other != head_dim) {
+        return Err(whole_head("attention.value_length", other));
     }
-    let epsilon = key("attention.layer_norm_rms_epsilon");
+    let turned = settings.number("rope.dimension_count")?.filter(|turned| *turned != head_dim);
+    if let Some(other) = turned.filter(|turned| !architecture.may_turn_in_part() || *turned > head_dim) {
+        return Err(whole_head("rope.dimension_count", other));
+    }
+    let epsilon = settings.key("attention.layer_norm_rms_epsilon");
     let mut ends = Vec::new();
     for id in ["eos_token_id", "eot_token_id", "eom_token_id"] {
         ends.extend(metadata.id(&format!("tokenizer.ggml.{id}"))?.filter(|end| !ends.contains(end)));
@@ -90,70 +131,28 @@ pub(super) fn config(metadata: &Metadata, bytes: &Bytes) -> Result<Value, ModelE
     let mut config = json!({
         "architectures": [architecture.name()],
         "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length")?,
-        "num_hidden_layers": number("block_count")?,
+        "intermediate_size": settings.needed("feed_forward_length")?,
+        "num_hidden_layers": settings.needed("block_count")?,
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.number(&key("attention.head_count_kv"))?.unwrap_or(heads),
+        "num_key_value_heads": settings.number("attention.head_count_kv")?.unwrap_or(heads),
         "head_dim": head_dim,
         "vocab_size": tokens.len(),
-        "max_position_embeddings": number("context_length")?,
+        "max_position_embeddings": settings.needed("context_length")?,
         "rms_norm_eps": metadata.float(&epsilon)?.ok_or_else(|| metadata.missing(&epsilon))?,
         "tie_word_embeddings": metadata.tensor("output.weight").is_none(),
         "bos_token_id": metadata.id("tokenizer.ggml.bos_token_id")?,
         "eos_token_id": ends,
-        "rope_parameters": rope(metadata, bytes, name)?,
-        "sliding_window": metadata.number(&key("attention.sliding_window"))?,
+        "rope_parameters": rope::rope(&settings, bytes)?,
+        "sliding_window": settings.number("attention.sliding_window")?.filter(|window| *window > 0),
         "use_sliding_window": true,
         "max_window_layers": 0,
     });
-    if is_mixture {
-        config["num_experts_per_tok"] = json!(number("expert_used_count")?);
-        let count = if architecture == Architecture::Mixtral { "num_local_experts" } else { "num_experts" };
-        config[count] = json!(experts);
-        if architecture == Architecture::Qwen3Moe {
-            config["moe_intermediate_size"] = json!(number("expert_feed_forward_length")?);
-            config["norm_topk_prob"] = json!(true);
-        }
+    if let Some(turned) = turned {
+        // Half a channel more, so that rounding cannot make it one less.
+        config["partial_rotary_factor"] = json!((turned as f64 + 0.5) / head_dim as f64);
     }
-    if architecture.is_gemma() {
-        let layers = number("block_count")?;
-        gemma(metadata, architecture, &key, &mut config, [layers, hidden, heads])?;
-    }
+    families::add(&settings, architecture, &mut config)?;
     Ok(config)
-}
-
-/// Layers of the models of 27 billion parameters, which scale attention by the width of a head's share of the residual stream.
-const LAYERS_OF_27B: [usize; 2] = [46, 62];
-
-/// What a file of Gemma says beside, and what llama.cpp knows of these models.
-fn gemma(
-    metadata: &Metadata,
-    architecture: Architecture,
-    key: &dyn Fn(&str) -> String,
-    config: &mut Value,
-    [layers, hidden, heads]: [usize; 3],
-) -> Result<(), ModelError> {
-    let scalar =
-        if LAYERS_OF_27B.contains(&layers) { json!(hidden / heads.max(1)) } else { config["head_dim"].clone() };
-    config["query_pre_attn_scalar"] = scalar;
-    if architecture == Architecture::Gemma2 {
-        // Older files do not say it, and mean the family's.
-        if config["sliding_window"].is_null() {
-            config.as_object_mut().expect("an object").remove("sliding_window");
-        }
-        for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
-            if let Some(cap) = metadata.float(&key(name))? {
-                config[name] = json!(cap);
-            }
-        }
-        return Ok(());
-    }
-    let window = metadata.float(&key("rope.freq_base_swa"))?.unwrap_or(10_000.0);
-    config["rope_parameters"] = json!({
-        "full_attention": config["rope_parameters"].take(),
-        "sliding_attention": {"rope_type": "default", "rope_theta": window},
-    });
-    Ok(())
 }
 
 /// Keys that change what a model computes and that dibit does not follow, where they are not 0 or this factor.
@@ -169,82 +168,21 @@ const UNREAD: [(&str, f64); 9] = [
     ("residual_scale", 1.0),
 ];
 
-fn check_unread(
-    metadata: &Metadata,
-    architecture: Architecture,
-    key: &dyn Fn(&str) -> String,
-) -> Result<(), ModelError> {
-    let is_read = |part: &str| architecture == Architecture::Gemma2 && part.ends_with("_logit_softcapping");
-    for (part, neutral) in UNREAD.into_iter().filter(|(part, _)| !is_read(part)) {
-        if let Some(value) = metadata.float(&key(part))?.filter(|value| *value != 0.0 && *value != neutral) {
-            return Err(unsupported(&format!("{} {value}", key(part)), "models without it"));
+fn check_unread(settings: &Settings, architecture: Architecture) -> Result<(), ModelError> {
+    let read = families::keys(architecture);
+    for (part, neutral) in UNREAD.into_iter().filter(|(part, _)| !read.contains(part)) {
+        if let Some(value) = settings.float(part)?.filter(|value| *value != 0.0 && *value != neutral) {
+            return Err(settings.unsupported(part, value, "models without it"));
         }
     }
     for (part, neutral) in [("attention.causal", true), ("use_parallel_residual", false)] {
-        if metadata.flag(&key(part))?.is_some_and(|value| value != neutral) {
-            return Err(unsupported(&format!("{} {}", key(part), !neutral), "models without it"));
+        if settings.metadata.flag(&settings.key(part))?.is_some_and(|value| value != neutral) {
+            return Err(settings.unsupported(part, !neutral, "models without it"));
         }
     }
     Ok(())
 }
 
-fn unsupported(what: &str, supported: &str) -> ModelError {
+pub(super) fn unsupported(what: &str, supported: &str) -> ModelError {
     ModelError::Unsupported { what: what.to_owned(), supported: supported.to_owned() }
-}
-
-fn rope(metadata: &Metadata, bytes: &Bytes, name: &str) -> Result<Value, ModelError> {
-    let key = |key: &str| format!("{name}.rope.{key}");
-    let mut rope = Map::new();
-    rope.insert("rope_theta".into(), json!(metadata.float(&key("freq_base"))?.unwrap_or(10_000.0)));
-    // As llama.cpp reads it: a factor without a type is linear, 0 is no factor, and "none" scales nothing.
-    let factor = match metadata.float(&key("scaling.factor"))? {
-        None => metadata.float(&key("scale_linear"))?,
-        factor => factor,
-    };
-    let factor = factor.filter(|factor| *factor != 0.0).unwrap_or(1.0);
-    let kind = match metadata.text(&key("scaling.type"))? {
-        Some("none") => "default",
-        None | Some("linear") if factor == 1.0 => "default",
-        None => "linear",
-        Some(kind) => kind,
-    };
-    let is_read = matches!(kind, "default" | "linear" | "yarn");
-    let neutral = [("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)];
-    for (part, neutral) in neutral.map(|(part, neutral)| (format!("scaling.{part}"), neutral)) {
-        if let Some(other) = metadata.float(&key(&part))?.filter(|other| is_read && *other != neutral) {
-            return Err(unsupported(&format!("{} {other}", key(&part)), "rope scaling without it"));
-        }
-    }
-    if kind == "yarn" {
-        let original = metadata.number(&key("scaling.original_context_length"))?;
-        rope.insert("original_max_position_embeddings".into(), json!(original));
-        for part in ["beta_fast", "beta_slow"] {
-            rope.insert(part.into(), json!(metadata.float(&key(&format!("scaling.yarn_{part}")))?));
-        }
-    }
-    for tensor in ["rope_factors_long.weight", "rope_factors_short.weight"] {
-        if metadata.tensor(tensor).is_some() {
-            return Err(unsupported(&format!("rope scaling by '{tensor}' (longrope)"), "default, linear, llama3"));
-        }
-    }
-    match metadata.tensor("rope_freqs.weight") {
-        None => {
-            rope.insert("rope_type".into(), json!(kind));
-            rope.insert("factor".into(), json!(factor));
-        }
-        Some(tensor) if kind == "default" && matches!(tensor.format, Format::Numbers(DType::F32)) => {
-            let [numbers] = tensor.shape[..] else {
-                return Err(metadata.malformed("'rope_freqs.weight' is no vector".into()));
-            };
-            let divisors = Tensor::from_bytes(bytes, metadata.place(tensor), DType::F32, 1, numbers)
-                .map_err(|error| metadata.malformed(format!("'rope_freqs.weight': {error}")))?;
-            rope.insert("rope_type".into(), json!("divisors"));
-            rope.insert("divisors".into(), json!(divisors.to_f32()));
-        }
-        Some(tensor) => {
-            let found = format!("rope_freqs.weight of {} beside rope scaling '{kind}'", tensor.format.name());
-            return Err(unsupported(&found, "rope_freqs.weight of F32 without other scaling"));
-        }
-    }
-    Ok(rope.into())
 }

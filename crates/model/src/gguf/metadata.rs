@@ -81,6 +81,15 @@ impl<'a> Metadata<'a> {
         self.get(key, "true or false", |value| value.to_bool().ok())
     }
 
+    /// A list of flags, or of numbers that are 0 for false; `None` where it is no list.
+    pub fn flags(&self, key: &str) -> Result<Option<Vec<bool>>, ModelError> {
+        if !matches!(self.content.metadata.get(key), Some(Value::Array(_))) {
+            return Ok(None);
+        }
+        let flag = |value: &Value| value.to_bool().ok().or_else(|| whole(value).map(|number| number != 0));
+        self.get(key, "a list of true and false", |value| value.to_vec().ok()?.iter().map(flag).collect())
+    }
+
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
         self.get(key, "a text", text)
     }

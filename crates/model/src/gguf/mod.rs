@@ -3,11 +3,13 @@
 //! What it says is put into the words of a Hugging Face checkpoint, and read on from there.
 
 mod config;
+mod families;
 mod header;
 mod merges;
 mod metadata;
 mod names;
 mod pre_tokenizer;
+mod rope;
 mod rows;
 mod tokenizer;
 mod types;
@@ -23,6 +25,7 @@ use std::sync::Arc;
 pub(crate) use config::{heads, name};
 pub(crate) use header::read;
 pub(crate) use names::{expert, file_name};
+pub(crate) use rope::TENSORS as ROPE_TENSORS;
 pub(crate) use rows::halves_from_pairs;
 pub(crate) use types::SUPPORTED_TYPES;
 pub(crate) use widen::Packed;

@@ -16,6 +16,9 @@ const UNKNOWN: usize = 2;
 const CONTROL: usize = 3;
 const USER_DEFINED: usize = 4;
 
+/// Tokens of Phi-3 that do not take the spaces behind them along, as its other added ones do.
+const PHI3_KEEPS_SPACES: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
 struct Vocabulary<'a> {
     metadata: &'a Metadata<'a>,
     tokens: Vec<&'a str>,
@@ -153,12 +156,16 @@ impl<'a> Vocabulary<'a> {
         for name in ["bos", "eos", "eot", "eom", "unknown", "padding"] {
             control.extend(self.named(name)?.map(|(id, _)| id));
         }
+        // Files do not say it of tokens; llama.cpp knows this model, too.
+        let is_phi3 = self.metadata.text("general.architecture")? == Some("phi3")
+            && self.metadata.text("tokenizer.ggml.model")? == Some("llama");
         let added = self.tokens.iter().zip(&self.kinds).enumerate().filter_map(|(id, (token, kind))| {
             let special = matches!(*kind, CONTROL | UNKNOWN) || control.contains(&id);
             (special || *kind == USER_DEFINED).then(|| {
                 json!({
                     "id": id, "content": token, "special": special,
-                    "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                    "rstrip": is_phi3 && !PHI3_KEEPS_SPACES.contains(token),
+                    "single_word": false, "lstrip": false, "normalized": false,
                 })
             })
         });

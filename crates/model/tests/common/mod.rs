@@ -1,11 +1,13 @@
 //! GGUF files made of checkpoints, as llama.cpp's converter makes them.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+pub mod families;
+
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value as Json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// The bundled model.
@@ -36,28 +38,35 @@ impl Gguf {
             serde_json::from_slice(&std::fs::read(directory.join(name)).unwrap_or("{}".into())).unwrap()
         };
         let config = json("config.json");
-        let architecture = match config["architectures"][0].as_str().unwrap() {
-            "LlamaForCausalLM" | "MistralForCausalLM" => "llama",
-            "Qwen2ForCausalLM" => "qwen2",
-            "Qwen3ForCausalLM" => "qwen3",
-            other => panic!("{other}"),
-        };
+        let architecture = families::architecture(&config);
         let mut gguf = Gguf { metadata: BTreeMap::new(), tensors: BTreeMap::new() };
         gguf.add_config(&config, architecture);
         gguf.add_tokenizer(&json("tokenizer.json"), &config, &json("tokenizer_config.json"));
+        let mut tensors = HashMap::new();
         for entry in std::fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|extension| extension == "safetensors") {
-                for (name, tensor) in candle_core::safetensors::load(path, &Device::Cpu).unwrap() {
-                    gguf.add_tensor(&name, tensor, dtype, (architecture == "llama").then_some(&config));
-                }
+                tensors.extend(candle_core::safetensors::load(path, &Device::Cpu).unwrap());
             }
+        }
+        for (name, tensor) in families::tensors(&config, architecture, tensors) {
+            gguf.add_tensor(&name, tensor, dtype, families::has_pairs(architecture).then_some(&config));
         }
         gguf
     }
 
     pub fn set(&mut self, key: &str, value: Value) {
         self.metadata.insert(key.to_owned(), value);
+    }
+
+    /// The file with the values of its architecture under another one's name.
+    pub fn named(mut self, architecture: &str) -> Gguf {
+        let Value::String(own) = self.metadata["general.architecture"].clone() else { panic!("no name") };
+        for (key, value) in std::mem::take(&mut self.metadata) {
+            self.set(&key.replace(&format!("{own}."), &format!("{architecture}.")), value);
+        }
+        self.set("general.architecture", Value::String(architecture.into()));
+        self
     }
 
     fn add_config(&mut self, config: &Json, architecture: &str) {
@@ -87,6 +96,16 @@ impl Gguf {
             put("rope.scaling.type", Some(Value::String("linear".into())));
             put("rope.scaling.factor", float(&rope.unwrap()["factor"]));
         }
+        if let Some(rope) = rope.filter(|_| kind == Some("yarn")) {
+            put("rope.scaling.type", Some(Value::String("yarn".into())));
+            let original = rope["original_max_position_embeddings"].as_u64().unwrap();
+            put("rope.scaling.original_context_length", Some(Value::U32(original as u32)));
+            for (key, name) in [("factor", "factor"), ("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")]
+            {
+                put(&format!("rope.scaling.{key}"), float(&rope[name]));
+            }
+        }
+        families::metadata(config, architecture).into_iter().for_each(|(key, value)| put(key, Some(value)));
         if kind == Some("llama3") {
             let rope = rope.unwrap();
             let theta = rope["rope_theta"].as_f64().or(config["rope_theta"].as_f64()).unwrap();
@@ -159,7 +178,7 @@ impl Gguf {
         ] {
             file_name = file_name.replace(from, to);
         }
-        let mut tensor = tensor.to_dtype(DType::F32).unwrap();
+        let mut tensor = tensor.to_dtype(DType::F32).unwrap().contiguous().unwrap();
         if let Some(config) = llama {
             let heads = |key: &str| config[key].as_u64().unwrap() as usize;
             let key_value =
