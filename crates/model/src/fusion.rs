@@ -3,7 +3,7 @@
 //! happens to channels, and `o = o' T^-1`, so the model computes what it computed before (QuaRot, section 4, and KVLinC,
 //! section 3.1, for Hadamard matrices; T may be any matrix with an inverse).
 
-use crate::model::Linear;
+use crate::linear::Linear;
 use crate::weights::LinearWeights;
 use crate::{LayerWeights, ModelError};
 use dibit_cache::{Basis, CacheShape, Phase, ValueTransform};

@@ -1,7 +1,7 @@
 //! The gated layers of a decoder layer, or a mixture of such.
 
 use crate::expert_weights::StackWeights;
-use crate::model::Linear;
+use crate::linear::Linear;
 use crate::{ExpertSpec, ExpertWeights, LinearWeights, ModelError};
 use dibit_cache::Phase;
 use dibit_device::{Activation, Device, Output, Routing, Tensor};
