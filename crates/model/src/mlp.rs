@@ -35,12 +35,12 @@ impl MlpWeights {
         }
     }
 
-    pub(crate) fn matrices(&self) -> Vec<&Tensor> {
-        let router = match self {
+    /// What chooses experts.
+    pub(crate) fn router(&self) -> Option<&Tensor> {
+        match self {
             MlpWeights::Gated(_) => None,
             MlpWeights::Experts(own) => Some(&own.router.weight),
-        };
-        router.into_iter().chain(self.gated_matrices()).collect()
+        }
     }
 
     /// All but what chooses experts.
