@@ -18,6 +18,7 @@ mod kv_storage;
 mod measure;
 mod memory;
 mod pass;
+mod storage;
 mod tensor;
 mod train;
 
@@ -32,5 +33,6 @@ pub use kv_storage::{Arithmetic, Attention, KvStorage, QueryHeads};
 pub use measure::{Measure, Sweep};
 pub use memory::{DeviceMemory, Memory};
 pub use pass::{LayerPass, Pass, StagedRows};
-pub use tensor::{Bytes, DType, SharedBytes, Tensor, TensorError, Values};
+pub use storage::{Bytes, SharedBytes};
+pub use tensor::{DType, Tensor, TensorError, Values};
 pub use train::{AdamStep, Place, ROW_STATISTICS, RowStatistic, Rows, Train};

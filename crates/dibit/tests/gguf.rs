@@ -89,6 +89,16 @@ fn inspect_tells_how_weights_are_stored() {
     assert_eq!(report["weights_bytes"], folder.read(NAME).len());
     let table = run(&["inspect", "--model", &path]).succeeds().stdout;
     assert!(table.contains("MiB (Q8_0 ") && table.contains(" %, Q4_K "), "{table}");
+    // What is widened counts as it is in memory.
+    let (folder, path) = bundled(GgmlDType::Q4_0);
+    let mut bytes = folder.read(NAME);
+    let (name, numbers) = (b"blk.0.attn_q.weight", 384 * 384);
+    let kind = bytes.windows(name.len()).position(|window| window == name).unwrap() + name.len() + 4 + 16;
+    assert_eq!(bytes[kind], 2);
+    bytes[kind] = 20;
+    folder.write(NAME, &bytes);
+    let report = run(&["inspect", "--json", "--model", &path]).json();
+    assert_eq!(report["weights_bytes"], bytes.len() + 2 * numbers - numbers / 32 * 18);
 }
 
 #[test]

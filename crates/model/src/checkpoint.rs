@@ -12,6 +12,18 @@ use std::ops::Range;
 /// Bytes of the header's length, before the header.
 const LENGTH_BYTES: usize = 8;
 
+/// The name of bytes in safetensors files.
+const BYTES: &str = "U8";
+
+/// Tensors in which MXFP4 lies apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mxfp4Part {
+    /// Two to a byte.
+    Codes,
+    /// One for each group.
+    Exponents,
+}
+
 /// How the numbers of a tensor are stored.
 #[derive(Debug, Clone)]
 pub(crate) enum Format {
@@ -78,7 +90,19 @@ impl Checkpoint {
                 checkpoint.add_safetensors(file)?;
             }
         }
+        checkpoint.tell_widened();
         Ok(checkpoint)
+    }
+
+    /// Says what is widened, and how much memory that takes.
+    fn tell_widened(&self) {
+        let kinds: BTreeSet<&str> = self.widened().map(|(kind, _)| kind.name()).collect();
+        if !kinds.is_empty() {
+            let kinds = Vec::from_iter(kinds).join(", ");
+            let bytes: usize = self.widened().map(|(kind, numbers)| numbers * kind.dtype().size()).sum();
+            let megabytes = bytes.div_ceil(1_000_000);
+            tracing::info!("{kinds}: no kernel multiplies these; they take {megabytes} MB widened to 16 bits");
+        }
     }
 
     fn add_safetensors(&mut self, file: &WeightFile) -> Result<(), ModelError> {
@@ -110,7 +134,6 @@ impl Checkpoint {
         let content = gguf::read(&file.bytes, &file.name)?;
         self.gguf = Some(gguf::name(&content, &file.name)?);
         let heads = gguf::heads(&content, &file.name)?;
-        let (mut kinds, mut widened) = (BTreeSet::new(), 0);
         for (name, info) in content.tensor_infos {
             let pairs = heads.and_then(|(query, key_value)| match name.rsplit('.').nth(1) {
                 Some("attn_q") => Some(query),
@@ -126,23 +149,15 @@ impl Checkpoint {
                 pairs,
             };
             // So that a file that is cut short is known before anything is made of it.
-            if let [cols] | [.., _, cols] = entry.shape[..] {
-                let rows = entry.shape[..entry.shape.len() - 1].iter().fold(1usize, |rows, n| rows.saturating_mul(*n));
+            if let Some([rows, cols]) = entry.matrix() {
                 match entry.format {
                     Format::Packed(kind) => {
                         entry.packed(kind, &name, rows, cols)?;
-                        kinds.insert(kind.name());
-                        widened += rows * cols * kind.dtype().size();
                     }
                     _ => drop(entry.view(&name, rows, cols)?),
                 }
             }
             self.entries.insert(name, entry);
-        }
-        if !kinds.is_empty() {
-            let kinds = Vec::from_iter(kinds).join(", ");
-            let megabytes = widened.div_ceil(1_000_000);
-            tracing::info!("{kinds}: no kernel multiplies these; they take {megabytes} MB widened to 16 bits");
         }
         Ok(())
     }
@@ -190,15 +205,30 @@ impl Checkpoint {
 
     /// How the numbers of matrices are stored, by their share of the bytes: `Q4_K 81 %, Q6_K 19 %`.
     pub fn formats(&self) -> String {
-        mixture(self.entries.values().filter_map(|entry| {
-            let (rows, cols) = match entry.shape[..] {
-                [rows, cols] => (rows, cols),
-                // Those of experts lie together.
-                [experts, rows, cols] => (experts.saturating_mul(rows), cols),
-                _ => return None,
-            };
+        let of_widened = self.widened().map(|(kind, numbers)| (kind.name(), kind.bytes(1, numbers).unwrap_or(numbers)));
+        let of_others = self.entries.iter().filter_map(|(name, entry)| {
+            let is_counted = matches!(entry.format, Format::Packed(_)) || entry.part_of_mxfp4(name).is_some();
+            let [rows, cols] = entry.matrix().filter(|_| !is_counted && entry.shape.len() > 1)?;
             Some((entry.format.name(), entry.format.bytes(rows, cols).unwrap_or(rows.saturating_mul(cols))))
-        }))
+        });
+        mixture(of_widened.chain(of_others))
+    }
+
+    /// Bytes that the numbers take in memory beyond those of the files: those of blocks that are widened.
+    pub fn widening_bytes(&self) -> usize {
+        let of_kind = |(kind, numbers): (Packed, usize)| {
+            numbers * kind.dtype().size() - kind.bytes(1, numbers).unwrap_or_default()
+        };
+        self.widened().map(of_kind).sum()
+    }
+
+    /// Tensors of blocks that are widened, and how many numbers each holds. All lie within their files.
+    fn widened(&self) -> impl Iterator<Item = (Packed, usize)> {
+        self.entries.iter().filter_map(|(name, entry)| match (&entry.format, entry.part_of_mxfp4(name)) {
+            (Format::Packed(kind), _) => entry.matrix().map(|[rows, cols]| (*kind, rows * cols)),
+            (_, Some(Mxfp4Part::Codes)) => Some((Packed::Mxfp4, 2 * entry.shape.iter().product::<usize>())),
+            _ => None,
+        })
     }
 
     /// The tensor `name`, as Hugging Face calls it, of shape `[rows, cols]`, or `[cols]` where `rows` is 1. `None` where
@@ -246,7 +276,7 @@ impl Checkpoint {
         let range = entry.offset.checked_add(len).map(|end| entry.offset..end);
         let bytes = range.filter(|_| found == Some(len)).and_then(|range| entry.bytes.get(range));
         match (&entry.format, bytes) {
-            (Format::Other(kind), Some(bytes)) if kind == "U8" => Ok(Some(bytes.to_vec())),
+            (Format::Other(kind), Some(bytes)) if kind == BYTES => Ok(Some(bytes.to_vec())),
             _ => Err(ModelError::Malformed {
                 path: entry.file.clone(),
                 reason: format!("'{name}' of {} {:?} is no {len} bytes", entry.format.name(), entry.shape),
@@ -279,6 +309,24 @@ impl Checkpoint {
 }
 
 impl Entry {
+    /// Rows and columns. A vector is one row; the matrices of experts, which lie one behind the other, are one.
+    fn matrix(&self) -> Option<[usize; 2]> {
+        match self.shape[..] {
+            [cols] => Some([1, cols]),
+            [rows, cols] => Some([rows, cols]),
+            [experts, rows, cols] => Some([experts.saturating_mul(rows), cols]),
+            _ => None,
+        }
+    }
+
+    /// What a tensor of bytes is of experts in MXFP4 (gpt-oss).
+    fn part_of_mxfp4(&self, name: &str) -> Option<Mxfp4Part> {
+        let is_bytes = matches!(&self.format, Format::Other(kind) if kind == BYTES);
+        let parts = [("_blocks", Mxfp4Part::Codes), ("_scales", Mxfp4Part::Exponents)];
+        let own = parts.into_iter().find(|(end, _)| is_bytes && name.contains(".experts.") && name.ends_with(end));
+        own.map(|(_, part)| part)
+    }
+
     /// Matrix number `index` of those that lie one behind the other. Where that is beyond all numbers, so is its place.
     fn part(&self, index: usize, rows: usize, cols: usize) -> Entry {
         let before = self.format.bytes(rows, cols).and_then(|bytes| bytes.checked_mul(index));

@@ -3,17 +3,14 @@
 //! happens to channels, and `o = o' T^-1`, so the model computes what it computed before (QuaRot, section 4, and KVLinC,
 //! section 3.1, for Hadamard matrices; T may be any matrix with an inverse).
 
-use crate::model::Linear;
-use crate::weights::LinearWeights;
+use crate::linear::Linear;
+use crate::weights::{BLOCK_ROWS, LinearWeights};
 use crate::{LayerWeights, ModelError};
 use dibit_cache::{Basis, CacheShape, Phase, ValueTransform};
 use dibit_device::{DType, Device, Output, Tensor};
 use dibit_quant::Hadamard;
 use nalgebra::{DMatrix, DMatrixView};
 use std::sync::Arc;
-
-/// Rows of an output projection that are widened at a time.
-const BLOCK_ROWS: usize = 64;
 
 /// A transform of the values of a model with heads of this shape.
 pub(crate) struct Fusion {

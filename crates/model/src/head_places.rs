@@ -1,13 +1,11 @@
 //! Where the channels of heads lie: heads are computed with a multiple of 8 channels, whose pairs lie half a head apart.
 
 use crate::ModelError;
+use crate::weights::BLOCK_ROWS;
 use dibit_device::Tensor;
 
 /// Channels of a head are a multiple of this.
 const CHANNELS: usize = 8;
-
-/// Rows of an output projection that are widened at a time.
-const BLOCK_ROWS: usize = 64;
 
 /// How heads lie in a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

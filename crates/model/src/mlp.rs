@@ -1,7 +1,7 @@
 //! The gated layers of a decoder layer, or a mixture of such.
 
 use crate::expert_weights::StackWeights;
-use crate::model::Linear;
+use crate::linear::Linear;
 use crate::{ExpertSpec, ExpertWeights, LinearWeights, ModelError};
 use dibit_cache::Phase;
 use dibit_device::{Activation, Device, Output, Routing, Tensor};
@@ -35,12 +35,12 @@ impl MlpWeights {
         }
     }
 
-    pub(crate) fn matrices(&self) -> Vec<&Tensor> {
-        let router = match self {
+    /// What chooses experts.
+    pub(crate) fn router(&self) -> Option<&Tensor> {
+        match self {
             MlpWeights::Gated(_) => None,
             MlpWeights::Experts(own) => Some(&own.router.weight),
-        };
-        router.into_iter().chain(self.gated_matrices()).collect()
+        }
     }
 
     /// All but what chooses experts.

@@ -1,14 +1,10 @@
-//! The forward pass.
+//! A decoder, and its forward pass.
 
-use crate::fusion::Fusion;
-use crate::mlp::Mlp;
+use crate::layer::{Layer, Observer, Tile, projections};
 use crate::spec::Turns;
-use crate::weights::LinearWeights;
-use crate::{LayerWeights, ModelConfig, ModelError, QkNorm, Weights, Workspace};
+use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
 use dibit_cache::{Batch, CacheLayout, Phase, ValueTransform};
-use dibit_device::{
-    Arithmetic, Device, Heads, KvCache, LayerPass, Norm, Output, OwnedCache, Pass, Projection, QueryHeads, Tensor,
-};
+use dibit_device::{Arithmetic, Device, KvCache, Norm, Output, OwnedCache, Pass};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,46 +19,6 @@ pub fn argmax(values: &[f32]) -> usize {
     }
     best
 }
-
-/// A linear layer on a device; copies share its numbers.
-pub(crate) struct Linear<D: Device> {
-    weight: D::Matrix,
-    bias: Option<Arc<D::Buffer>>,
-}
-
-/// A decoder layer on a device; copies share its numbers.
-pub(crate) struct Layer<D: Device> {
-    input_norm: Option<Arc<D::Buffer>>,
-    attention_output_norm: Option<Arc<D::Buffer>>,
-    q: Linear<D>,
-    k: Linear<D>,
-    pub v: Linear<D>,
-    pub o: Linear<D>,
-    q_norm: Option<Arc<D::Buffer>>,
-    k_norm: Option<Arc<D::Buffer>>,
-    sinks: Option<Arc<D::Buffer>>,
-    mlp_norm: Option<Arc<D::Buffer>>,
-    mlp_output_norm: Option<Arc<D::Buffer>>,
-    mlp: Mlp<D>,
-}
-
-/// Queries, keys and values of some rows of a pass in one layer, after RoPE.
-#[derive(Debug, Clone, Copy)]
-pub struct Observation<'a> {
-    /// The layer.
-    pub layer: usize,
-    /// First row in the batch.
-    pub first_row: usize,
-    /// `[row][num_attention_heads][head_dim]`
-    pub q: &'a [f32],
-    /// `[row][num_key_value_heads][head_dim]`
-    pub k: &'a [f32],
-    /// The same for values, transformed where a transform is fused into the projections.
-    pub v: &'a [f32],
-}
-
-/// Sees what passes through attention.
-pub type Observer<'a> = dyn FnMut(Observation) + Send + 'a;
 
 /// A decoder on a device.
 pub struct Model<D: Device> {
@@ -83,59 +39,10 @@ pub struct Model<D: Device> {
     turned: Vec<[usize; 2]>,
 }
 
-impl<D: Device> Clone for Linear<D> {
-    fn clone(&self) -> Self {
-        Linear { weight: self.weight.clone(), bias: self.bias.clone() }
-    }
-}
-
-impl<D: Device> Clone for Layer<D> {
-    fn clone(&self) -> Self {
-        let Layer { q, k, v, o, mlp, .. } = self;
-        Layer {
-            input_norm: self.input_norm.clone(),
-            attention_output_norm: self.attention_output_norm.clone(),
-            q: q.clone(),
-            k: k.clone(),
-            v: v.clone(),
-            o: o.clone(),
-            q_norm: self.q_norm.clone(),
-            k_norm: self.k_norm.clone(),
-            sinks: self.sinks.clone(),
-            mlp_norm: self.mlp_norm.clone(),
-            mlp_output_norm: self.mlp_output_norm.clone(),
-            mlp: mlp.clone(),
-        }
-    }
-}
-
 /// A number for a model.
 fn number() -> u32 {
     static MODELS: AtomicU32 = AtomicU32::new(0);
     MODELS.fetch_add(1, Ordering::Relaxed)
-}
-
-impl<D: Device> Linear<D> {
-    pub(crate) fn new(device: &D, weights: &LinearWeights) -> Result<Self, ModelError> {
-        let bias = weights.bias.as_ref().map(|bias| upload(device, bias)).transpose()?;
-        Ok(Linear { weight: device.matrix(weights.weight.clone())?, bias })
-    }
-
-    pub(crate) fn onto<'a>(&'a self, out: &'a mut D::Buffer) -> Projection<'a, D> {
-        Projection { weight: &self.weight, bias: self.bias.as_deref(), out }
-    }
-
-    pub(crate) fn run(
-        &self,
-        device: &D,
-        phase: Phase,
-        x: &D::Buffer,
-        rows: usize,
-        out: &mut D::Buffer,
-        output: Output,
-    ) {
-        device.linear(phase, x, 0..rows, &self.weight, self.bias.as_deref(), out, output);
-    }
 }
 
 /// Says where values are transformed.
@@ -159,61 +66,6 @@ pub(crate) fn turns(config: &ModelConfig) -> (Vec<Turns>, Vec<[usize; 2]>) {
     let of_layer = |layer| config.spec.turns(&config.rope, layer);
     let turned = (0..config.num_hidden_layers).map(|layer| of_layer(layer).map(&mut place)).collect();
     (all, turned)
-}
-
-/// The value and output projections of a layer, with a transform fused into them; `plain` are those without one, where
-/// they are on the device already.
-fn projections<D: Device>(
-    device: &D,
-    config: &ModelConfig,
-    layer: usize,
-    weights: &LayerWeights,
-    transform: Option<&ValueTransform>,
-    plain: Option<[&Linear<D>; 2]>,
-) -> Result<[Linear<D>; 2], ModelError> {
-    let both = |[v, o]: [&LinearWeights; 2]| -> Result<_, ModelError> {
-        Ok([Linear::new(device, v)?, Linear::new(device, o)?])
-    };
-    let load = || both([&weights.v, &weights.o]);
-    let Some(transform) = transform else { return load() };
-    if !weights.takes_fused_values() {
-        return Err(ModelError::QuantisedValues { layer });
-    }
-    let fusion = Fusion::new(config.cache_shape(), transform)?;
-    device.scope(|| {
-        let fused = fusion.fuse(weights);
-        let fused = both([&fused.v, &fused.o])?;
-        let loaded = if plain.is_none() { Some(load()?) } else { None };
-        let plain = plain.or(loaded.as_ref().map(|own| own.each_ref())).expect("one of the two");
-        fusion.self_test(device, layer, plain, fused.each_ref(), weights)?;
-        // Pages of a mapped file need not stay.
-        [&weights.v, &weights.o].into_iter().for_each(|linear| linear.weight.release());
-        Ok(fused)
-    })
-}
-
-fn upload<D: Device>(device: &D, vector: &Tensor) -> Result<Arc<D::Buffer>, ModelError> {
-    Ok(Arc::new(device.upload(&vector.to_f32())?))
-}
-
-impl<D: Device> Layer<D> {
-    fn new(device: &D, weights: &LayerWeights, [v, o]: [Linear<D>; 2]) -> Result<Self, ModelError> {
-        let norm = |norm: &Option<Tensor>| norm.as_ref().map(|norm| upload(device, norm)).transpose();
-        Ok(Layer {
-            input_norm: norm(&weights.input_norm)?,
-            attention_output_norm: norm(&weights.attention_output_norm)?,
-            q: Linear::new(device, &weights.q)?,
-            k: Linear::new(device, &weights.k)?,
-            v,
-            o,
-            q_norm: norm(&weights.q_norm)?,
-            k_norm: norm(&weights.k_norm)?,
-            sinks: norm(&weights.sinks)?,
-            mlp_norm: norm(&weights.mlp_norm)?,
-            mlp_output_norm: norm(&weights.mlp_output_norm)?,
-            mlp: Mlp::new(device, &weights.mlp)?,
-        })
-    }
 }
 
 impl<D: Device> Model<D> {
@@ -449,10 +301,16 @@ impl<D: Device> Model<D> {
         for (index, layer) in layers.clone().zip(&self.layers[layers]) {
             let mut in_cache = pass.layer(&ws.hidden, self.config.hidden_size)?;
             for first in (0..rows).step_by(ws.tile_rows) {
-                let tile = first..rows.min(first + ws.tile_rows);
-                let observer = observer.as_deref_mut();
-                self.attention_block(ws, &mut in_cache, batch.phase(), index, layer, tile.clone(), observer)?;
-                self.mlp_block(batch.phase(), ws, layer, tile);
+                let tile = Tile {
+                    device,
+                    config: &self.config,
+                    phase: batch.phase(),
+                    layer: index,
+                    turned: self.turned[index],
+                    rows: first..rows.min(first + ws.tile_rows),
+                };
+                layer.attention(&tile, ws, &mut in_cache, observer.as_deref_mut())?;
+                layer.mlp(&tile, ws);
             }
             in_cache.pack()?;
         }
@@ -506,106 +364,5 @@ impl<D: Device> Model<D> {
             );
         });
         Ok(())
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn attention_block(
-        &self,
-        ws: &mut Workspace<D>,
-        in_cache: &mut LayerPass<D>,
-        phase: Phase,
-        index: usize,
-        layer: &Layer<D>,
-        tile: Range<usize>,
-        observer: Option<&mut Observer>,
-    ) -> Result<(), ModelError> {
-        let ModelConfig { hidden_size, num_attention_heads, num_key_value_heads, head_dim, rms_norm_eps: eps, .. } =
-            self.config;
-        let residual_eps = self.config.spec.residual_eps(eps);
-        let (device, rows) = (&*self.device, tile.len());
-        device.norm_linear(
-            phase,
-            &ws.hidden,
-            tile.clone(),
-            hidden_size,
-            layer.input_norm.as_deref().map(|weight| Norm { weight, eps: residual_eps }),
-            &mut ws.normed,
-            [layer.q.onto(&mut ws.q), layer.k.onto(&mut ws.k), layer.v.onto(&mut ws.v)],
-        );
-        let of_heads = self.config.spec.qk_norm == QkNorm::Head;
-        if !of_heads {
-            let both =
-                [(&mut ws.q, num_attention_heads, &layer.q_norm), (&mut ws.k, num_key_value_heads, &layer.k_norm)];
-            for (x, heads, norm) in both {
-                if let Some(norm) = norm {
-                    device.rms_norm_inplace(x, rows, heads * head_dim, norm, eps);
-                }
-            }
-        }
-        let [q_norm, k_norm] = [&layer.q_norm, &layer.k_norm].map(|norm| norm.as_deref().filter(|_| of_heads));
-        let queries = Heads { x: &mut ws.q, heads: num_attention_heads, norm: q_norm };
-        let keys = Heads { x: &mut ws.k, heads: num_key_value_heads, norm: k_norm };
-        match self.turned[index].map(|own| &ws.rope[own]) {
-            [of_queries, of_keys] if std::ptr::eq(of_queries, of_keys) => {
-                device.place_heads([queries, keys], eps, head_dim, of_keys, tile.clone());
-            }
-            [of_queries, of_keys] => {
-                device.place_heads([queries], eps, head_dim, of_queries, tile.clone());
-                device.place_heads([keys], eps, head_dim, of_keys, tile.clone());
-            }
-        }
-        let softcap = self.config.spec.attention_logit_softcap;
-        let heads = QueryHeads { num: num_attention_heads, softcap, sinks: layer.sinks.as_deref() };
-        if let Some(observer) = observer {
-            let [mut q, mut k, mut v] = [(); 3].map(|()| Vec::new());
-            device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q)?;
-            device.download(&ws.k, 0..rows * num_key_value_heads * head_dim, &mut k)?;
-            device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v)?;
-            observer(Observation { layer: index, first_row: tile.start, q: &q, k: &k, v: &v });
-        }
-        in_cache.stage(tile.end, &ws.k, &ws.v)?.attend(heads, &ws.q, &mut ws.attention)?;
-        let Workspace { attention, normed, hidden, .. } = ws;
-        let norm = layer.attention_output_norm.as_deref();
-        self.add(phase, &layer.o, norm, attention, (normed, hidden), tile);
-        Ok(())
-    }
-
-    /// Adds what a half of a layer yields for the rows `tile` to the residual stream, behind a norm where there is one.
-    fn add(
-        &self,
-        phase: Phase,
-        linear: &Linear<D>,
-        norm: Option<&D::Buffer>,
-        x: &D::Buffer,
-        (scratch, hidden): (&mut D::Buffer, &mut D::Buffer),
-        tile: Range<usize>,
-    ) {
-        let (device, rows, to) = (&*self.device, tile.len(), Output::Add(tile.start));
-        let Some(weight) = norm else { return linear.run(device, phase, x, rows, hidden, to) };
-        linear.run(device, phase, x, rows, scratch, Output::Write(0));
-        let norm = Norm { weight, eps: self.config.rms_norm_eps };
-        device.rms_norm(scratch, 0..rows, self.config.hidden_size, norm, hidden, to);
-    }
-
-    fn mlp_block(&self, phase: Phase, ws: &mut Workspace<D>, layer: &Layer<D>, tile: Range<usize>) {
-        let ModelConfig { hidden_size, intermediate_size, rms_norm_eps, .. } = self.config;
-        let eps = self.config.spec.residual_eps(rms_norm_eps);
-        let (device, rows) = (&*self.device, tile.len());
-        let activation = self.config.spec.activation;
-        let norm = layer.mlp_norm.as_deref().map(|weight| Norm { weight, eps });
-        let Workspace { gate, up, normed, hidden, experts, .. } = ws;
-        match (&layer.mlp, experts, norm) {
-            (Mlp::Gated { gate: own_gate, up: own_up, down }, _, norm) => {
-                let to = [own_gate.onto(gate), own_up.onto(up)];
-                device.norm_linear(phase, hidden, tile.clone(), hidden_size, norm, normed, to);
-                device.activate(activation, gate, up, rows * intermediate_size);
-                self.add(phase, down, layer.mlp_output_norm.as_deref(), gate, (normed, hidden), tile);
-            }
-            (Mlp::Experts(own), Some(space), Some(norm)) => {
-                device.rms_norm(hidden, tile.clone(), hidden_size, norm, normed, Output::Write(0));
-                own.run(device, phase, (normed, rows), activation, space, (hidden, tile.start, hidden_size));
-            }
-            (Mlp::Experts(_), ..) => unreachable!("families with mixtures have a norm before them, and their space"),
-        }
     }
 }

@@ -28,6 +28,9 @@ pub enum WeightSource {
 /// Numbers that the pool of made-up weights holds beside the largest matrix, so that matrices begin at different ones.
 const POOL_SLACK: usize = 1 << 20;
 
+/// Rows of an output projection that are widened at a time, where its columns change.
+pub(crate) const BLOCK_ROWS: usize = 64;
+
 /// A weight `[out, in]` with its bias `[1, out]`, if any.
 #[derive(Clone)]
 pub struct LinearWeights {
@@ -154,12 +157,7 @@ impl Weights {
     pub fn arithmetic(&self) -> Arithmetic {
         let is_f32 = |matrix: &Tensor| matrix.block_type().is_none() && matrix.dtype() == DType::F32;
         // Routers are small, and in 32 bit in files whose other matrices are not.
-        let of_layers = self.layers.iter().flat_map(|layer| {
-            let LayerWeights { q, k, v, o, mlp, .. } = layer;
-            [q, k, v, o].into_iter().map(|linear| &linear.weight).chain(mlp.gated_matrices())
-        });
-        let any = [&self.embed, &self.lm_head].into_iter().chain(of_layers).any(is_f32);
-        if any { Arithmetic::Exact } else { Arithmetic::Fast }
+        if self.matrices_but_routers().any(is_f32) { Arithmetic::Exact } else { Arithmetic::Fast }
     }
 
     /// Bytes that decoding a token reads: the output layer and all linear layers; of an embedding of its own only a row, and of
@@ -182,9 +180,13 @@ impl Weights {
 
     /// The embedding, the output layer where it is another, and all linear layers.
     fn matrices(&self) -> impl Iterator<Item = &Tensor> {
+        self.matrices_but_routers().chain(self.layers.iter().filter_map(|layer| layer.mlp.router()))
+    }
+
+    fn matrices_but_routers(&self) -> impl Iterator<Item = &Tensor> {
         let linear = self.layers.iter().flat_map(|layer| {
             let LayerWeights { q, k, v, o, mlp, .. } = layer;
-            [q, k, v, o].into_iter().map(|linear| &linear.weight).chain(mlp.matrices())
+            [q, k, v, o].into_iter().map(|linear| &linear.weight).chain(mlp.gated_matrices())
         });
         let head = (!self.embed.same_numbers(&self.lm_head)).then_some(&self.lm_head);
         [&self.embed].into_iter().chain(head).chain(linear)

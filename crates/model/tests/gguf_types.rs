@@ -2,10 +2,13 @@
 
 mod common;
 
-use candle_core::quantized::GgmlDType;
-use common::made_up;
+use candle_core::quantized::{GgmlDType, QTensor};
+use common::{Gguf, made_up};
 use dibit_device::{DType, Tensor};
-use dibit_model::{Checkpoint, ModelFiles, Pretrained, WeightFile, WeightSource, Weights};
+use dibit_model::{Checkpoint, ModelError, ModelFiles, Pretrained, WeightFile, WeightSource, Weights};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -106,4 +109,67 @@ fn packed_blocks_that_are_cut_short_are_an_error() {
         let message = Checkpoint::open(&[file]).err().unwrap().to_string();
         assert!(message.contains("'raw.MXFP4'") && message.contains(words), "{message}");
     }
+}
+
+/// Experts, rows and columns.
+const EXPERTS: [usize; 3] = [4, 8, 64];
+
+/// A file with the matrices of experts alone.
+fn experts(dtype: GgmlDType) -> Vec<u8> {
+    let [experts, rows, cols] = EXPERTS;
+    let numbers = Tensor::random(1, 1.0, DType::F32, experts * rows, cols).to_f32();
+    let tensor = candle_core::Tensor::from_vec(numbers, EXPERTS.to_vec(), &candle_core::Device::Cpu).unwrap();
+    let tensors = BTreeMap::from([("blk.0.ffn_up_exps.weight".into(), QTensor::quantize(&tensor, dtype).unwrap())]);
+    Gguf { tensors, ..made_up(GgmlDType::Q8_0) }.bytes()
+}
+
+/// The same, with other levels for the codes of Q4_0.
+fn packed_experts() -> Vec<u8> {
+    let mut bytes = experts(GgmlDType::Q4_0);
+    let name = b"ffn_up_exps.weight";
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap();
+    // The type stands behind three dimensions.
+    let kind = at + name.len() + 4 + 24;
+    assert_eq!(bytes[kind], 2);
+    bytes[kind] = 20;
+    bytes
+}
+
+fn open(bytes: Vec<u8>) -> Result<Checkpoint, ModelError> {
+    Checkpoint::open(&[WeightFile { name: "experts".into(), bytes: Arc::new(bytes) }])
+}
+
+#[test]
+fn experts_that_are_cut_short_are_an_error() {
+    for bytes in [packed_experts(), experts(GgmlDType::Q8_0), experts(GgmlDType::F16)] {
+        assert!(open(bytes.clone()).is_ok());
+        // What is left holds all but one of the experts.
+        let message = open(bytes[..bytes.len() - 300].to_vec()).err().unwrap().to_string();
+        let words = ["'blk.0.ffn_up_exps.weight'", "32 x 64", "cut short"];
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+    }
+}
+
+#[test]
+fn experts_count_as_they_are_widened() {
+    let numbers: usize = EXPERTS.iter().product();
+    let checkpoint = open(packed_experts()).unwrap();
+    assert_eq!(
+        (checkpoint.widening_bytes(), checkpoint.formats().as_str()),
+        (2 * numbers - numbers / 32 * 18, "IQ4_NL")
+    );
+    assert_eq!(open(experts(GgmlDType::Q4_0)).unwrap().widening_bytes(), 0);
+    // MXFP4 whose powers of two lie apart, beside a matrix of numbers.
+    let [codes, exponents] = [vec![0u8; numbers / 2], vec![127u8; numbers / 32]];
+    let matrix = vec![0u8; 2 * numbers];
+    let [experts, rows, cols] = EXPERTS;
+    let views = [
+        ("model.layers.0.mlp.experts.down_proj_blocks", Dtype::U8, vec![experts, rows, cols / 32, 16], &codes),
+        ("model.layers.0.mlp.experts.down_proj_scales", Dtype::U8, vec![experts, rows, cols / 32], &exponents),
+        ("model.embed_tokens.weight", Dtype::BF16, vec![experts * rows, cols], &matrix),
+    ];
+    let views = views.map(|(name, dtype, shape, data)| (name, TensorView::new(dtype, shape, data).unwrap()));
+    let checkpoint = open(safetensors::serialize(views, None).unwrap()).unwrap();
+    assert_eq!(checkpoint.widening_bytes(), 2 * numbers - numbers / 32 * 17);
+    assert_eq!(checkpoint.formats(), "bf16 79 %, MXFP4 21 %");
 }

@@ -193,7 +193,8 @@ impl Stored {
                 // Opening checks the headers, so that a damaged checkpoint is known here already.
                 let checkpoint = Checkpoint::open(&files.weights)?;
                 Stored {
-                    bytes: files.weights.iter().map(|file| file.bytes.len()).sum(),
+                    bytes: files.weights.iter().map(|file| file.bytes.len()).sum::<usize>()
+                        + checkpoint.widening_bytes(),
                     formats: checkpoint.formats(),
                     arithmetic: checkpoint.arithmetic(),
                     takes_fused_values: (0..layers).map(|layer| checkpoint.takes_fused_values(layer)).collect(),
