@@ -173,12 +173,17 @@ impl LayerLayout {
         // What is no calibration of this model is refused with the tables.
         let planes = calibration.map(|own| [&own.key_planes, &own.value_planes]).unwrap_or([&None, &None]);
         let planes = planes.map(|own| own.as_ref().filter(|own| own.len() == heads * shape.head_dim));
-        // Where nothing is known of a layer, its pages have all places. Tokens of a layer in 16 bit need none.
+        // Tokens of a layer in 16 bit need no places.
         let packed = (keys, values) != (Side::Half, Side::Half);
         let auto = match sinks {
             Sinks::Auto(auto) if packed => {
-                let known = calibration.and_then(|own| own.sink_places).map_or(auto.places, usize::from);
-                (known > 0).then_some(AutoSinks { places: known, ..auto })
+                let will_be_known = calibration.is_none() && [keys, values].into_iter().any(Side::is_calibrated);
+                let places = match calibration.and_then(|own| own.sink_places) {
+                    Some(places) => usize::from(places),
+                    None if will_be_known => auto.places.min(AutoSinks::PLANNED),
+                    None => auto.places,
+                };
+                (places > 0).then_some(AutoSinks { places, ..auto })
             }
             _ => None,
         };

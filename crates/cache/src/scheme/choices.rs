@@ -211,6 +211,10 @@ impl Sinks {
 impl AutoSinks {
     /// Places of a page, where a scheme does not say.
     pub const PLACES: usize = 8;
+
+    /// Places of a layer's pages in plans where a calibration will say how many there are: those of two real models have three
+    /// and a half on average.
+    pub const PLANNED: usize = 4;
     /// Places of a page at most.
     pub const MOST: usize = 32;
     /// The share of the median, where a scheme does not say.
