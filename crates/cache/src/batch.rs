@@ -48,6 +48,8 @@ pub struct Batch {
     pub spans: Vec<Span>,
     /// How rows see the cache.
     pub mode: Mode,
+    /// What each row is turned by (RoPE).
+    rotary: Vec<u32>,
 }
 
 impl Span {
@@ -82,14 +84,26 @@ impl Span {
 impl Batch {
     /// An empty batch.
     pub fn new(mode: Mode) -> Self {
-        Batch { spans: Vec::new(), mode }
+        Batch { spans: Vec::new(), mode, rotary: Vec::new() }
     }
 
-    /// Appends `tokens` new tokens of a sequence whose blocks have been reserved.
+    /// Appends `tokens` new tokens of a sequence whose blocks have been reserved, each turned by its place in the sequence.
     ///
     /// # Panics
     /// If the sequence lacks blocks for the new tokens.
     pub fn push(&mut self, manager: &CacheManager, sequence: &Sequence, tokens: usize) {
+        self.push_at(manager, sequence, (sequence.len()..sequence.len() + tokens).map(|at| at as u32));
+    }
+
+    /// [`Batch::push`] of tokens that are turned by these positions, which need not be their places in the sequence. What a
+    /// token sees, and where it is stored, follows from its place.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn push_at(&mut self, manager: &CacheManager, sequence: &Sequence, positions: impl IntoIterator<Item = u32>) {
+        let before = self.rotary.len();
+        self.rotary.extend(positions);
+        let tokens = self.rotary.len() - before;
         let window = manager.plan().window;
         let start = self.rows();
         let len = sequence.len() + tokens;
@@ -132,6 +146,11 @@ impl Batch {
     /// Rows of all spans.
     pub fn rows(&self) -> usize {
         self.spans.last().map_or(0, |span| span.rows.end)
+    }
+
+    /// What every row is turned by (RoPE): its position in the sequence, where nothing else was said.
+    pub fn rotary_positions(&self) -> &[u32] {
+        &self.rotary
     }
 
     /// Position in its sequence of every row.

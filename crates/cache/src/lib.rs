@@ -7,6 +7,7 @@
 
 mod basis;
 mod batch;
+mod block_pool;
 mod cache_layout;
 mod calibrated_scheme;
 mod calibration;
@@ -34,6 +35,7 @@ mod window;
 
 pub use basis::Basis;
 pub use batch::{Batch, Mode, Phase, Span};
+pub use block_pool::BlockPool;
 pub use cache_layout::CacheLayout;
 pub use calibrated_scheme::CalibratedScheme;
 pub use calibration::{Adapters, Calibration, KeyFeedback, LayerCalibration};

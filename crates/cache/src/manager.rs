@@ -1,14 +1,13 @@
 //! Who holds which block: the pool, its sequences and their block tables.
 
 use crate::sequence::{Classes, Sequence, tables};
-use crate::{CacheError, CachePlan, SequenceState, Usage};
+use crate::{BlockPool, CacheError, CachePlan, SequenceState, Usage};
 
 /// Hands out blocks and sequence slots of one cache.
 #[derive(Debug)]
 pub struct CacheManager {
     plan: CachePlan,
-    free_blocks: Vec<u32>,
-    num_blocks: usize,
+    blocks: BlockPool,
     free_slots: Vec<u32>,
     /// What is known of the sequence of each slot.
     states: Vec<SequenceState>,
@@ -17,11 +16,9 @@ pub struct CacheManager {
 impl CacheManager {
     /// A manager of `num_blocks` blocks for up to `num_sequences` sequences at once.
     pub fn new(plan: CachePlan, num_blocks: usize, num_sequences: usize) -> Self {
-        let descending = |n: usize| (0..n as u32).rev().collect();
         CacheManager {
-            free_blocks: descending(num_blocks),
-            num_blocks,
-            free_slots: descending(num_sequences),
+            blocks: BlockPool::new(num_blocks),
+            free_slots: (0..num_sequences as u32).rev().collect(),
             states: vec![SequenceState::new(&plan); num_sequences],
             plan,
         }
@@ -34,7 +31,7 @@ impl CacheManager {
 
     /// Blocks of the pool.
     pub fn num_blocks(&self) -> usize {
-        self.num_blocks
+        self.blocks.capacity()
     }
 
     /// Sequences at once.
@@ -60,7 +57,7 @@ impl CacheManager {
 
     /// Blocks that nobody holds.
     pub fn free_blocks(&self) -> usize {
-        self.free_blocks.len()
+        self.blocks.free()
     }
 
     /// Begins an empty sequence.
@@ -99,13 +96,12 @@ impl CacheManager {
         let wanted = self.wanted(sequence, len);
         let missing: Vec<usize> =
             wanted.iter().zip(tables(sequence)).map(|(wanted, table)| wanted.saturating_sub(table.len())).collect();
-        let (needed, free) = (missing.iter().sum(), self.free_blocks.len());
+        let (needed, free) = (missing.iter().sum(), self.blocks.free());
         if needed > free {
-            return Err(CacheError::PoolExhausted { needed, free, capacity: self.num_blocks });
+            return Err(CacheError::PoolExhausted { needed, free, capacity: self.blocks.capacity() });
         }
         for (table, missing) in tables(sequence).zip(missing) {
-            let free = self.free_blocks.len();
-            table.extend(self.free_blocks.drain(free - missing..).rev());
+            table.extend(self.blocks.take(missing));
         }
         Ok(())
     }
@@ -135,7 +131,7 @@ impl CacheManager {
     /// Empties a sequence, which stays open, and takes its blocks back.
     pub fn clear(&mut self, sequence: &mut Sequence) {
         for table in tables(sequence) {
-            self.free_blocks.extend(table.drain(..).rev());
+            self.blocks.release(table.drain(..).rev());
         }
         if let Some(classes) = &mut sequence.classes {
             classes.of_tokens.clear();

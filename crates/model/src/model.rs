@@ -3,7 +3,7 @@
 use crate::layer::{Layer, Observer, Tile, projections};
 use crate::spec::Turns;
 use crate::{LayerWeights, ModelConfig, ModelError, Weights, Workspace};
-use dibit_cache::{Batch, CacheLayout, Phase, ValueTransform};
+use dibit_cache::{Batch, CacheLayout, Phase, Transform, ValueTransform};
 use dibit_device::{Arithmetic, Device, KvCache, Norm, Output, OwnedCache, Pass};
 use std::ops::Range;
 use std::sync::Arc;
@@ -238,12 +238,12 @@ impl<D: Device> Model<D> {
         self.check_ids(ids)?;
         workspace.check_rows(ids.len())?;
         self.check_cache(cache)?;
+        check_positions(cache.layout(), batch)?;
         // A model with other buffers is another pass.
         let owner = u64::from(self.number) << 32 | u64::from(workspace.number);
         let own = cache.claim(owner).ok_or(ModelError::OtherModel)?;
-        let positions: Vec<u32> = batch.positions().collect();
         self.device.write_ids(&mut workspace.ids, ids);
-        self.device.write_ids(&mut workspace.positions, &positions);
+        self.device.write_ids(&mut workspace.positions, batch.rotary_positions());
         Ok(own)
     }
 
@@ -365,4 +365,16 @@ impl<D: Device> Model<D> {
         });
         Ok(())
     }
+}
+
+/// Keys that are stored before RoPE are turned by their places when they are read.
+fn check_positions(layout: &CacheLayout, batch: &Batch) -> Result<(), ModelError> {
+    let before_rope = layout.layers.iter().any(|layer| matches!(layer.keys, Transform::PreRope(_)));
+    if before_rope && !batch.rotary_positions().iter().copied().eq(batch.positions()) {
+        return Err(ModelError::Unsupported {
+            what: format!("tokens with positions of their own under the scheme {}", layout.scheme_name()),
+            supported: "schemes that store keys as they are after RoPE, all but rotatekv and its kin".into(),
+        });
+    }
+    Ok(())
 }

@@ -39,9 +39,8 @@ impl<D: Device> Model<D> {
         assert_eq!(residual.len(), rows * width, "one row of the residual stream for each row of the batch");
         workspace.check_rows(rows)?;
         self.check_cache(cache)?;
-        let positions: Vec<u32> = batch.positions().collect();
         let all: Vec<u32> = (0..rows as u32).collect();
-        device.write_ids(&mut workspace.positions, &positions);
+        device.write_ids(&mut workspace.positions, batch.rotary_positions());
         device.write_ids(&mut workspace.ids, &all);
         let residual = device.upload(residual)?;
         cache.pass_once(device, batch, |pass| {

@@ -80,6 +80,34 @@ impl<D: Device> Runner<D> {
         })
     }
 
+    /// [`Executor::step`] of one sequence whose tokens are turned by these positions (RoPE), one for each, which need not be their
+    /// places in the sequence.
+    ///
+    /// # Errors
+    /// Those of [`Executor::step`]; [`ModelError::Unsupported`] for schemes that store keys before RoPE.
+    ///
+    /// # Panics
+    /// If there are not as many positions as ids.
+    pub fn step_at(
+        &mut self,
+        mode: Mode,
+        sequence: &mut Sequence,
+        ids: &[u32],
+        positions: &[u32],
+    ) -> Result<(), ModelError> {
+        assert_eq!(ids.len(), positions.len(), "a position for each token");
+        let Runner { model, cache, workspace } = self;
+        cache.reserve(sequence, sequence.len() + ids.len())?;
+        let mut batch = Batch::new(mode);
+        batch.push_at(cache.manager(), sequence, positions.iter().copied());
+        if let Err(error) = model.forward(workspace, cache, &batch, ids) {
+            cache.clear(sequence);
+            return Err(error);
+        }
+        cache.advance(sequence, ids.len());
+        Ok(())
+    }
+
     /// Runs the next tokens of a sequence through some layers alone: `residual` is the residual stream that enters the first
     /// of them, `[row][hidden_size]`. Returns what leaves the last one.
     ///
