@@ -149,7 +149,11 @@ impl Batch {
     }
 
     /// What every row is turned by (RoPE): its position in the sequence, where nothing else was said.
+    ///
+    /// # Panics
+    /// If spans were not added by [`Batch::push`].
     pub fn rotary_positions(&self) -> &[u32] {
+        assert_eq!(self.rotary.len(), self.rows(), "a position for each row");
         &self.rotary
     }
 

@@ -34,9 +34,10 @@ impl BlockPool {
     ///
     /// # Panics
     /// If there are fewer.
-    pub fn take(&mut self, count: usize) -> impl Iterator<Item = u32> + '_ {
-        let BlockPool { free, holders } = self;
-        free.drain(free.len() - count..).rev().inspect(|block| holders[*block as usize] = 1)
+    pub fn take(&mut self, count: usize) -> Vec<u32> {
+        let taken: Vec<u32> = self.free.drain(self.free.len() - count..).rev().collect();
+        taken.iter().for_each(|block| self.holders[*block as usize] = 1);
+        taken
     }
 
     /// Adds a holder to a block that has one.
@@ -79,7 +80,7 @@ mod tests {
             let mut held: [Vec<u32>; 4] = Default::default();
             for (what, who, count) in steps {
                 match what {
-                    0 if pool.free() >= count => held[who].extend(pool.take(count).collect::<Vec<_>>()),
+                    0 if pool.free() >= count => held[who].extend(pool.take(count)),
                     1 => {
                         let shared: Vec<u32> = held[(who + 1) % 4].iter().take(count).copied().collect();
                         shared.iter().for_each(|block| pool.share(*block));

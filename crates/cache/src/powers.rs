@@ -7,7 +7,8 @@ const HALF_MAX: f32 = 65_504.0;
 const ROOM: f32 = 4.0;
 
 /// For each KV head of a layer the exponent of the power of two that its keys, and its values, are divided by before they
-/// are stored. Queries and outputs take it back, so that attention is what it was.
+/// are stored. Queries and outputs take it back, so that attention is what it was, but for the rounding of numbers that are too
+/// small for a normal fp16 then.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Powers {
     /// Exponents of keys and of values, a number for each KV head; empty where all are 0.
@@ -20,7 +21,8 @@ impl Powers {
 
     /// Takes these exponents of keys, or of values, a number for each KV head, or none.
     pub fn set(&mut self, keys: bool, exponents: Vec<u8>) {
-        self.exponents[usize::from(!keys)] = exponents;
+        let is_none = exponents.iter().all(|exponent| *exponent == 0);
+        self.exponents[usize::from(!keys)] = if is_none { Vec::new() } else { exponents };
     }
 
     /// Exponents of keys, or of values; empty where all are 0.

@@ -68,13 +68,17 @@ impl Layer {
             Some(metric) => Some(feedback(&metric.sums, d, layer)?),
             None => None,
         };
+        let mut powers = self.powers.clone();
+        if layout.linear.is_some() {
+            // Adapters of a linear correction are trained on keys as they are.
+            powers.set(true, Vec::new());
+        }
         Ok(LayerCalibration {
             key_feedback,
             permutation: self.channels.as_ref().and_then(ChannelSums::permutation),
             key_basis: self.keys.as_ref().map(|own| own.shared(keys, seed, stream)),
             value_basis: self.values.as_ref().map(|own| own.by_head(values, seed, stream + 1)),
-            // Adapters of a linear correction are trained on keys as they are.
-            powers: if layout.linear.is_some() { Powers::default() } else { self.powers.clone() },
+            powers,
             ..LayerCalibration::default()
         })
     }

@@ -82,6 +82,12 @@ fn a_file_holds_what_was_saved() {
         let given = attach(&path, &made.pretrained, &made.scheme).unwrap();
         assert_eq!(given.calibration, Some(Arc::new(made.artefact.calibration.clone())));
         assert_eq!(made.artefact.fingerprint, Fingerprint::new(&made.pretrained, &made.scheme));
+        let mut divided = made.artefact.clone();
+        divided.calibration.layers[0].powers.set(true, vec![0, 7]);
+        divided.calibration.layers[1].powers.set(false, vec![1, 2]);
+        divided.calibration.layers[1].sink_places = Some(17);
+        divided.save(&path).unwrap();
+        assert_eq!(Artefact::load(&path).unwrap(), divided);
     }
 }
 

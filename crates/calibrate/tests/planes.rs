@@ -6,6 +6,7 @@ use common::{dummy, options, parse, text};
 use dibit_cache::{CalibratedScheme, Calibration};
 use dibit_calibrate::{Options, Text, calibrate};
 use dibit_cpu::Cpu;
+use dibit_device::{DType, Tensor};
 use dibit_model::Pretrained;
 use serde_json::json;
 use std::ops::ControlFlow;
@@ -40,6 +41,32 @@ fn counts(calibration: &Calibration) -> Vec<Vec<usize>> {
     let sides = layers.flat_map(|layer| [layer.key_planes.clone().unwrap(), layer.value_planes.clone().unwrap()]);
     let head = |own: &[u8]| own.iter().map(|planes| usize::from(*planes)).sum();
     sides.map(|side| side.chunks_exact(64).map(head).collect()).collect()
+}
+
+#[test]
+fn heads_beyond_fp16_are_divided_from_the_calibration_on() {
+    let mut model = model();
+    for layer in &mut model.weights.layers {
+        for (weight, factor) in [(&mut layer.k.weight, 2f32.powi(18)), (&mut layer.q.weight, 2f32.powi(-18))] {
+            *weight = Tensor::from_blocks(DType::F32, weight.rows(), weight.cols(), 1, |row, block| {
+                block.iter_mut().zip(weight.row(row)).for_each(|(new, old)| *new = old * factor);
+            });
+        }
+    }
+    let mut scheme = scheme("model", 3);
+    let text = Text { documents: vec![text(3 * CONTEXT, 5)], held_out: Vec::new() };
+    let cpu = Arc::new(Cpu::new(Some(2)).unwrap());
+    let options = Options { tokens: Some(2 * CONTEXT), ..options(CONTEXT) };
+    let made = calibrate(&cpu, &model, &scheme, &text, &options, |_| ControlFlow::Continue(())).unwrap().unwrap();
+    let found = made.calibration.layers.iter().map(|layer| &layer.powers).collect::<Vec<_>>();
+    assert!(found.iter().any(|powers| powers.exponents(true).iter().any(|exponent| *exponent > 0)), "{found:?}");
+    assert!(found.iter().all(|powers| powers.exponents(false).is_empty()), "{found:?}");
+    // Statistics are those of keys as they are: planes do not change.
+    let plain = calibrated(2, &scheme);
+    let planes = |all: &Calibration| all.layers.iter().map(|layer| layer.key_planes.clone()).collect::<Vec<_>>();
+    assert_eq!(planes(&made.calibration), planes(&plain));
+    scheme.calibration = Some(made.calibration.into());
+    model.config.cache_layout(&scheme).unwrap();
 }
 
 #[test]

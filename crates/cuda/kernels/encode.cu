@@ -361,12 +361,13 @@ struct Encoding {
 /// Squares of the norms of the values of a run's tokens in the model's own frame, in the order in which
 /// dibit_cache::square_norm adds them: a warp for some tokens, a lane for every 32nd channel.
 __device__ void square_norms(const Flush& flush, const Run& run, const Span& span, int head, float* norms) {
-    constexpr int TOKENS = 4;
+    constexpr int TOKENS = 2;
     const int d = flush.cache.head_dim, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const float* frame = flush.value_frame ? flush.value_frame + (i64)head * d * d : nullptr;
     for (int first = threadIdx.x / 32 * TOKENS; first < run.count; first += warps * TOKENS) {
         int positions[TOKENS];
         float sums[TOKENS] = {};
+#pragma unroll
         for (int i = 0; i < TOKENS; i++)
             positions[i] = stored::position(flush.positions, run, min(first + i, run.count - 1));
         auto value = [&](int i, int channel) {

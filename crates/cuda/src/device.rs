@@ -225,6 +225,9 @@ impl Experts for Cuda {
     }
 }
 
+/// KV heads that kernels can name in what they note.
+const MOST_KV_HEADS: usize = 256;
+
 impl KvStorage for Cuda {
     type Store = CudaCache;
 
@@ -235,6 +238,12 @@ impl KvStorage for Cuda {
         num_sequences: usize,
         max_rows: usize,
     ) -> Result<CudaCache, DeviceError> {
+        let heads = layout.shape.num_key_value_heads;
+        if heads > MOST_KV_HEADS {
+            return Err(DeviceError::Unsupported(format!(
+                "{heads} KV heads, and a GPU takes {MOST_KV_HEADS} at most; take --device cpu"
+            )));
+        }
         let kernels = Kernels::new(&self.gpu, layout.shape.head_dim)?;
         let layer = |index| Layer::new(&self.gpu, layout, index, num_blocks);
         let layers = (0..layout.layers.len()).map(layer).collect::<Result<Vec<_>, DeviceError>>()?;

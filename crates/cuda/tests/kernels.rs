@@ -30,7 +30,7 @@ const MORE: &[Budget] = &[
     // add a second set of sums, of which little is spilled, and from three columns on two blocks must do.
     // Where pages protect tokens, their rows are loaded beside all of that.
     budget("packed-head_dim-64-key_planes-1-value_columns-2-page_sinks", "attend_packed", 168, [140, 132]),
-    budget("packed-head_dim-128-key_planes-1-value_columns-2-page_sinks", "attend_packed", 168, [232, 236]),
+    budget("packed-head_dim-128-key_planes-1-value_columns-2-page_sinks", "attend_packed", 168, [252, 252]),
     budget("packed-head_dim-128-key_planes-1-value_columns-1", "attend_packed", 168, [80, 0]),
     budget("packed-head_dim-128-key_planes-1-value_columns-2", "attend_packed", 168, [128, 144]),
     budget("packed-head_dim-128-key_planes-1-value_columns-3", "attend_packed", 255, [0, 56]),
@@ -40,7 +40,7 @@ const MORE: &[Budget] = &[
     // Two blocks of 128 threads run at once. A warp keeps the sums of 32 queries, or of 16 with heads of 256, so that
     // tiles are read as seldom as can be.
     budget("tiles-head_dim-128", "attend_tiles", 255, [28, 4]),
-    budget("tiles-head_dim-128-page_sinks", "attend_packed_tiles", 255, [172, 148]),
+    budget("tiles-head_dim-128-page_sinks", "attend_packed_tiles", 255, [192, 172]),
     budget("tiles-head_dim-128", "attend_packed_tiles", 255, [148, 116]),
     budget("tiles", "attend_tiles", 255, [0, 0]),
     budget("tiles", "attend_packed_tiles", 255, [0, 0]),
@@ -53,9 +53,11 @@ const MORE: &[Budget] = &[
     budget("tiles-head_dim-256", "attend_packed_splits", 255, [216, 156]),
     budget("tiles-head_dim-256", "attend_splits", 255, [0, 0]),
     budget("tiles", "attend_splits", 168, [0, 0]),
+    budget("tiles-head_dim-64-page_sinks", "attend_packed_splits", 168, [4, 0]),
     budget("tiles", "attend_packed_splits", 168, [0, 0]),
     // Divisions that are rounded as on the CPU leave a few registers to memory.
     budget("encode", "encode", 128, [0, 84]),
+    budget("encode", "protect_in_pages", 128, [0, 0]),
     // Blocks of 128 threads, each with many outputs: a warp keeps more weights on their way instead of more warps.
     budget("linear", "wide_8", 145, [0, 0]),
     budget("linear", "wide_16", 176, [0, 0]),

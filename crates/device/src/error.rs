@@ -65,7 +65,7 @@ pub enum DeviceError {
     },
     /// A key or value was beyond what fp16 stores, and the cache divides those of its head from now on.
     #[error(
-        "{side} of layer {layer}, KV head {kv_head}, token {token} holds {value}, beyond what fp16 stores; this head is stored divided by 2^{exponent} from now on, and what was stored before is run again"
+        "{side} of layer {layer}, KV head {kv_head}, token {token} holds {value}, beyond what fp16 stores; this head is stored divided by 2^{exponent} from now on, and sequences that were stored before must be run again"
     )]
     Overflow {
         /// "key" or "value".
@@ -80,6 +80,20 @@ pub enum DeviceError {
         value: f32,
         /// What the head is divided by, as a power of two.
         exponent: u8,
+    },
+    /// A key was beyond what fp16 stores, in a layer whose keys cannot be divided.
+    #[error(
+        "key of layer {layer}, KV head {kv_head}, token {token} holds {value}, beyond what fp16 stores, and adapters of a linear correction take keys as they are; take a scheme without one, such as --kv dibit"
+    )]
+    Corrected {
+        /// Decoder layer.
+        layer: usize,
+        /// The KV head.
+        kv_head: usize,
+        /// Position of the token in its sequence.
+        token: usize,
+        /// The value.
+        value: f32,
     },
     /// A sequence was stored before the cache changed what its heads are divided by.
     #[error(

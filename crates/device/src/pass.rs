@@ -145,6 +145,17 @@ impl<'p, 'a, D: KvStorage> LayerPass<'p, 'a, D> {
 }
 
 impl<D: KvStorage> StagedRows<'_, '_, '_, D> {
+    /// The rows, if fp16 holds them: what a device notes and tells when the pass ends, it tells here.
+    ///
+    /// # Errors
+    /// Those of [`LayerPass::stage`].
+    pub fn checked(self) -> Result<Self, DeviceError> {
+        let Pass { device, plan, batch, store, states, powers, .. } = &mut *self.layer.pass;
+        let noted = device.finish(store, batch);
+        noted.map_err(|error| raised(*device, plan, store, states, powers, error))?;
+        Ok(self)
+    }
+
     /// Causal attention of the rows over packed pages, windows and the pass in flight; see [`KvStorage::attend`]. `q` and
     /// `out` hold these rows. Of a stepwise batch ([`Batch::is_stepwise`]) each row is stored before the next one attends.
     ///
@@ -218,11 +229,17 @@ pub(crate) fn raised<D: KvStorage>(
     let DeviceError::NotFinite { side, layer, kv_head, token, value } = error else { return error };
     let keys = side == "key";
     // Adapters of a linear correction were trained on keys as they are.
-    let corrected = keys && plan.layers[layer].states.is_some();
-    if !value.is_finite() || corrected {
+    if value.is_finite() && keys && plan.layers[layer].states.is_some() {
+        return DeviceError::Corrected { layer, kv_head, token, value };
+    }
+    if !value.is_finite() {
         return error;
     }
+    let before = powers[layer].exponents(keys).get(kv_head).copied().unwrap_or(0);
     let exponent = powers[layer].raise(keys, kv_head, plan.shape.num_key_value_heads, value);
+    if exponent == before {
+        return error;
+    }
     powers[layer] = std::mem::take(&mut powers[layer]).alike_in(plan.layers[layer].frame);
     if let Err(error) = device.set_powers(store, layer, &powers[layer]) {
         return error;

@@ -290,16 +290,7 @@ impl Engine {
             };
             pass.parts.iter().map(|part| (part.id, own(part))).collect()
         };
-        let mut result = self.run_parts(pass.kind, &pass.parts);
-        // What the cache has learnt of the model's numbers is no fault of a request.
-        while let Err(EngineError::Model(error)) = &result
-            && error.wants_replay()
-        {
-            tracing::warn!("{error}");
-            let replayed = pass.parts.iter().try_for_each(|part| self.replay(part.id));
-            result = replayed.and_then(|()| self.run_parts(pass.kind, &pass.parts));
-        }
-        let error = match result {
+        let error = match self.run_again_where_wanted(pass.kind, &pass.parts) {
             Ok(chosen) => return by_part(chosen),
             Err(error) => error,
         };
@@ -310,7 +301,7 @@ impl Engine {
         tracing::warn!("a pass of {} sequences failed ({error}); each is run again by itself", pass.parts.len());
         let alone = |part: &Part| {
             let own = std::slice::from_ref(part);
-            let chosen = self.replay(part.id).and_then(|()| self.run_parts(pass.kind, own));
+            let chosen = self.replay(part.id).and_then(|()| self.run_again_where_wanted(pass.kind, own));
             match chosen.map(|all| all.first().map(|(_, chosen)| *chosen)) {
                 Err(error) => (part.id, Err(error)),
                 Ok(None) => (part.id, Ok(None)),
@@ -319,6 +310,20 @@ impl Engine {
             }
         };
         pass.parts.iter().map(alone).collect()
+    }
+
+    /// [`Engine::run_parts`], behind a replay of its sequences where the cache has learnt that numbers of the model are beyond
+    /// fp16: that is no fault of a request.
+    fn run_again_where_wanted(&mut self, kind: Kind, parts: &[Part]) -> Result<Vec<Chosen>, EngineError> {
+        let mut result = self.run_parts(kind, parts);
+        while let Err(EngineError::Model(error)) = &result
+            && error.wants_replay()
+        {
+            tracing::warn!("{error}");
+            let replayed = parts.iter().try_for_each(|part| self.replay(part.id));
+            result = replayed.and_then(|()| self.run_parts(kind, parts));
+        }
+        result
     }
 
     /// One pass over the next tokens of some requests, and the next token of each that is at its end.

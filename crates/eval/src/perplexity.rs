@@ -269,8 +269,16 @@ impl<D: Device> Contender<D> {
             if !go_on(&scheme.name) {
                 return Ok(false);
             }
-            *pass = pass.end..prefill.end(pass.end..window.len());
-            runner.step(prefill.mode(), &mut [(&mut *sequence, &window[pass.clone()])])?;
+            let next = pass.end..prefill.end(pass.end..window.len());
+            *pass = match runner.step(prefill.mode(), &mut [(&mut *sequence, &window[next.clone()])]) {
+                Ok(()) => next,
+                // The sequence is empty again; what was scored stays.
+                Err(error) if error.wants_replay() => {
+                    tracing::warn!("{error}");
+                    0..0
+                }
+                Err(error) => return Err(error.into()),
+            };
         }
         Ok(true)
     }

@@ -169,6 +169,7 @@ impl<D: Device> Layer<D> {
         }
         let softcap = spec.attention_logit_softcap;
         let heads = QueryHeads { num: num_attention_heads, softcap, sinks: self.sinks.as_deref() };
+        let is_observed = observer.is_some();
         if let Some(observer) = observer {
             let [mut q, mut k, mut v] = [(); 3].map(|()| Vec::new());
             device.download(&ws.q, 0..rows * num_attention_heads * head_dim, &mut q)?;
@@ -176,7 +177,12 @@ impl<D: Device> Layer<D> {
             device.download(&ws.v, 0..rows * num_key_value_heads * head_dim, &mut v)?;
             observer(Observation { layer: tile.layer, first_row: tile.rows.start, q: &q, k: &k, v: &v });
         }
-        in_cache.stage(tile.rows.end, &ws.k, &ws.v)?.attend(heads, &ws.q, &mut ws.attention)?;
+        let mut staged = in_cache.stage(tile.rows.end, &ws.k, &ws.v)?;
+        if is_observed {
+            // Later layers are shown only if what this one yields can be relied on.
+            staged = staged.checked()?;
+        }
+        staged.attend(heads, &ws.q, &mut ws.attention)?;
         let Workspace { attention, normed, hidden, .. } = ws;
         tile.add(&self.o, self.attention_output_norm.as_deref(), attention, (normed, hidden));
         Ok(())

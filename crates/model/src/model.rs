@@ -368,7 +368,7 @@ impl<D: Device> Model<D> {
 }
 
 /// Keys that are stored before RoPE are turned by their places when they are read.
-fn check_positions(layout: &CacheLayout, batch: &Batch) -> Result<(), ModelError> {
+pub(crate) fn check_positions(layout: &CacheLayout, batch: &Batch) -> Result<(), ModelError> {
     let before_rope = layout.layers.iter().any(|layer| matches!(layer.keys, Transform::PreRope(_)));
     if before_rope && !batch.rotary_positions().iter().copied().eq(batch.positions()) {
         return Err(ModelError::Unsupported {

@@ -1,5 +1,6 @@
 //! Parts of a forward pass, for measurements that begin in the middle of a model.
 
+use crate::model::check_positions;
 use crate::{Model, ModelError, Workspace};
 use dibit_cache::Batch;
 use dibit_device::{Device, DeviceError, KvCache};
@@ -39,6 +40,7 @@ impl<D: Device> Model<D> {
         assert_eq!(residual.len(), rows * width, "one row of the residual stream for each row of the batch");
         workspace.check_rows(rows)?;
         self.check_cache(cache)?;
+        check_positions(cache.layout(), batch)?;
         let all: Vec<u32> = (0..rows as u32).collect();
         device.write_ids(&mut workspace.positions, batch.rotary_positions());
         device.write_ids(&mut workspace.ids, &all);

@@ -75,7 +75,7 @@ impl<D: Device> Runner<D> {
         observer: &mut Observer,
     ) -> Result<(), ModelError> {
         let Runner { model, cache, workspace } = self;
-        run(cache, mode, &mut [(sequence, ids)], |cache, batch, ids| {
+        run(cache, mode, &mut [(sequence, ids)], None, |cache, batch, ids| {
             model.observe(workspace, cache, batch, ids, observer)
         })
     }
@@ -96,16 +96,24 @@ impl<D: Device> Runner<D> {
         positions: &[u32],
     ) -> Result<(), ModelError> {
         assert_eq!(ids.len(), positions.len(), "a position for each token");
+        self.step_or_replay(mode, &mut [(sequence, ids)], Some(positions))
+    }
+
+    /// Runs tokens; where the cache has learnt to store them and nothing came before them, once more.
+    fn step_or_replay(
+        &mut self,
+        mode: Mode,
+        rows: &mut [(&mut Sequence, &[u32])],
+        positions: Option<&[u32]>,
+    ) -> Result<(), ModelError> {
         let Runner { model, cache, workspace } = self;
-        cache.reserve(sequence, sequence.len() + ids.len())?;
-        let mut batch = Batch::new(mode);
-        batch.push_at(cache.manager(), sequence, positions.iter().copied());
-        if let Err(error) = model.forward(workspace, cache, &batch, ids) {
-            cache.clear(sequence);
-            return Err(error);
+        let begin = rows.iter().all(|(sequence, _)| sequence.is_empty());
+        loop {
+            match run(cache, mode, rows, positions, |cache, batch, ids| model.forward(workspace, cache, batch, ids)) {
+                Err(error) if begin && error.wants_replay() => tracing::warn!("{error}"),
+                result => return result,
+            }
         }
-        cache.advance(sequence, ids.len());
-        Ok(())
     }
 
     /// Runs the next tokens of a sequence through some layers alone: `residual` is the residual stream that enters the first
@@ -183,14 +191,7 @@ impl<D: Device> Executor for Runner<D> {
     }
 
     fn step(&mut self, mode: Mode, rows: &mut [(&mut Sequence, &[u32])]) -> Result<(), ModelError> {
-        let Runner { model, cache, workspace } = self;
-        let begin = rows.iter().all(|(sequence, _)| sequence.is_empty());
-        loop {
-            match run(cache, mode, rows, |cache, batch, ids| model.forward(workspace, cache, batch, ids)) {
-                Err(error) if begin && error.wants_replay() => tracing::warn!("{error}"),
-                result => return result,
-            }
-        }
+        self.step_or_replay(mode, rows, None)
     }
 
     fn logits(&mut self, rows: &[usize], out: &mut Vec<f32>) -> Result<(), ModelError> {
@@ -206,13 +207,19 @@ fn run<D: Device>(
     cache: &mut KvCache<D>,
     mode: Mode,
     rows: &mut [(&mut Sequence, &[u32])],
+    positions: Option<&[u32]>,
     pass: impl FnOnce(&mut KvCache<D>, &Batch, &[u32]) -> Result<(), ModelError>,
 ) -> Result<(), ModelError> {
     let mut batch = Batch::new(mode);
     let mut ids = Vec::new();
     for (sequence, new) in rows.iter_mut() {
         cache.reserve(sequence, sequence.len() + new.len())?;
-        batch.push(cache.manager(), sequence, new.len());
+        match positions {
+            None => batch.push(cache.manager(), sequence, new.len()),
+            Some(own) => {
+                batch.push_at(cache.manager(), sequence, own[ids.len()..ids.len() + new.len()].iter().copied())
+            }
+        }
         ids.extend_from_slice(new);
     }
     let result = pass(cache, &batch, &ids);

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 const TOKENS: usize = 300;
 
-const PRE_ROPE: &str = "name = \"pre-rope\"\n[keys]\nbits = 2\naxis = \"token\"\nposition = \"pre-rope\"\n[values]\nbits = 2";
+const PRE_ROPE: &str =
+    "name = \"pre-rope\"\n[keys]\nbits = 2\naxis = \"token\"\nposition = \"pre-rope\"\n[values]\nbits = 2";
 
 fn runner(scheme: &str) -> Runner<Cpu> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/mistral-f32");
