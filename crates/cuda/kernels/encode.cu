@@ -378,13 +378,17 @@ __device__ void square_norms(const Flush& flush, const Run& run, const Span& spa
             if (frame) {
                 for (int from = 0; from < d; from++) {
                     const float factor = frame[from * d + channel];
+#pragma unroll
                     for (int i = 0; i < TOKENS; i++) own[i] += value(i, from) * factor;
                 }
             } else {
+#pragma unroll
                 for (int i = 0; i < TOKENS; i++) own[i] = value(i, channel);
             }
+#pragma unroll
             for (int i = 0; i < TOKENS; i++) sums[i] += own[i] * own[i];
         }
+#pragma unroll
         for (int i = 0; i < TOKENS; i++) {
             for (int step = 16; step > 0; step /= 2) sums[i] += __shfl_xor_sync(ALL_LANES, sums[i], step);
             if (lane == 0 && first + i < run.count) norms[first + i] = sums[i];

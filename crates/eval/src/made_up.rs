@@ -2,8 +2,8 @@
 
 use crate::random_cache::random;
 use dibit_cache::{
-    Adapters, CacheShape, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration, Linear, Packed, PlaneBudget,
-    Planes,
+    Adapters, AutoSinks, CacheShape, CalibratedScheme, Calibration, KeyFeedback, LayerCalibration, Linear, Packed,
+    PlaneBudget, Planes,
 };
 use dibit_cache::{Scheme, Side};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ fn of_layer(scheme: &Scheme, layer: usize, shape: CacheShape, num_heads: usize) 
         key_planes: planes(keys),
         value_planes: planes(values),
         key_feedback: keys.has_feedback().then(|| feedback(shape)),
-        sink_places: None,
+        sink_places: scheme.protects_small_values().then_some(AutoSinks::PLANNED as u8),
         powers: Default::default(),
         adapters,
     }
