@@ -57,6 +57,8 @@ const MORE: &[Budget] = &[
     budget("tiles", "attend_packed_splits", 168, [0, 0]),
     // Divisions that are rounded as on the CPU leave a few registers to memory.
     budget("encode", "encode", 128, [0, 84]),
+    // The compiler keeps to 48 registers here, for more blocks at once.
+    budget("encode", "protect_in_pages", 48, [24, 16]),
     // Blocks of 128 threads, each with many outputs: a warp keeps more weights on their way instead of more warps.
     budget("linear", "wide_8", 145, [0, 0]),
     budget("linear", "wide_16", 176, [0, 0]),
