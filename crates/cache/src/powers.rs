@@ -42,7 +42,7 @@ impl Powers {
     }
 
     /// Raises the exponent of one of `heads` KV heads, so that fp16 holds `value`, which is what was to be stored under the
-    /// exponent of now, and numbers [`ROOM`] times as large. The new exponent.
+    /// exponent of now, and numbers `ROOM` times as large. The new exponent.
     pub fn raise(&mut self, keys: bool, kv_head: usize, heads: usize, value: f32) -> u8 {
         let own = &mut self.exponents[usize::from(!keys)];
         own.resize(heads, 0);

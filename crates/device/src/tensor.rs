@@ -262,7 +262,7 @@ impl Tensor {
         }
     }
 
-    /// Says that the tensor is not needed for now; see [`SharedBytes::release`].
+    /// Says that the tensor is not needed for now; see [`crate::SharedBytes::release`].
     pub fn release(&self) {
         match &self.data {
             Data::F32(storage) => storage.release(),
