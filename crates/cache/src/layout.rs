@@ -216,6 +216,11 @@ impl LayerLayout {
         })
     }
 
+    /// Whether its pages protect tokens.
+    pub fn protects_in_pages(&self) -> bool {
+        self.pages.iter().any(|page| page.sinks.is_some())
+    }
+
     /// The first token that a token at this position sees.
     pub fn first_seen(&self, position: usize) -> usize {
         self.span.map_or(0, |span| (position + 1).saturating_sub(span))

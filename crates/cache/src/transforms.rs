@@ -116,8 +116,7 @@ impl CacheLayout {
             .then(|| CodingOrder::new(calibration().key_feedback.as_ref().expect(calibrated), order.as_deref(), d));
         let adapters = layer.states.as_ref().and(tables.layer(index)).and_then(|own| own.adapters.as_ref());
         let adapters = adapters.map(|own| FeatureMaps::new(own, self.shape));
-        let protects = layer.pages.iter().any(|page| page.sinks.is_some());
-        let value_frame = tables.value_basis(index).filter(|own| protects && !own.is_orthogonal());
+        let value_frame = tables.value_basis(index).filter(|own| layer.protects_in_pages() && !own.is_orthogonal());
         let value_frame = value_frame.map(|own| own.inverse(d).into());
         LayerTransforms { keys, values, value_frame, pre_rope, order, feedback, adapters }
     }

@@ -33,9 +33,9 @@ impl Artefact {
     ///
     /// Tensors are `layers.{i}.permutation`, `layers.{i}.key_planes`, `layers.{i}.value_planes`,
     /// `layers.{i}.feedback_order`, `layers.{i}.sink_places`, `layers.{i}.key_powers` and `layers.{i}.value_powers` (u32),
-    /// `layers.{i}.key_basis`, `layers.{i}.value_basis`, `layers.{i}.feedback` and `layers.{i}.gates` (f32), all of one dimension, and `layers.{i}.phi_q.w1`,
-    /// `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the numbers of [`LayerCalibration`] in
-    /// their order. Of a training there are `layers.{i}.divergence_before`, `layers.{i}.divergence_after` and `course` (f32),
+    /// `layers.{i}.key_basis`, `layers.{i}.value_basis`, `layers.{i}.feedback` and `layers.{i}.gates` (f32), all of one
+    /// dimension, and `layers.{i}.phi_q.w1`, `phi_q.w2`, `phi_k.w1` and `phi_k.w2` (f32), `[head][head_dim][D / 2]`: the
+    /// numbers of [`LayerCalibration`] in their order. Of a training there are `layers.{i}.divergence_before`, `layers.{i}.divergence_after` and `course` (f32),
     /// the numbers of [`Training`]. The fingerprint is JSON in the metadata.
     ///
     /// # Errors

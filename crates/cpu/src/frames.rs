@@ -47,9 +47,7 @@ impl Frames {
             adapters: own.adapters,
         }
     }
-}
 
-impl Frames {
     /// The way back from stored values of a KV head, where it is needed, of `d` rows.
     pub(super) fn value_frame(&self, kv_head: usize, d: usize) -> Option<&[f32]> {
         self.value_frame.as_ref().map(|own| matrix(own, kv_head, d))

@@ -94,7 +94,7 @@ impl CpuStore {
             values: rows(Which::Values, layout.window.value_slots())?,
             states: map("correction states", num_sequences * layout.state_bytes())?,
             sink_positions: vec![vec![first; shape.num_layers]; num_sequences],
-            powers: (0..shape.num_layers).map(|layer| layout.powers(layer)).collect(),
+            powers: vec![Powers::default(); shape.num_layers],
             scratch: Vec::new(),
             layout: layout.clone(),
         })

@@ -32,9 +32,12 @@ impl<D: KvStorage> KvCache<D> {
         max_rows: usize,
         arithmetic: Arithmetic,
     ) -> Result<Self, DeviceError> {
-        let store = device.new_store(&layout, num_blocks, num_sequences, max_rows)?;
+        let mut store = device.new_store(&layout, num_blocks, num_sequences, max_rows)?;
         let manager = CacheManager::new((*layout).clone(), num_blocks, num_sequences);
-        let powers = (0..layout.layers.len()).map(|layer| layout.powers(layer)).collect();
+        let powers: Vec<Powers> = (0..layout.layers.len()).map(|layer| layout.powers(layer)).collect();
+        for (layer, own) in powers.iter().enumerate().filter(|(_, own)| !own.is_none()) {
+            device.set_powers(&mut store, layer, own)?;
+        }
         Ok(KvCache { layout, manager, store, arithmetic, powers, owner: None })
     }
 

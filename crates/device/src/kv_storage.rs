@@ -87,8 +87,8 @@ pub trait KvStorage: Memory {
     fn set_sinks(&self, store: &mut Self::Store, layer: usize, slot: u32, positions: &[u32])
     -> Result<(), DeviceError>;
 
-    /// Says what the heads of a layer are divided by before they are stored, from now on; the powers of the layout's calibration
-    /// hold before that. Sequences must be stored anew.
+    /// Says what the heads of a layer are divided by before they are stored, from now on; nothing before that. Sequences must be
+    /// stored anew.
     ///
     /// # Errors
     /// [`DeviceError::Failed`].

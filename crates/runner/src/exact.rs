@@ -1,4 +1,4 @@
-use crate::{Capacity, Executor, Runner};
+use crate::{Capacity, Executor, Runner, replaying};
 use dibit_cache::{CalibratedScheme, Mode, Powers};
 use dibit_device::Device;
 use dibit_model::{Model, ModelConfig, ModelError, Observation, Observer, Weights};
@@ -32,7 +32,7 @@ impl<D: Device> ExactPass<D> {
     /// Those of [`Runner::observe`].
     pub fn run(&mut self, ids: &[u32], observer: &mut Observer) -> Result<(), ModelError> {
         let mut shown = 0;
-        loop {
+        replaying(|| {
             let mut sequence = self.runner.open()?;
             let mut count = 0;
             let result = self.runner.observe(Mode::Chunk, &mut sequence, ids, &mut |seen: Observation| {
@@ -43,11 +43,8 @@ impl<D: Device> ExactPass<D> {
                 }
             });
             self.runner.close(sequence);
-            match result {
-                Err(error) if error.wants_replay() => tracing::warn!("{error}"),
-                result => return result,
-            }
             shown = shown.max(count);
-        }
+            result
+        })
     }
 }

@@ -11,4 +11,4 @@ pub use exact::ExactPass;
 pub use executor::Executor;
 pub use models::Models;
 pub use prefill::{CellError, Prefill};
-pub use runner::{Capacity, Runner};
+pub use runner::{Capacity, Runner, replaying};

@@ -80,8 +80,8 @@ impl<D: Device> Runner<D> {
         })
     }
 
-    /// [`Executor::step`] of one sequence whose tokens are turned by these positions (RoPE), one for each, which need not be their
-    /// places in the sequence.
+    /// [`Executor::step`] of one sequence whose tokens are turned by these positions (RoPE), one for each, which need not be
+    /// their places in the sequence.
     ///
     /// # Errors
     /// Those of [`Executor::step`]; [`ModelError::Unsupported`] for schemes that store keys before RoPE.
@@ -108,12 +108,9 @@ impl<D: Device> Runner<D> {
     ) -> Result<(), ModelError> {
         let Runner { model, cache, workspace } = self;
         let begin = rows.iter().all(|(sequence, _)| sequence.is_empty());
-        loop {
-            match run(cache, mode, rows, positions, |cache, batch, ids| model.forward(workspace, cache, batch, ids)) {
-                Err(error) if begin && error.wants_replay() => tracing::warn!("{error}"),
-                result => return result,
-            }
-        }
+        let mut once =
+            || run(cache, mode, rows, positions, |cache, batch, ids| model.forward(workspace, cache, batch, ids));
+        if begin { replaying(once) } else { once() }
     }
 
     /// Runs the next tokens of a sequence through some layers alone: `residual` is the residual stream that enters the first
@@ -128,12 +125,8 @@ impl<D: Device> Runner<D> {
         residual: &[f32],
     ) -> Result<Vec<f32>, ModelError> {
         let begins = sequence.is_empty();
-        loop {
-            match self.resume_once(sequence, layers.clone(), residual) {
-                Err(error) if begins && error.wants_replay() => tracing::warn!("{error}"),
-                result => return result,
-            }
-        }
+        let mut once = || self.resume_once(sequence, layers.clone(), residual);
+        if begins { replaying(once) } else { once() }
     }
 
     fn resume_once(
@@ -200,6 +193,20 @@ impl<D: Device> Executor for Runner<D> {
 
     fn most_likely(&mut self, rows: &[usize]) -> Result<Vec<Option<u32>>, ModelError> {
         self.model.most_likely(&mut self.workspace, rows)
+    }
+}
+
+/// Runs passes of sequences that are empty before and behind a failure, again as often as one wants that
+/// ([`ModelError::wants_replay`]).
+///
+/// # Errors
+/// Any other of `passes`.
+pub fn replaying<T>(mut passes: impl FnMut() -> Result<T, ModelError>) -> Result<T, ModelError> {
+    loop {
+        match passes() {
+            Err(error) if error.wants_replay() => tracing::warn!("{error}"),
+            result => return result,
+        }
     }
 }
 

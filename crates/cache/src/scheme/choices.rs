@@ -163,7 +163,8 @@ pub struct AutoSinks {
     pub first: usize,
     /// Places of a page: tokens that it protects at most.
     pub places: usize,
-    /// A token is protected where the norm of its value, in the frame of the model, is below this share of the median of its page.
+    /// A token is protected where the norm of its value, in the model's own frame, is below this share of the median of its
+    /// page.
     pub share: f32,
 }
 
@@ -211,7 +212,6 @@ impl Sinks {
 impl AutoSinks {
     /// Places of a page, where a scheme does not say.
     pub const PLACES: usize = 8;
-
     /// Places of a layer's pages in plans where a calibration will say how many there are: those of two real models have three
     /// and a half on average.
     pub const PLANNED: usize = 4;

@@ -9,7 +9,7 @@ use dibit_cache::{
 };
 use dibit_device::Device;
 use dibit_model::{Distribution, Model, Pretrained};
-use dibit_runner::{Capacity, Executor, Runner};
+use dibit_runner::{Capacity, Executor, Runner, replaying};
 use rayon::prelude::*;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -163,16 +163,11 @@ impl<'a, D: Device> Sensitivities<'a, D> {
         let capacity = Capacity { rows: ROWS, ..Capacity::of_one(&layout, rows, 1) };
         let mut runner = Runner::new(self.exact.model().clone(), layout, capacity)?;
         let mut sequence = runner.open()?;
-        loop {
+        let behind = replaying(|| -> Result<Vec<_>, _> {
             let chunks = residual.chunks(ROWS * width);
-            let all: Result<Vec<_>, _> =
-                chunks.map(|chunk| runner.resume(&mut sequence, part.layer..part.layer + 1, chunk)).collect();
-            match all {
-                // The sequence is empty again.
-                Err(error) if error.wants_replay() => tracing::warn!("{error}"),
-                all => return Ok(all?.concat()),
-            }
-        }
+            chunks.map(|chunk| runner.resume(&mut sequence, part.layer..part.layer + 1, chunk)).collect()
+        })?;
+        Ok(behind.concat())
     }
 
     /// The part of each KV head in what the heads of a part change, all in all 1.

@@ -1,5 +1,6 @@
 //! Attention over a cache against a plain reference in f64, written from the method's equations.
 
+mod attended;
 mod case;
 mod classes;
 mod correction;
@@ -15,12 +16,12 @@ use super::*;
 use case::Case;
 use classes::with_classes;
 use dibit_cache::{
-    Adapters, AutoSinks, CacheLayout, CacheManager, CacheModel, CacheShape, CalibratedScheme, Calibration, Mode,
-    Pivots, Scheme, Sees, Sequence, Side, Sinks,
+    Adapters, AutoSinks, CacheManager, CacheModel, CacheShape, CalibratedScheme, Calibration, Mode, Scheme, Sees,
+    Sequence, Side, Sinks,
 };
-use dibit_device::{Arithmetic, KvCache, Pass, QueryHeads};
+use dibit_device::{KvCache, Pass, QueryHeads};
 use half::f16;
-use made_up::{calibration, corrected, custom, noise, own, protecting, scheme};
+use made_up::{corrected, custom, noise, own, protecting, scheme};
 use proptest::prelude::*;
 use std::sync::Arc;
 

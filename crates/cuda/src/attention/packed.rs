@@ -6,7 +6,7 @@ use crate::cuda::Cuda;
 use crate::gpu::Gpu;
 use crate::kernel::{Grid, Kernel, launch};
 use crate::source::PACKED;
-use crate::store::{CudaStore, protects_in_pages};
+use crate::store::CudaStore;
 use dibit_cache::{Along, CachePlan, PAGE_TOKENS, PackedSide, PageLayout, Schedule, SideLayout, Transform};
 use dibit_quant::{Bits, Quantizer};
 
@@ -88,7 +88,7 @@ impl Packed {
             ("LATE_VALUES", (layout.window.schedule == Schedule::Kivi).into()),
             ("KEY_PLANES", key_planes.into()),
             ("VALUE_COLUMNS", columns as i64),
-            ("PAGE_SINKS", protects_in_pages(layer).into()),
+            ("PAGE_SINKS", layer.protects_in_pages().into()),
         ];
         let own = macros.into_iter().filter(|(_, value)| *value != 0).collect();
         Some(Macros { values: own, columns, key_planes })

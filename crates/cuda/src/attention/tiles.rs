@@ -7,7 +7,7 @@ use crate::gpu::Gpu;
 use crate::kernel::{Grid, Kernel, launch};
 use crate::memory::room;
 use crate::source::TILES;
-use crate::store::{CudaStore, protects_in_pages};
+use crate::store::CudaStore;
 use dibit_cache::{CachePlan, PAGE_TOKENS, PageLayout, SideLayout, Transform};
 use dibit_device::DeviceError;
 
@@ -66,7 +66,7 @@ impl Tiles {
         let many_bytes = many_queries * tile_channels(d) * 2 + many_tile + many_tile.max(page_bytes);
         let few_bytes = tile(64) + tile(64).max(page_bytes);
         let mut macros = vec![("HEAD_DIM", d as i64)];
-        macros.extend(protects_in_pages(layer).then_some(("PAGE_SINKS", 1)));
+        macros.extend(layer.protects_in_pages().then_some(("PAGE_SINKS", 1)));
         macros.extend(limits);
         let kernel = |name| gpu.kernel(TILES, &macros, name);
         let [many, few] = match packed {

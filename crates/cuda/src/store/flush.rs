@@ -1,6 +1,6 @@
 //! Packing what leaves the window.
 
-use super::{CudaStore, protects_in_pages};
+use super::CudaStore;
 use crate::abi;
 use crate::cuda::Cuda;
 use crate::kernel::{Grid, launch};
@@ -58,7 +58,7 @@ pub(super) fn flush(store: &mut CudaStore, c: &Cuda, layer: usize) -> Result<(),
             .shared(TURNED_TOKENS * width * size_of::<f32>());
         launch!(c.gpu, store.kernels.turn_back, grid, flush);
     }
-    if protects_in_pages(&store.layout.layers[layer]) {
+    if store.layout.layers[layer].protects_in_pages() {
         launch!(c.gpu, store.kernels.protect_in_pages, Grid::new([shape.runs, heads, 1], 256), flush);
     }
     let grid = Grid::new([shape.runs, heads, 1], 256).shared(if fits { bytes } else { 0 });

@@ -101,7 +101,7 @@ impl Layer {
             order: order.transpose()?,
             feedback: own.feedback.map(|own| Feedback::new(gpu, &own)).transpose()?,
             value_frame: own.value_frame.map(|own| Memory::of(gpu, "a basis", &own)).transpose()?,
-            factors: Factors::new(gpu, &layout.powers(index))?,
+            factors: Factors::new(gpu, &Powers::default())?,
             correction: correction.transpose()?,
         })
     }

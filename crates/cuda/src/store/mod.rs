@@ -16,7 +16,7 @@ use crate::cuda::{Buffer, Cuda};
 use crate::graph::Graphs;
 use crate::kernel::{Grid, launch};
 use crate::memory::Memory;
-use dibit_cache::{Batch, CacheLayout, CachePlan, LayerLayout, Powers, Sees, SideLayout, Span};
+use dibit_cache::{Batch, CacheLayout, CachePlan, Powers, Sees, SideLayout, Span};
 use dibit_cpu::Isa;
 use dibit_device::DeviceError;
 use errors::ErrorRecord;
@@ -303,11 +303,6 @@ impl CudaStore {
         read.expect("a page");
         bytes
     }
-}
-
-/// Whether pages of a layer protect tokens.
-pub(crate) fn protects_in_pages(layer: &LayerLayout) -> bool {
-    layer.pages.iter().any(|page| page.sinks.is_some())
 }
 
 /// Whether pages hold what is computed on the host.

@@ -67,11 +67,10 @@ impl Rotation {
 
     /// A basis for each KV head.
     fn basis(gpu: &Arc<Gpu>, order: usize, basis: &Basis) -> Result<Self, CudaError> {
-        let inverses = basis.back.chunks_exact(order * order).flat_map(|own| transposed(own, order));
         Ok(Rotation::Basis {
             order,
             there: Memory::of(gpu, "a basis", &basis.there)?,
-            back: Memory::of(gpu, "a basis", &inverses.collect::<Vec<f32>>())?,
+            back: Memory::of(gpu, "a basis", &basis.inverse(order))?,
         })
     }
 

@@ -1,6 +1,8 @@
 //! The cache on a GPU against the CPU: attention of every row, and every byte of every page.
 #![cfg(feature = "gpu-tests")]
 
+#[path = "../../../cpu/src/tests/case.rs"]
+mod case;
 #[path = "../common/mod.rs"]
 mod common;
 mod fast;
@@ -12,16 +14,14 @@ mod random;
 mod schemes;
 mod sequences;
 
+use case::Case;
 use common::cuda;
-use dibit_cache::{
-    Batch, CacheLayout, CacheModel, CacheShape, CalibratedScheme, Calibration, Mode, Pivots, Sequence, Sinks,
-};
+use dibit_cache::{Batch, CalibratedScheme, Mode, Sequence, Sinks};
 use dibit_cpu::{Cpu, CpuCache};
 use dibit_cuda::{Cuda, CudaCache};
 use dibit_device::{Arithmetic, Device, DeviceError, KvCache, Memory, Pass, QueryHeads};
 use half::f16;
-use made_up::{calibration, noise};
-use std::sync::Arc;
+use made_up::noise;
 
 const LAYER: usize = 1;
 
@@ -31,22 +31,6 @@ const TOLERANCE: f64 = 1e-2;
 
 /// The same where nothing is packed.
 const EXACT: f64 = 1e-4;
-
-pub(crate) struct Case {
-    scheme: CalibratedScheme,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    /// Tokens that the layer is made to protect where the scheme looks for massive activations.
-    sinks: Vec<usize>,
-    /// Classes of the tokens.
-    classes: Vec<u8>,
-    arithmetic: Arithmetic,
-    /// How many tokens a query sees, a cap of logits, and logits of sinks of the query heads.
-    seen: Option<usize>,
-    softcap: Option<f32>,
-    head_sinks: Option<Vec<f32>>,
-}
 
 /// Queries, keys and values.
 type Data = [Vec<f32>; 3];
@@ -69,51 +53,9 @@ impl Pages for CudaCache {
 }
 
 impl Case {
-    fn new(scheme: impl Into<CalibratedScheme>, heads: usize, kv_heads: usize, head_dim: usize) -> Self {
-        let mut scheme = scheme.into();
-        let shape = CacheShape { num_layers: 2, num_key_value_heads: kv_heads, head_dim };
-        if scheme.takes_calibration() {
-            let frame = scheme.plan(&CacheModel::of_shape(shape)).unwrap().layers[LAYER].frame * head_dim;
-            scheme.calibration =
-                Some(Arc::new(Calibration { layers: vec![calibration(&scheme, shape, heads, frame); 2] }));
-        }
-        let (sinks, classes, arithmetic) = (Vec::new(), Vec::new(), Arithmetic::Exact);
-        let (seen, softcap, head_sinks) = (None, None, None);
-        Case { scheme, heads, kv_heads, head_dim, sinks, classes, arithmetic, seen, softcap, head_sinks }
-            .protecting(&[0, 5, 133, 260])
-    }
-
-    /// With limits of what queries see, and of logits.
-    fn limited(self, seen: Option<usize>, softcap: Option<f32>, has_sinks: bool) -> Self {
-        let head_sinks = has_sinks.then(|| (0..self.heads).map(|head| 1.5 - head as f32).collect());
-        Case { seen, softcap, head_sinks, ..self }
-    }
-
-    fn model(&self) -> CacheModel {
-        CacheModel { spans: vec![self.seen; 2], ..CacheModel::of_shape(self.shape()) }
-    }
-
-    fn shape(&self) -> CacheShape {
-        CacheShape { num_layers: 2, num_key_value_heads: self.kv_heads, head_dim: self.head_dim }
-    }
-
     /// With attention on tensor cores.
     fn fast(self) -> Self {
         Case { arithmetic: Arithmetic::Fast, ..self }
-    }
-
-    /// Makes schemes that look for massive activations find these tokens.
-    fn protecting(mut self, tokens: &[usize]) -> Self {
-        self.sinks = tokens.to_vec();
-        match &mut self.scheme.sinks {
-            Sinks::Massive(count) | Sinks::Pivots(Pivots { count, .. }) => *count = tokens.len(),
-            Sinks::None | Sinks::First(_) | Sinks::Auto(_) => {}
-        }
-        self
-    }
-
-    fn layout(&self) -> CacheLayout {
-        self.scheme.layout(&self.model()).unwrap()
     }
 
     fn widths(&self) -> [usize; 3] {
@@ -146,10 +88,7 @@ struct Machine<'a, D: Device> {
 
 impl<'a, D: Device> Machine<'a, D> {
     fn new(device: &'a D, case: &'a Case, len: usize, sequences: usize, max_rows: usize) -> Self {
-        let layout = case.layout();
-        let blocks = sequences * layout.blocks(len);
-        let cache = KvCache::new(device, layout, blocks, sequences, max_rows, case.arithmetic).unwrap();
-        Machine { device, case, cache }
+        Machine { device, case, cache: case.cache(device, len, sequences, max_rows) }
     }
 
     /// One pass of some tokens of some sequences, whose data begins with their first token; returns the outputs.

@@ -217,13 +217,11 @@ fn row(layout: CachePlan, config: &ModelConfig, options: Options, budget: &Budge
         token_bytes: layout.token_bytes(),
         bits: usage.bits(),
         allocated_bits: usage.allocated_bits(),
-        fitting_tokens: match layout.token_bytes() {
+        fitting_tokens: largest(|context| {
             // Where all layers have a window, a longer text takes no more.
-            0.0 => largest(|context| {
-                context <= config.max_position_embeddings && fits(Options { context, sequences: 1, ..options })
-            }),
-            _ => largest(|context| fits(Options { context, sequences: 1, ..options })),
-        },
+            let ends = layout.token_bytes() > 0.0 || context <= config.max_position_embeddings;
+            ends && fits(Options { context, sequences: 1, ..options })
+        }),
         fitting_batch: largest(|sequences| fits(Options { sequences, ..options })),
         values: layout.transformed_values(config.num_attention_heads),
         notes: layout.notes(),
